@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Integer types, memory spaces, element types and their exact conversions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "config.hpp"
+
+namespace kvkeep {
+
+using index_t = std::int32_t;   ///< slots, counts, positions, head numbers
+using offset_t = std::int64_t;  ///< strides and offsets, in elements (bytes for opaque rows)
+
+/// Memory that the host can read. Memory spaces are part of a view's type.
+struct host_space {};
+/// Memory that only a device can read.
+struct device_space {};
+
+template <class S>
+concept memory_space = std::is_same_v<S, host_space> || std::is_same_v<S, device_space>;
+
+/// IEEE binary16, storage only.
+struct fp16 {
+  std::uint16_t bits;
+};
+/// Upper half of an IEEE binary32, storage only.
+struct bf16 {
+  std::uint16_t bits;
+};
+
+/// Element type of a plane (K or V). `opaque` rows are moved bytewise and read through a row_reader.
+enum class dtype : std::uint8_t { f32, f16, bf16, opaque };
+
+KVKEEP_HD constexpr index_t dtype_bytes(dtype t) noexcept {
+  return t == dtype::f32 ? 4 : t == dtype::opaque ? 1 : 2;
+}
+
+constexpr char const* to_string(dtype t) noexcept {
+  return t == dtype::f32 ? "f32" : t == dtype::f16 ? "f16" : t == dtype::bf16 ? "bf16" : "opaque";
+}
+
+template <class T>
+struct dtype_of;
+template <>
+struct dtype_of<float> : std::integral_constant<dtype, dtype::f32> {};
+template <>
+struct dtype_of<fp16> : std::integral_constant<dtype, dtype::f16> {};
+template <>
+struct dtype_of<bf16> : std::integral_constant<dtype, dtype::bf16> {};
+template <>
+struct dtype_of<std::byte> : std::integral_constant<dtype, dtype::opaque> {};
+
+template <class To, class From>
+KVKEEP_HD inline To bit_copy(From const& x) noexcept {
+  static_assert(sizeof(To) == sizeof(From));
+  To r;
+  std::memcpy(&r, &x, sizeof r);
+  return r;
+}
+
+KVKEEP_HD inline float to_float(float x) noexcept { return x; }
+
+KVKEEP_HD inline float to_float(bf16 x) noexcept {
+  return bit_copy<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
+
+KVKEEP_HD inline float to_float(fp16 x) noexcept {
+  std::uint32_t const sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
+  std::uint32_t const body = x.bits & 0x7fffu;
+  if (body >= 0x7c00u) return bit_copy<float>(sign | 0x7f800000u | ((body & 0x3ffu) << 13));
+  // Scaling by 2^112 moves the exponent bias and makes subnormals exact at once.
+  float const magnitude = bit_copy<float>(body << 13) * bit_copy<float>(0x77800000u);
+  return bit_copy<float>(sign | bit_copy<std::uint32_t>(magnitude));
+}
+
+/// Round to nearest even; NaN stays NaN.
+KVKEEP_HD inline bf16 to_bf16(float x) noexcept {
+  std::uint32_t const u = bit_copy<std::uint32_t>(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((u >> 16) | 0x40u)};
+  return {static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
+
+/// Round to nearest even; overflow gives infinity, NaN stays NaN.
+KVKEEP_HD inline fp16 to_fp16(float x) noexcept {
+  std::uint32_t const u = bit_copy<std::uint32_t>(x);
+  std::uint32_t const sign = (u >> 16) & 0x8000u;
+  std::uint32_t const a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
+  if (a >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};
+  if (a < 0x38800000u) {
+    // Adding 0.5 aligns the subnormal's last bit with that of a float in [0.5, 1).
+    float const r = bit_copy<float>(a) + 0.5f;
+    return {static_cast<std::uint16_t>(sign | (bit_copy<std::uint32_t>(r) - 0x3f000000u))};
+  }
+  std::uint32_t const r = a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u;
+  return {static_cast<std::uint16_t>(sign | (r >> 13))};
+}
+
+/// Sizes of one layer's cache. All counts; `max_slots` bounds every length.
+struct cache_shape {
+  index_t n_seq = 0;       ///< rows of the cache (sequences it can hold)
+  index_t n_q_heads = 0;   ///< query heads, a multiple of n_kv_heads; head h reads KV head h / group()
+  index_t n_kv_heads = 0;  ///< KV heads
+  index_t dim_k = 0;       ///< features of a key row
+  index_t dim_v = 0;       ///< features of a value row
+  index_t max_slots = 0;   ///< slots per sequence and KV head
+
+  KVKEEP_HD constexpr index_t group() const noexcept { return n_q_heads / n_kv_heads; }
+  friend bool operator==(cache_shape const&, cache_shape const&) = default;
+};
+
+}  // namespace kvkeep

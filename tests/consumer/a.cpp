@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include <kvkeep/kvkeep.hpp>
+
+int version_in_a() { return KVKEEP_VERSION; }
