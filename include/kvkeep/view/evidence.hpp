@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Evidence: what an engine can show of its attention, and what a scorer asks for.
+#pragma once
+
+#include "../core/tensor_ref.hpp"
+
+namespace kvkeep {
+
+/// What a scorer needs before it can rank the slots.
+enum class evidence : std::uint8_t {
+  none,            ///< positions suffice
+  keys,            ///< the cached keys
+  keys_values,     ///< the cached keys and values
+  window_queries,  ///< the last W queries of the prompt (with or without log-sum-exp)
+  all_queries,     ///< every query of the prompt, in chunks, in order
+  token_queries,   ///< while decoding: the query, or the attention row, of each token
+  engine_scores    ///< scores that the engine computes itself
+};
+
+constexpr char const* to_string(evidence e) noexcept {
+  constexpr char const* names[] = {"none",           "keys",        "keys_values",
+                                   "window_queries", "all_queries", "token_queries",
+                                   "engine_scores"};
+  return names[static_cast<int>(e)];
+}
+
+/// Unit of a log-sum-exp: FlashAttention returns natural logarithms, FlashInfer base 2.
+enum class log_base : std::uint8_t { natural, two };
+
+/// Queries after RoPE, in the view's memory space: `[entry, q_head, row, dim_k]` with any strides. The
+/// rows are those of the last `n_rows` of `tokens` new tokens, oldest first.
+struct queries {
+  void const* data = nullptr;
+  dtype type = dtype::f32;
+  offset_t entry_stride = 0;  ///< elements between batch entries
+  offset_t head_stride = 0;   ///< elements between query heads
+  offset_t row_stride = 0;    ///< elements between rows
+  index_t n_rows = 0;         ///< rows per entry and query head
+  index_t tokens = 0;         ///< new tokens per entry; 0 means n_rows
+  /// Optional log-sum-exp of each row over all its visible keys, `[entry, q_head, row]`.
+  float const* lse = nullptr;
+  offset_t lse_entry_stride = 0;
+  offset_t lse_head_stride = 0;
+  log_base lse_base = log_base::natural;
+
+  index_t n_tokens() const noexcept { return tokens > 0 ? tokens : n_rows; }
+};
+
+/// Contiguous queries `[entry, q_head, row, dim]`, with an optional contiguous log-sum-exp.
+template <class T>
+queries make_queries(T const* q, index_t n_q_heads, index_t n_rows, index_t dim,
+                     float const* lse = nullptr, log_base base = log_base::natural) {
+  queries r;
+  r.data = q;
+  r.type = dtype_of<T>::value;
+  r.row_stride = dim;
+  r.head_stride = static_cast<offset_t>(n_rows) * dim;
+  r.entry_stride = r.head_stride * n_q_heads;
+  r.n_rows = n_rows;
+  r.lse = lse;
+  r.lse_head_stride = n_rows;
+  r.lse_entry_stride = static_cast<offset_t>(n_rows) * n_q_heads;
+  r.lse_base = base;
+  return r;
+}
+
+/// Tokens without queries, for scorers that need none.
+inline queries tokens_only(index_t n) {
+  queries r;
+  r.tokens = n;
+  return r;
+}
+
+/// Attention probabilities of the newest token, `[entry, q_head, slot]`: one float per slot in use.
+struct attention_rows {
+  float const* data = nullptr;
+  offset_t entry_stride = 0;
+  offset_t head_stride = 0;
+};
+
+/// Scores of the engine's own for the slots in use, `[entry, kv_head, slot]`, higher is kept.
+struct own_scores {
+  float const* data = nullptr;
+  offset_t entry_stride = 0;
+  offset_t head_stride = 0;
+};
+
+}  // namespace kvkeep
