@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// CPU: attention weights folded into per-slot rows, and MorphKV's scores from cached weights.
+#pragma once
+
+#include "../../op/accumulate.hpp"
+#include "kernels/fused_rows.hpp"
+#include "window_score.hpp"
+
+namespace kvkeep::cpu {
+inline namespace KVKEEP_CPU_ISA {
+
+/// Unnormalised weights of some query heads: term = factor * sum over rows of e[row] *
+/// inverse[row].
+struct weight_rows {
+  float const* e = nullptr;  ///< [n_rows] rows of n slots
+  offset_t stride = 0;
+  float const* inverse = nullptr;  ///< [n_rows]
+  index_t n_rows = 0;
+  float factor = 1;
+};
+
+/// out[j] = (add ? out[j] : 0) + term[j].
+inline void fold_weights(weight_rows const& w, index_t n, bool add, float* out) noexcept {
+  vf const factor = splat(w.factor);
+  for (index_t j = 0; j < n; j += lanes) {
+    index_t const width = n - j;
+    vf sum = load_some(w.e + j, width) * splat(w.inverse[0]);
+    for (index_t g = 1; g < w.n_rows; ++g)
+      sum = fma(load_some(w.e + g * w.stride + j, width), splat(w.inverse[g]), sum);
+    vf const term = sum * factor;
+    store_some(out + j, add ? load_some(out + j, width) + term : term, width);
+  }
+}
+
+inline void accumulate_head(op::accumulate<host_space> const& o, float* inverse, index_t b,
+                            index_t h) noexcept {
+  index_t const id = o.batch.id_of(b), n = o.slots.lengths(id, h), group = o.weights.extent[2];
+  index_t const ring = o.ring_row != nullptr ? o.ring_row[b] : 0;
+  index_t const fresh = o.fresh_slot.data != nullptr ? o.fresh_slot(id, h) : -1;
+  for (index_t g = 0; g < group; ++g) {
+    float const sum = o.weight_sum(id, h, g, ring);
+    inverse[g] = sum > 0 ? 1.0F / sum : 0.0F;
+  }
+  index_t const rows = o.per_query_head ? group : 1;
+  for (index_t r = 0; r < rows; ++r) {
+    float* const out = o.out.at(o.out_by_id ? id : b, h, r, 0);
+    if (fresh >= 0 && fresh < n) out[fresh] = 0;
+    weight_rows const w{o.weights.at(id, h, r, 0) + ring * o.ring_stride, o.weights.stride[2],
+                        inverse + r, o.per_query_head ? 1 : group, o.scale};
+    fold_weights(w, n, !o.clear, out);
+  }
+}
+
+/// Folds one token's weights into the slots' sums. Cost: 4 bytes per weight, 8 per output.
+inline status enqueue(context& c, op::accumulate<host_space> const& o, workspace& ws) noexcept {
+  if (!slots_contiguous(o.weights) || !slots_contiguous(o.out)) return status::bad_argument;
+  workspace::frame const frame(ws);
+  index_t const heads = o.slots.lengths.extent[1];
+  auto const inverse =
+      take_each<float>(ws, c.workers(o.batch.n * heads), size_of(o.weights.extent[2]));
+  if (!placed(ws)) return not_placed(ws);
+  for_heads(c, o.batch.n, heads,
+            [&](index_t b, index_t h, int worker) { accumulate_head(o, inverse(worker), b, h); });
+  return status::ok;
+}
+
+/// Scratch of one worker for ring scores.
+struct ring_scratch {
+  query_block_scratch direct;    ///< for heads that the cached weights cannot serve
+  worker_scratch<index_t> rows;  ///< [n_rows] ring rows of the present rows
+  worker_scratch<index_t> old;   ///< [max_slots] lane masks, and scratch of the guard
+  worker_scratch<float> sums;    ///< [2][group * n_rows]
+};
+
+/// Whether every row has mass on the old slots. Otherwise dividing by it would be meaningless: the
+/// row was dominated by tokens that are protected now, and its cached weights have underflowed.
+inline bool usable_sums(float const* z, index_t n) noexcept {
+  for (index_t i = 0; i < n; ++i)
+    if (!(z[i] >= 1e-30F && z[i] <= FLT_MAX)) return false;
+  return true;
+}
+
+/// Sums of all rows over the old slots. While one row is added up the next one is fetched: rows are
+/// about a page long, where the processor's own prefetching ends. @param z [group][n_rows]
+inline void ring_sums(cached_rows const& c, std::int32_t const* old, float* z) noexcept {
+  index_t const total = c.n_heads * c.n_rows;
+  for (index_t i = 0; i < total; ++i) {
+    if (i + 1 < total)
+      prefetch_row(c.row((i + 1) / c.n_rows, (i + 1) % c.n_rows),
+                   std::min<index_t>(c.n_slots, 2048));
+    cached_rows one = c;
+    one.e += i / c.n_rows * c.stride_head;
+    one.ring += i % c.n_rows;
+    one.n_heads = one.n_rows = 1;
+    cached_row_sums(one, old, z + i);
+  }
+}
+
+inline void ring_score_head(op::ring_score<host_space> const& o, ring_scratch const& scratch,
+                            index_t b, index_t h, int worker) noexcept {
+  kv_ref<host_space> const& kv = o.layer.kv;
+  index_t const id = o.batch.id_of(b), group = kv.shape.group(), n_rows = o.positions.extent[1];
+  index_t* const ring = scratch.rows(worker);
+  index_t* const old = scratch.old(worker);
+  index_t count = 0;
+  for (index_t r = 0; r < n_rows; ++r)
+    if (o.positions(b, r) >= 0) ring[count++] = o.positions(b, r) % o.ring;
+
+  fused_job job{{{&kv.k, o.batch.row_of(b), h},
+                 o.layer.slots.positions.at(id, h, 0),
+                 o.layer.slots.lengths(id, h)}};
+  head_slots const& s = job.s;
+  job.old = find_open(s.positions, s.n, 0, o.recent, 0, old);
+  job.fuse = o.fuse;
+  job.out = o.out.at(b, h, 0);
+  write_open(job.old, s.positions, s.n, old);
+  cached_rows const cached{
+      o.weights.at(id, h, 0, 0), o.weights.stride[2], o.ring_stride, ring, group, count, s.n};
+  float* const z = scratch.sums(worker);
+  float* const inverse = z + static_cast<offset_t>(group) * n_rows;
+  if (count > 0) ring_sums(cached, old, z);
+  if (count > 0 && usable_sums(z, group * count)) {
+    invert_sums(z, group * count, inverse);
+    fuse_cached_rows(cached, inverse, old, o.fuse == reduction::sum ? row_fold::sum : row_fold::max,
+                     job.out);
+    return;
+  }
+  query_block block(scratch.direct, worker);
+  block.form = form_of(kv);
+  fused_direct(block, scratch.direct.capacity, job, count,
+               [&](index_t i, index_t g) { return o.q.at(id, h * group + g, ring[i], 0); });
+}
+
+/// MorphKV's scores from cached weights. Cost as the op says.
+inline status enqueue(context& c, op::ring_score<host_space> const& o, workspace& ws) noexcept {
+  kv_ref<host_space> const& kv = o.layer.kv;
+  if (!readable(kv.k)) return status::unsupported;
+  if (!slots_contiguous(o.weights) || !slots_contiguous(o.q) || !slots_contiguous(o.out) ||
+      !slots_contiguous(o.layer.slots.positions) || o.ring < 1 || o.fuse == reduction::mean)
+    return status::bad_argument;
+  workspace::frame const frame(ws);
+  index_t const n_rows = o.positions.extent[1];
+  int const workers = c.workers(o.batch.n * kv.shape.n_kv_heads);
+  ring_scratch scratch;
+  scratch.direct = query_block_scratch::take(ws, workers, kv.shape, kv.k, n_rows);
+  scratch.rows = take_each<index_t>(ws, workers, size_of(n_rows));
+  scratch.old = take_each<index_t>(ws, workers, size_of(kv.shape.max_slots));
+  scratch.sums = take_each<float>(ws, workers, 2 * size_of(n_rows) * size_of(kv.shape.group()));
+  if (!placed(ws)) return not_placed(ws);
+  for_heads(c, o.batch.n, kv.shape.n_kv_heads,
+            [&](index_t b, index_t h, int worker) { ring_score_head(o, scratch, b, h, worker); });
+  return status::ok;
+}
+
+}  // namespace KVKEEP_CPU_ISA
+}  // namespace kvkeep::cpu

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Scores from rows over slots: MorphKV's cached rows E = e^(z - m) and the group mean of attention
+/// rows.
+#pragma once
+
+#include "panel_softmax.hpp"
+#include "select.hpp"
+
+namespace kvkeep::cpu {
+inline namespace KVKEEP_CPU_ISA {
+
+inline constexpr index_t slot_block = 64;  ///< slots of one partial sum
+
+/// Cached exponentials of one KV head.
+struct cached_rows {
+  float const* e = nullptr;       ///< [n_heads][ring row][n_slots], host
+  offset_t stride_head = 0;       ///< floats between query heads
+  offset_t stride_row = 0;        ///< floats between ring rows
+  index_t const* ring = nullptr;  ///< [n_rows], host: ring row of row r, oldest first
+  index_t n_heads = 0;            ///< query heads of the group
+  index_t n_rows = 0;
+  index_t n_slots = 0;
+
+  float const* row(index_t head, index_t r) const noexcept {
+    return e + head * stride_head + ring[r] * stride_row;
+  }
+};
+
+/// Sum of up to 64 slots in a fixed order: eight lanes, then the lanes' tree.
+/// @param e, old [n] slots, host; old[j] is -1 for a slot that counts and 0 for another (whose e
+///        may be anything)
+inline vf slot_block_lanes(float const* e, std::int32_t const* old, index_t n) noexcept {
+  vf sum = splat(0.0f);
+  if (n == slot_block) {
+    KVKEEP_CPU_UNROLL
+    for (int j = 0; j < slot_block; j += lanes)
+      sum = sum + float_of_bits(bits_of(load(e + j)) & load(old + j));
+    return sum;
+  }
+  for (index_t j = 0; j < n; j += lanes)
+    sum = sum + float_of_bits(bits_of(load_some(e + j, n - j)) & load_some(old + j, n - j));
+  return sum;
+}
+inline float slot_block_sum(float const* e, std::int32_t const* old, index_t n) noexcept {
+  return sum_lanes(slot_block_lanes(e, old, n));
+}
+
+/// Partial sums of one row, one per 64 slots. When few slots changed, renewing their blocks with
+/// slot_block_sum gives the same bits as summing the whole row again.
+/// @param sums [ceil(n / 64)], host
+/// Cost: 8 bytes read per slot.
+inline void slot_block_sums(float const* e, std::int32_t const* old, index_t n,
+                            float* sums) noexcept {
+  index_t j = 0;
+  for (; j + 8 * slot_block <= n; j += 8 * slot_block, sums += 8) {
+    vf part[8];
+    for (index_t b = 0; b < 8; ++b)
+      part[b] = slot_block_lanes(e + j + b * slot_block, old + j + b * slot_block, slot_block);
+    store(sums, sum_each(part));
+  }
+  for (; j < n; j += slot_block)
+    *sums++ = slot_block_sum(e + j, old + j, n - j < slot_block ? n - j : slot_block);
+}
+
+/// Sum of partial sums in ascending order, in double.
+inline float sum_blocks(float const* sums, index_t n_blocks) noexcept {
+  double total = 0;
+  for (index_t b = 0; b < n_blocks; ++b) total += static_cast<double>(sums[b]);
+  return static_cast<float>(total);
+}
+
+/// Z[g][r] = sum of E over the slots that count, for every row of the group.
+/// @param old [n_slots], host: -1 or 0 per slot, see slot_block_sum
+/// @param z [n_heads][n_rows], host
+/// Cost: 4 bytes read per row and slot.
+inline void cached_row_sums(cached_rows const& c, std::int32_t const* old, float* z) noexcept {
+  constexpr index_t chunk = 16;
+  for (index_t g = 0; g < c.n_heads; ++g)
+    for (index_t r = 0; r < c.n_rows; ++r) {
+      float const* const e = c.row(g, r);
+      float sums[chunk];
+      double total = 0;
+      for (index_t j = 0; j < c.n_slots; j += chunk * slot_block) {
+        index_t const n = c.n_slots - j < chunk * slot_block ? c.n_slots - j : chunk * slot_block;
+        slot_block_sums(e + j, old + j, n, sums);
+        for (index_t b = 0; b * slot_block < n; ++b) total += static_cast<double>(sums[b]);
+      }
+      *z++ = static_cast<float>(total);
+    }
+}
+
+/// 1 / z, and 0 where z is 0 (a row without mass on the slots that count has no say).
+inline void invert_sums(float const* z, index_t n, float* inverse) noexcept {
+  for (index_t i = 0; i < n; ++i) inverse[i] = z[i] > 0 ? 1.0f / z[i] : 0.0f;
+}
+
+/// Row r joins N vectors of `f` from slot j on (`width` slots where N is 1). `Heads` > 0: a known
+/// number.
+template <row_fold Fold, int N, int Heads>
+inline void fuse_row(cached_rows const& c, float const* inverse, index_t r, index_t j,
+                     index_t width, float* f) noexcept {
+  float const* e = c.row(0, r) + j;
+  vf top[N];
+  KVKEEP_CPU_UNROLL
+  for (int i = 0; i < N; ++i) top[i] = splat(0.0f);
+  index_t const heads = Heads > 0 ? Heads : c.n_heads;
+  KVKEEP_CPU_UNROLL
+  for (index_t g = 0; g < heads; ++g, e += c.stride_head) {
+    vf const scale = splat(inverse[g * c.n_rows + r]);
+    KVKEEP_CPU_UNROLL
+    for (int i = 0; i < N; ++i)
+      top[i] = max(top[i], scale * (N == 1 ? load_some(e, width) : load(e + i * lanes)));
+  }
+  KVKEEP_CPU_UNROLL
+  for (int i = 0; i < N; ++i) {
+    index_t const count = N == 1 ? width : lanes;
+    vf const before = load_some(f + j + i * lanes, count);
+    store_some(f + j + i * lanes, Fold == row_fold::sum ? before + top[i] : max(before, top[i]),
+               count);
+  }
+}
+
+/// Blocks of slots outside, so that f stays in the first-level cache and rows are read in long
+/// runs.
+template <row_fold Fold, int Heads>
+inline void fuse_all_slots(cached_rows const& c, float const* inverse, std::int32_t const* old,
+                           float* f) noexcept {
+  constexpr index_t block = 512, wide = 4;
+  vf const never = float_of_bits(splat(std::int32_t{0x7f800000}));
+  for (index_t begin = 0; begin < c.n_slots; begin += block) {
+    index_t const end = c.n_slots - begin < block ? c.n_slots : begin + block;
+    for (index_t j = begin; j < end; ++j) f[j] = 0;
+    for (index_t r = 0; r < c.n_rows; ++r) {
+      index_t j = begin;
+      for (; j + wide * lanes <= end; j += wide * lanes)
+        fuse_row<Fold, wide, Heads>(c, inverse, r, j, lanes, f);
+      for (; j < end; j += lanes)
+        fuse_row<Fold, 1, Heads>(c, inverse, r, j, end - j < lanes ? end - j : lanes, f);
+    }
+    for (index_t j = begin; j < end; j += lanes)
+      store_some(f + j, select(load_some(old + j, end - j), load_some(f + j, end - j), never),
+                 end - j);
+  }
+}
+
+/// f[j] = fold over rows (in the given order) of the group's maximum of E[g][r][j] * inverse[g][r].
+/// Slots that do not count get +infinity, so that the smallest f is the one to evict.
+/// @param inverse [n_heads][n_rows], host, see invert_sums
+/// @param old [n_slots], host: -1 or 0 per slot
+/// @param f [n_slots], host
+/// Cost: 4 bytes read per row and slot.
+inline void fuse_cached_rows(cached_rows const& c, float const* inverse, std::int32_t const* old,
+                             row_fold fold, float* f) noexcept {
+  if (fold == row_fold::sum)
+    c.n_heads == 4 ? fuse_all_slots<row_fold::sum, 4>(c, inverse, old, f)
+                   : fuse_all_slots<row_fold::sum, 0>(c, inverse, old, f);
+  else
+    c.n_heads == 4 ? fuse_all_slots<row_fold::max, 4>(c, inverse, old, f)
+                   : fuse_all_slots<row_fold::max, 0>(c, inverse, old, f);
+}
+
+/// Byte mask (0 or not) to lane mask (0 or -1). @param out [n], host
+inline void widen_mask(std::uint8_t const* mask, index_t n, std::int32_t* out) noexcept {
+  for (index_t j = 0; j < n; ++j) out[j] = mask[j] != 0 ? -1 : 0;
+}
+
+/// Unnormalised attention rows of the group.
+struct group_rows {
+  float const* e = nullptr;        ///< [n_heads][n], host
+  offset_t stride = 0;             ///< floats between rows
+  float const* inverse = nullptr;  ///< [n_heads], host: 1 / sum of each row
+  index_t n_heads = 0;
+};
+
+/// Mean probability of the group for eight slots from `j` on, heads ascending.
+inline vf group_mean_at(group_rows const& a, index_t j, index_t width) noexcept {
+  vf sum = load_some(a.e + j, width) * splat(a.inverse[0]);
+  for (index_t g = 1; g < a.n_heads; ++g)
+    sum = fma(load_some(a.e + g * a.stride + j, width), splat(a.inverse[g]), sum);
+  return sum * splat(1.0f / static_cast<float>(a.n_heads));
+}
+
+/// p[j] = (1 / G) * sum over heads of e[g][j] * inverse[g]. @param p [n], host
+/// Cost: 4 * n_heads bytes read per slot.
+inline void group_mean(group_rows const& a, index_t n, float* p) noexcept {
+  for (index_t j = 0; j < n; j += lanes) store_some(p + j, group_mean_at(a, j, n - j), n - j);
+}
+
+/// H2O's step: adds the group's mean probability to every slot's sum.
+/// @param sums [n], host
+inline void accumulate_group_mean(group_rows const& a, index_t n, float* sums) noexcept {
+  for (index_t j = 0; j < n; j += lanes)
+    store_some(sums + j, load_some(sums + j, n - j) + group_mean_at(a, j, n - j), n - j);
+}
+
+}  // namespace KVKEEP_CPU_ISA
+}  // namespace kvkeep::cpu

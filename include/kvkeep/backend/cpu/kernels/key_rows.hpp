@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Statistics of key or value rows: norms (KNorm), sums of unit rows (KeyDiff), ranges and
+/// normalised deviations (LagKV). The dot of all rows with one vector is qk_rows with one query
+/// row.
+#pragma once
+
+#include "decode.hpp"
+
+namespace kvkeep::cpu {
+inline namespace KVKEEP_CPU_ISA {
+
+/// Euclidean norm of every row.
+/// @param out [k.n] floats, host
+/// Cost: n * dim elements read, 2 * n * dim flops; fp32 sums in a fixed order.
+template <class T>
+inline void row_norms(row_list<T> const& k, index_t dim, float* out) noexcept {
+  for (index_t j = 0; j < k.n; j += lanes) {
+    index_t const count = k.n - j < lanes ? k.n - j : lanes;
+    vf acc[8];
+    for (index_t i = 0; i < lanes; ++i) {
+      acc[i] = splat(0.0f);
+      if (i >= count) continue;
+      if (j + i + 16 < k.n) prefetch_row(k.rows[j + i + 16], dim);
+      // Two sums per row, because one would wait for each multiply-add.
+      vf odd = splat(0.0f);
+      index_t d = 0;
+      for (; d + 2 * lanes <= dim; d += 2 * lanes) {
+        vf const x = load(k.rows[j + i] + d), y = load(k.rows[j + i] + d + lanes);
+        acc[i] = fma(x, x, acc[i]);
+        odd = fma(y, y, odd);
+      }
+      for (; d < dim; d += lanes) {
+        vf const x = load_some(k.rows[j + i] + d, dim - d);
+        acc[i] = fma(x, x, acc[i]);
+      }
+      acc[i] = acc[i] + odd;
+    }
+    store_some(out + j, sqrt(sum_each(acc)), count);
+  }
+}
+
+/// 1 / max(norm, 1e-12). @param inverse [n] floats, host; may be `norms`
+inline void invert_norms(float const* norms, index_t n, float* inverse) noexcept {
+  for (index_t j = 0; j < n; ++j) inverse[j] = 1.0f / (norms[j] > 1e-12f ? norms[j] : 1e-12f);
+}
+
+/// Sum of the rows divided by their norms.
+/// @param inverse_norms [k.n], host, see invert_norms
+/// @param out [dim] floats, host
+template <class T>
+inline void unit_row_sum(row_list<T> const& k, index_t dim, float const* inverse_norms,
+                         float* out) noexcept {
+  value_weights const w{.e = inverse_norms, .stride = 0, .scale = nullptr, .n_rows = 1};
+  av_rows(w, k, dim, out, dim);
+}
+
+/// Smallest and largest value of every feature over the rows; FLT_MAX and -FLT_MAX without rows.
+/// @param low, high [dim] floats, host
+/// Cost: n * dim elements read.
+template <class T>
+inline void channel_range(row_list<T> const& k, index_t dim, float* low, float* high) noexcept {
+  for (index_t d = 0; d < dim; d += lanes) {
+    index_t const width = dim - d;
+    vf lo = splat(FLT_MAX), hi = splat(-FLT_MAX);
+    for (index_t j = 0; j < k.n; ++j) {
+      vf const x = load_some(k.rows[j] + d, width);
+      lo = min(x, lo);
+      hi = max(x, hi);
+    }
+    store_some(low + d, lo, width);
+    store_some(high + d, hi, width);
+  }
+}
+
+/// Standard deviation over the features (unbiased, dim >= 2) of (x - low) / (high - low) for every
+/// row; features with high = low count as 0.
+/// @param low, inverse_range [dim] floats, host; inverse_range is 0 where high = low
+/// @param out [k.n] floats, host
+/// Cost: n * dim elements read, 7 * n * dim flops.
+template <class T>
+inline void normalised_deviation(row_list<T> const& k, index_t dim, float const* low,
+                                 float const* inverse_range, float* out) noexcept {
+  for (index_t j = 0; j < k.n; ++j) {
+    auto const normalised = [&](index_t d) {
+      index_t const width = dim - d;
+      return (load_some(k.rows[j] + d, width) - load_some(low + d, width)) *
+             load_some(inverse_range + d, width);
+    };
+    vf sum = splat(0.0f);
+    for (index_t d = 0; d < dim; d += lanes) sum = sum + normalised(d);
+    vf const mean = splat(sum_lanes(sum) / static_cast<float>(dim));
+    vf squares = splat(0.0f);
+    for (index_t d = 0; d < dim; d += lanes) {
+      index_t const width = dim - d;
+      vf const x = normalised(d) - mean;
+      vf const next = fma(x, x, squares);
+      squares = width >= lanes ? next : select(lane_mask((1u << width) - 1u), next, squares);
+    }
+    vf const variance = splat(sum_lanes(squares) / static_cast<float>(dim - 1));
+    out[j] = first_lane(sqrt(variance));
+  }
+}
+
+/// 1 / (high - low), and 0 where they are equal. @param out [dim] floats, host; may be `high`
+inline void invert_range(float const* low, float const* high, index_t dim, float* out) noexcept {
+  for (index_t d = 0; d < dim; ++d) out[d] = high[d] > low[d] ? 1.0f / (high[d] - low[d]) : 0.0f;
+}
+
+}  // namespace KVKEEP_CPU_ISA
+}  // namespace kvkeep::cpu

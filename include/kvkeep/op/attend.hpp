@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Decode attention that also hands over its evidence.
+#pragma once
+
+#include "backend.hpp"
+#include "common.hpp"
+
+namespace kvkeep::op {
+
+/// One query per entry and query head attends to all slots in use.
+///
+/// out = sum_j p_j v_j with p = softmax(z) over the slots (and the sink logit, if the view has one).
+/// Bytes: reads (dim_k * e_k + dim_v * e_v) per slot and KV head once, shared by the group; writes
+/// 4 bytes per slot and query head when weights are asked for. Operations: 2 (dim_k + dim_v) per slot
+/// and query head, one exponential. Sums run in a fixed order per output element.
+/// Preconditions: query rows are fp32; a head without slots yields zeros and lse = -infinity.
+template <class Space = host_space>
+struct attend {
+  using space = Space;
+  batch_ref<Space> batch{};
+  layer_ref<Space> layer{};
+  tensor_ref<float const, 3, Space> q{};         ///< [entry, q_head, dim_k]
+  tensor_ref<float, 3, Space> out{};             ///< [entry, q_head, dim_v], or null: weights only
+  tensor_ref<float, 2, Space> lse{};             ///< [entry, q_head] natural log-sum-exp, or null
+  /// exp(z - max) per slot, `[id, kv_head, g, slot]`, row `weight_row[entry]` of a ring (stride
+  /// `ring_stride` elements), or null.
+  tensor_ref<float, 4, Space> weights{};
+  tensor_ref<float, 4, Space> weight_sum{};      ///< [id, kv_head, g, ring row] sum of the weights
+  index_t const* weight_row = nullptr;         ///< [entry] ring row; null: row 0
+  offset_t ring_stride = 0;
+  /// Optional visibility, `[entry, q_head, slot]`: 0 hides the slot from that query head's output (the
+  /// weights are unaffected).
+  tensor_ref<std::uint8_t const, 3, Space> visible{};
+};
+
+}  // namespace kvkeep::op

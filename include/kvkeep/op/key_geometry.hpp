@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Scores from the geometry of keys and values: KeyDiff and LagKV.
+#pragma once
+
+#include "backend.hpp"
+#include "common.hpp"
+
+namespace kvkeep::op {
+
+/// KeyDiff (spec 3.7): minus the cosine of each key with the mean unit key of the slots in use. The mean
+/// runs over the slots in position order in double, so that layouts and slot order do not matter.
+/// Bytes: K twice. Operations: 5 * dim_k per slot.
+template <class Space = host_space>
+struct key_diff {
+  using space = Space;
+  batch_ref<Space> batch{};
+  layer_ref<Space> layer{};
+  score_map<Space> out{};  ///< [entry, kv_head, slot]
+};
+
+/// LagKV (spec 3.8): partitions of `lag` tokens after the sinks (position order of the slots in use) are
+/// normalised by the next partition's per-channel range; sinks, the last full partition and the tail
+/// score 1. Without `cross_scoring` a score is its rank inside the partition over `lag`.
+/// Bytes: K and V twice.
+template <class Space = host_space>
+struct lag_score {
+  using space = Space;
+  batch_ref<Space> batch{};
+  layer_ref<Space> layer{};
+  index_t sinks = 4;
+  index_t lag = 128;
+  bool cross_scoring = false;
+  score_map<Space> out{};  ///< [entry, kv_head, slot]
+};
+
+}  // namespace kvkeep::op

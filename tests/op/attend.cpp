@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// Decode attention against plain loops in double, in every layout and element type.
+#include <kvkeep/backend/cpu/attend.hpp>
+
+#include "../support/run_op.hpp"
+
+namespace {
+
+using namespace kvkeep;
+using test::generator;
+using test::near;
+using test::padded;
+using test::uz;
+
+/// Arguments and results of one call.
+struct attend_run {
+  padded<float, 3> q, out;
+  padded<float, 2> lse;
+  padded<float, 4> weights;  // [id, kv_head, ring * group, slot]: a ring of weight rows
+  padded<float, 4> weight_sum;
+  padded<std::uint8_t, 3> visible;
+  std::vector<index_t> ring_row;
+  index_t ring;
+  op::attend<> op;
+
+  attend_run(test::test_layer const& l, generator& g, index_t n_ring, float q_scale = 1)
+      : q({l.n(), l.shape().n_q_heads, l.shape().dim_k}, 0, 0),
+        out({l.n(), l.shape().n_q_heads, l.shape().dim_v}, -7),
+        lse({l.n(), l.shape().n_q_heads}, -7),
+        weights({l.n_ids, l.shape().n_kv_heads, n_ring * l.shape().group(), l.shape().max_slots},
+                -7),
+        weight_sum({l.n_ids, l.shape().n_kv_heads, l.shape().group(), n_ring}, -7),
+        visible({l.n(), l.shape().n_q_heads, l.shape().max_slots}),
+        ring(n_ring) {
+    q.each([&](float& x) { x = q_scale * g.normal(); });
+    visible.each([&](std::uint8_t& x) { x = g.chance(0.6F) ? 1 : 0; });
+    for (index_t b = 0; b < l.n(); ++b) ring_row.push_back(g.integer(0, n_ring - 1));
+    op.batch = l.batch();
+    op.layer = l.ref();
+    op.q = q.cref();
+    op.out = out.ref();
+    op.lse = lse.ref();
+    op.weights = weights.ref();
+    op.weights.extent[2] = l.shape().group();
+    op.ring_stride = l.shape().group() * op.weights.stride[2];
+    op.weight_sum = weight_sum.ref();
+    op.weight_row = ring_row.data();
+  }
+  void run() { test::run_op(op, out, lse, weights, weight_sum); }
+};
+
+/// Compares with the oracle. `mask` says whether the op had one.
+void check(test::test_layer const& l, attend_run const& a, bool mask, double tolerance = 1e-5) {
+  kv_ref<> const& kv = a.op.layer.kv;
+  auto const rule = test::rule_of(kv);
+  index_t const group = l.shape().group();
+  bool out_right = true, lse_right = true, weights_right = true, others_kept = true;
+  for (index_t b = 0; b < l.n(); ++b) {
+    oracle::array const k = l.keys(b), v = l.values(b);
+    oracle::array q({l.shape().n_q_heads, 1, l.shape().dim_k});
+    for (index_t h = 0; h < l.shape().n_q_heads; ++h)
+      for (index_t d = 0; d < l.shape().dim_k; ++d)
+        q.at(h, 0, d) = static_cast<double>(a.q(b, h, d));
+    for (index_t h = 0; h < l.shape().n_q_heads; ++h) {
+      index_t const c = h / group, n = l.length(b, c), g = h % group;
+      std::vector<index_t> seen;
+      for (index_t t = 0; t < n; ++t)
+        if (!mask || a.visible(b, h, t)) seen.push_back(t);
+      double lse = 0;
+      auto const p = oracle::row_probs(q, h, 0, k, seen, rule, true, &lse);
+      if (seen.empty()) lse = -oracle::infinity;
+      for (index_t d = 0; d < l.shape().dim_v; ++d) {
+        double sum = 0;
+        for (std::size_t j = 0; j < seen.size(); ++j) sum += p[j] * v.at(c, seen[j], d);
+        out_right =
+            out_right && near(static_cast<double>(a.out(b, h, d)), sum, tolerance, tolerance);
+      }
+      lse_right = lse_right && near(static_cast<double>(a.lse(b, h)), lse, tolerance, tolerance);
+      auto const all = oracle::row_probs(q, h, 0, k, oracle::iota_positions(n), rule);
+      index_t const id = l.id[uz(b)], row = a.ring_row[uz(b)];
+      double const total = static_cast<double>(a.weight_sum(id, c, g, row));
+      for (index_t t = 0; t < n; ++t) {
+        double const w = static_cast<double>(a.weights(id, c, row * group + g, t));
+        weights_right =
+            weights_right && near(w / total, all[uz(t)], tolerance, tolerance) && w <= 1;
+      }
+      for (index_t r = 0; r < a.ring; ++r) {
+        if (r == row) continue;
+        others_kept = others_kept && a.weight_sum(id, c, g, r) == -7;
+        for (index_t t = 0; t < l.shape().max_slots; ++t)
+          others_kept = others_kept && a.weights(id, c, r * group + g, t) == -7;
+      }
+    }
+  }
+  CHECK(out_right);
+  CHECK(lse_right);
+  CHECK(weights_right);
+  CHECK(others_kept);
+}
+
+}  // namespace
+
+TEST_CASE(
+    "attention, log-sum-exp and weights equal the oracle, with and without cap, sink and mask") {
+  test::for_seeds(16, [](generator& g) {
+    test::layer_options o;
+    o.cache.shape = test::random_shape(g, 70, 9);
+    o.n_batch = g.integer(1, o.cache.shape.n_seq);
+    o.cache.seed = g.next();
+    o.cache.layout = g.one_of(test::all_layouts());
+    o.cache.type = g.one_of(test::all_dtypes());
+    INFO(o.cache.layout << " " << o.cache.type);
+    test::test_layer const l(o);
+    attend_run a(l, g, g.integer(1, 3));
+    std::vector<float> const sinks = g.normals(uz(l.shape().n_q_heads), 2);
+    bool const mask = g.chance(0.4F);
+    if (g.chance(0.5F)) a.op.layer.kv.softcap = g.uniform(0.5F, 5);
+    if (g.chance(0.3F)) a.op.layer.kv.sink_logits = sinks.data();
+    if (g.chance(0.3F)) a.op.layer.kv.scale = g.uniform(0.1F, 1);
+    if (mask) a.op.visible = a.visible.cref();
+    a.run();
+    check(l, a, mask);
+    CHECK(l.cache.canaries_intact());
+  });
+}
+
+TEST_CASE("every layout gives the bits of every other, for each element type") {
+  for (dtype const type : test::all_dtypes()) {
+    std::vector<float> out, lse, weights;
+    for (test::layout_id const layout : test::all_layouts()) {
+      INFO(layout << " " << type);
+      test::layer_options o;
+      o.cache = {layout, type, {2, 6, 2, 20, 12, 75}, 8, 5, {}};
+      test::test_layer const l(o);
+      generator g(9);
+      attend_run a(l, g, 1);
+      a.run();
+      check(l, a, false);
+      CHECK(l.cache.canaries_intact());
+      if (out.empty()) out = a.out.data(), lse = a.lse.data(), weights = a.weights.data();
+      CHECK(test::same_bits(out, a.out.data()));
+      CHECK(test::same_bits(lse, a.lse.data()));
+      CHECK(test::same_bits(weights, a.weights.data()));
+    }
+  }
+}
+
+TEST_CASE("heads without slots yield zeros and minus infinity") {
+  for (dtype const type : test::all_dtypes())
+    for (test::layout_id const layout : {test::layout_id::hnd, test::layout_id::tiled}) {
+      test::layer_options o;
+      o.cache = {layout, type, {2, 4, 2, 8, 9, 6}, 4, 3, {}};
+      test::test_layer l(o);
+      for (index_t b = 0; b < l.n(); ++b) l.lengths(l.id[uz(b)], b % 2) = 0;
+      generator g(1);
+      attend_run a(l, g, 2);
+      a.run();
+      check(l, a, false);
+      CHECK(a.lse(0, 0) == -std::numeric_limits<float>::infinity());
+      CHECK(a.out(0, 1, 8) == 0);
+    }
+}
+
+TEST_CASE("a query that sees nothing yields zeros") {
+  test::layer_options o;
+  o.cache.shape = {1, 2, 1, 4, 5, 9};
+  o.min_length = 9;
+  test::test_layer const l(o);
+  generator g(2);
+  attend_run a(l, g, 1);
+  a.visible.each([](std::uint8_t& x) { x = 0; });
+  a.visible(0, 1, 3) = 1;
+  a.op.visible = a.visible.cref();
+  a.run();
+  check(l, a, true);
+  for (index_t d = 0; d < 5; ++d) CHECK(a.out(0, 1, d) == l.cache.get_v(0, 0, 3)[uz(d)]);
+}
+
+TEST_CASE("outputs may be left out one by one") {
+  test::layer_options o;
+  o.cache.shape = {2, 6, 3, 16, 8, 33};
+  o.cache.type = dtype::bf16;
+  test::test_layer const l(o);
+  generator g(4);
+  attend_run whole(l, g, 1);
+  whole.run();
+  for (int left_out = 0; left_out < 4; ++left_out) {
+    INFO("left out " << left_out);
+    generator again(4);
+    attend_run a(l, again, 1);
+    if (left_out == 0) a.op.out = {};
+    if (left_out == 1) a.op.lse = {};
+    if (left_out == 2) a.op.weights = {}, a.op.weight_sum = {};
+    if (left_out == 3) a.op.weight_row = nullptr;  // row 0, which is the only one
+    a.run();
+    if (left_out != 0) CHECK(test::same_bits(a.out.data(), whole.out.data()));
+    if (left_out != 1) CHECK(test::same_bits(a.lse.data(), whole.lse.data()));
+    if (left_out != 2) {
+      CHECK(test::same_bits(a.weights.data(), whole.weights.data()));
+      CHECK(test::same_bits(a.weight_sum.data(), whole.weight_sum.data()));
+    }
+  }
+}
+
+TEST_CASE("NaN and infinite keys, and huge logits, do not poison the other slots") {
+  float const nan = std::numeric_limits<float>::quiet_NaN();
+  float const inf = std::numeric_limits<float>::infinity();
+  for (dtype const type : {dtype::f32, dtype::f16, dtype::bf16})
+    for (float const softcap : {0.0F, 4.0F})
+      for (float const bad : {nan, inf, -inf}) {
+        INFO(type << " softcap " << softcap << " key " << bad);
+        test::layer_options o;
+        o.cache = {test::layout_id::paged, type, {1, 4, 2, 8, 8, 21}, 4, 3, {}};
+        o.min_length = 21;
+        test::test_layer l(o);
+        auto key = l.cache.get_k(0, 0, 11);
+        key[5] = bad;
+        l.cache.set_k(0, 0, 11, key);
+        generator g(6);
+        attend_run a(l, g, 1);
+        a.op.layer.kv.softcap = softcap;
+        a.run();
+        check(l, a, false);
+        bool finite = true;
+        a.out.each([&](float x) { finite = finite && std::isfinite(x); });
+        CHECK(finite);
+      }
+}
+
+TEST_CASE("a NaN query sees all slots alike") {
+  test::layer_options o;
+  o.cache.shape = {1, 2, 1, 8, 4, 17};
+  o.min_length = 17;
+  test::test_layer const l(o);
+  generator g(3);
+  attend_run a(l, g, 1);
+  a.q(0, 1, 7) = std::numeric_limits<float>::quiet_NaN();
+  a.run();
+  check(l, a, false);
+  CHECK(a.weights(l.id[0], 0, 1, 16) == 1);
+}
+
+TEST_CASE("logits far apart underflow to exact zeros and never overflow") {
+  test::layer_options o;
+  o.cache.shape = {2, 8, 2, 16, 8, 64};
+  test::test_layer const l(o, 30);
+  generator g(11);
+  attend_run a(l, g, 1, 100);
+  a.run();
+  check(l, a, false, 2e-3);
+  bool finite = true;
+  a.out.each([&](float x) { finite = finite && std::isfinite(x); });
+  CHECK(finite);
+}
+
+TEST_CASE("opaque rows without a reader are refused") {
+  test::layer_options o;
+  o.cache.shape = {1, 1, 1, 4, 4, 5};
+  o.cache.type = dtype::opaque;
+  test::test_layer const l(o);
+  generator g(1);
+  attend_run a(l, g, 1);
+  a.op.layer.kv.v.reader = {};
+  workspace ws;
+  CHECK(enqueue(test::one_thread(), a.op, ws) == status::unsupported);
+  a.op.out = {};
+  CHECK(enqueue(test::one_thread(), a.op, ws) == status::ok);
+  a.op.layer.kv.k.reader = {};
+  CHECK(enqueue(test::one_thread(), a.op, ws) == status::unsupported);
+}

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// Attention mass per column against plain loops in double; chunks of rows give the same bits.
+#include <kvkeep/backend/cpu/window_score.hpp>
+
+#include "../support/run_op.hpp"
+#include "../support/test_rows.hpp"
+
+namespace {
+
+using namespace kvkeep;
+using test::generator;
+using test::near;
+using test::padded;
+using test::test_rows;
+using test::uz;
+
+struct sums_run {
+  padded<float, 4> out;
+  op::column_sums<> op;
+
+  sums_run(test::test_layer const& l, query_rows<> const& rows, bool by_id, bool per_query_head)
+      : out({by_id ? l.n_ids : l.n(), l.shape().n_kv_heads, per_query_head ? l.shape().group() : 1,
+             l.shape().max_slots},
+            0.5F) {
+    op.batch = l.batch();
+    op.layer = l.ref();
+    op.rows = rows;
+    op.out = out.ref();
+    op.out_by_id = by_id;
+    op.per_query_head = per_query_head;
+  }
+};
+
+void check(test::test_layer const& l, test_rows const& rows, sums_run const& s,
+           double tolerance = 1e-5) {
+  auto const rule = test::rule_of(s.op.layer.kv);
+  index_t const group = l.shape().group();
+  bool right = true;
+  for (index_t b = 0; b < l.n(); ++b) {
+    oracle::array const k = l.keys(b), q = test::queries_of(rows.q.ref(), rows.source(l, b));
+    for (index_t c = 0; c < l.shape().n_kv_heads; ++c) {
+      oracle::array sum({group, l.shape().max_slots}, s.op.clear ? 0 : 0.5);
+      for (index_t r = 0; r < rows.n_rows; ++r) {
+        index_t const p = rows.position_of(l, b, r);
+        if (p < 0) continue;
+        auto const seen = test_rows::visible(l, b, c, p);
+        for (index_t g = 0; g < group; ++g) {
+          auto const a = oracle::row_probs(q, c * group + g, r, k, seen, rule);
+          index_t const row = s.op.per_query_head ? g : 0;
+          for (std::size_t j = 0; j < seen.size(); ++j) sum.at(row, seen[j]) += a[j];
+        }
+      }
+      index_t const at = s.op.out_by_id ? l.id[uz(b)] : b;
+      for (index_t g = 0; g < (s.op.per_query_head ? group : 1); ++g)
+        for (index_t t = 0; t < l.length(b, c); ++t)
+          right = right &&
+                  near(static_cast<double>(s.out(at, c, g, t)), sum.at(g, t), tolerance, tolerance);
+    }
+  }
+  CHECK(right);
+}
+
+}  // namespace
+
+TEST_CASE("column sums equal the oracle, with and without log-sum-exp") {
+  test::for_seeds(24, [](generator& g) {
+    test::layer_options o;
+    o.cache.shape = test::random_shape(g, 60, 5);
+    o.n_batch = g.integer(1, o.cache.shape.n_seq);
+    o.cache.seed = g.next();
+    o.cache.layout = g.one_of(test::all_layouts());
+    o.cache.type = g.one_of(test::all_dtypes());
+    INFO(o.cache.layout << " " << o.cache.type);
+    test::test_layer const l(o);
+    test_rows rows(l, g, g.integer(1, 40), g.chance(0.5F), g.chance(0.3F) ? 1 : 0);
+    sums_run s(l, rows.ref(), g.chance(0.5F), g.chance(0.5F));
+    std::vector<float> const sinks = g.normals(uz(l.shape().n_q_heads), 2);
+    if (g.chance(0.3F)) s.op.layer.kv.softcap = g.uniform(0.5F, 5);
+    if (g.chance(0.3F)) s.op.layer.kv.sink_logits = sinks.data();
+    s.op.clear = g.chance(0.5F);
+    if (g.chance(0.5F)) s.op.rows = rows.with_lse(l, test::rule_of(s.op.layer.kv));
+    test::run_op(s.op, s.out);
+    check(l, rows, s);
+    CHECK(l.cache.canaries_intact());
+  });
+}
+
+TEST_CASE("any chunking of the rows gives the same bits") {
+  test::for_seeds(12, [](generator& g) {
+    test::layer_options o;
+    o.cache.shape = test::random_shape(g, 50, 4);
+    o.cache.seed = g.next();
+    o.cache.layout = g.one_of(test::all_layouts());
+    o.cache.type = g.one_of(test::all_dtypes());
+    test::test_layer const l(o);
+    index_t const n = g.integer(2, 300);
+    test_rows rows(l, g, n, false, 0.2F);
+    query_rows<> const all =
+        g.chance(0.5F) ? rows.ref() : rows.with_lse(l, test::rule_of(l.cache.ref()));
+    bool const per_query_head = g.chance(0.5F);
+    sums_run whole(l, all, true, per_query_head), parts(l, all, true, per_query_head);
+    REQUIRE(test::run_exact(test::one_thread(), whole.op) == status::ok);
+    for (index_t first = 0; first < n;) {
+      index_t const count = g.integer(1, n - first);
+      parts.op.rows = test_rows::part(all, first, count);
+      REQUIRE(test::run_exact(test::two_threads(), parts.op) == status::ok);
+      first += count;
+    }
+    CHECK(test::same_bits(whole.out.data(), parts.out.data()));
+  });
+}
+
+TEST_CASE("column sums have the same bits in every layout") {
+  for (dtype const type : test::all_dtypes()) {
+    std::vector<float> first;
+    for (test::layout_id const layout : test::all_layouts()) {
+      INFO(layout << " " << type);
+      test::layer_options o;
+      o.cache = {layout, type, {2, 6, 2, 20, 4, 45}, 8, 5, {}};
+      test::test_layer const l(o);
+      generator g(9);
+      test_rows const rows(l, g, 17, false);
+      sums_run s(l, rows.ref(), false, false);
+      test::run_op(s.op, s.out);
+      check(l, rows, s);
+      CHECK(l.cache.canaries_intact());
+      if (first.empty()) first = s.out.data();
+      CHECK(test::same_bits(first, s.out.data()));
+    }
+  }
+}
+
+TEST_CASE("more packed rows than one block holds") {
+  test::layer_options o;
+  o.cache.shape = {1, 12, 2, 8, 4, 40};
+  test::test_layer const l(o);
+  generator g(5);
+  test_rows const rows(l, g, 230, false);
+  for (bool const per_query_head : {false, true}) {
+    sums_run s(l, rows.ref(), false, per_query_head);
+    test::run_op(s.op, s.out);
+    check(l, rows, s, 1e-4);
+  }
+}
+
+TEST_CASE("one bad key or query row leaves the other sums finite and right") {
+  float const nan = std::numeric_limits<float>::quiet_NaN();
+  float const inf = std::numeric_limits<float>::infinity();
+  for (float const bad : {nan, inf, -inf}) {
+    INFO("value " << bad);
+    test::layer_options o;
+    o.cache.shape = {1, 4, 2, 8, 4, 30};
+    o.dense = true;
+    o.min_length = 30;
+    test::test_layer l(o);
+    auto key = l.cache.get_k(0, 1, 7);
+    key[2] = bad;
+    l.cache.set_k(0, 1, 7, key);
+    generator g(5);
+    test_rows rows(l, g, 9, false);
+    if (std::isnan(bad)) rows.q(0, 0, 4, 1) = bad;
+    sums_run s(l, rows.ref(), false, true);
+    test::run_op(s.op, s.out);
+    check(l, rows, s);
+  }
+}
+
+TEST_CASE("without rows, or with absent rows only, nothing is added") {
+  test::layer_options o;
+  o.cache.shape = {2, 4, 2, 8, 4, 12};
+  test::test_layer const l(o);
+  generator g(5);
+  test_rows rows(l, g, 4, true);
+  rows.position.each([](index_t& p) { p = -1; });
+  sums_run s(l, rows.ref(), false, false);
+  test::run_op(s.op, s.out);
+  check(l, rows, s);
+  s.op.clear = true;
+  test::run_op(s.op, s.out);
+  check(l, rows, s);
+}
