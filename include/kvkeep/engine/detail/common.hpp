@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// What both phases of a session share: memory, batches, scorer inputs, life cycle.
+#pragma once
+
+#include <algorithm>
+
+#include "../session.hpp"
+
+namespace kvkeep {
+
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::place(std::span<std::byte> memory) {
+  if (memory.empty()) {
+    KVKEEP_EXPECTS((std::is_same_v<space, host_space>), "memory", "empty",
+                   "a block of device memory");
+    owned_ = std::make_unique<std::byte[]>(bytes());
+    memory = {owned_.get(), bytes()};
+  }
+  KVKEEP_EXPECTS(memory.size() >= bytes(), "memory.size", memory.size(),
+                 ">= " + std::to_string(bytes()));
+  workspace w(memory);
+  carve(w);
+  scratch_ = memory.data() + state_bytes_;
+  index_t const n = limits_.max_sequences;
+  std::fill_n(shared_.alive, n, std::uint8_t{0});
+  std::fill_n(shared_.generation, n, 0U);
+  std::fill_n(shared_.frozen, n, 0);
+  std::fill_n(shared_.confirmed, n, 0);
+}
+
+template <backend Ctx, class P, class D>
+workspace session<Ctx, P, D>::scratch(index_t number) const noexcept {
+  std::size_t const at = limits_.concurrent_layers ? static_cast<std::size_t>(number) : 0;
+  return workspace({scratch_ + at * scratch_bytes_, scratch_bytes_});
+}
+
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::note_scratch(layer_data& l, workspace const& w) const noexcept {
+  l.count.scratch_peak = std::max(l.count.scratch_peak, w.peak());
+}
+
+/// Runs every step with a measuring workspace and the largest arguments.
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::measure() {
+  std::size_t most = 0;
+  auto const take = [&](auto&& step) {
+    workspace w;
+    if (status const s = step(w); s != status::ok)
+      fail_setup(std::string("the backend cannot run a step of this policy: ") + to_string(s));
+    most = std::max(most, w.peak());
+  };
+  queries q;
+  q.n_rows = q.tokens = limits_.max_chunk;
+  index_t const n = limits_.max_batch;
+  batch largest;
+  for (auto& l : layers_) {
+    source const in_place = pool(l, nullptr, nullptr, 1);
+    source from = in_place;
+    if (limits_.max_prompt > 0) {
+      from.layer.kv.shape.max_slots = limits_.max_prompt;
+      from.layer.slots = shared_.staging.slots;
+    }
+    take([&](workspace& w) { return feed_scorers(l, 0, from, q, 0, w); });
+    take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
+    take([&](workspace& w) { return weigh(l, largest, q, nullptr, nullptr, w); });
+    take([&](workspace& w) {  // confirm and rollback
+      for (int i = 0; i < 4; ++i) w.take<index_t>(static_cast<std::size_t>(n));
+      KVKEEP_TRY(after_token(l, nullptr, nullptr, n, w));
+      if (decode_.width() != scope::sequence) return status::ok;
+      return decide_sequences(nullptr, nullptr, n, w);
+    });
+    take([&](workspace& w) {  // verify
+      w.take<index_t>(static_cast<std::size_t>(shape_.cache.max_slots));
+      return status::ok;
+    });
+    if (limits_.engine_commits) take([&](workspace& w) { return choose_layers(n, w); });
+  }
+  scratch_bytes_ = (most + 2 * workspace::alignment) / workspace::alignment * workspace::alignment;
+}
+
+template <backend Ctx, class P, class D>
+template <class F>
+status session<Ctx, P, D>::each(index_t n, F const& f, workspace& w) const noexcept {
+  if (w.measuring()) return status::ok;
+  return run(*ctx_, op::for_each<F, space>{n, f}, w);
+}
+
+template <backend Ctx, class P, class D>
+bool session<Ctx, P, D>::alive(index_t id) const noexcept {
+  return id >= 0 && id < limits_.max_sequences && shared_.alive[id] != 0;
+}
+
+template <backend Ctx, class P, class D>
+index_t session<Ctx, P, D>::managed(index_t layer) const noexcept {
+  return layer >= 0 && layer < n_all_layers_ ? number_of_[static_cast<std::size_t>(layer)] : -2;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::check_batch(batch const& b) const noexcept {
+  if (b.ids.empty() || b.ids.size() > static_cast<std::size_t>(limits_.max_batch))
+    return status::bad_argument;
+  if (!b.rows.empty() && b.rows.size() != b.ids.size()) return status::bad_argument;
+  index_t const rows = layers_[0].kv.shape.n_seq;
+  for (std::size_t i = 0; i < b.ids.size(); ++i) {
+    if (!alive(b.ids[i])) return status::bad_sequence;
+    index_t const row = b.rows.empty() ? b.ids[i] : b.rows[i];
+    if (row < 0 || row >= rows) return status::bad_argument;
+    for (std::size_t j = 0; j < i; ++j)
+      if (b.ids[j] == b.ids[i]) return status::bad_argument;
+  }
+  return status::ok;
+}
+
+/// Room for `more` slots behind those in use, and block table entries in range for all of them.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::check_blocks(layer_data const& l, index_t row, index_t id,
+                                        index_t more) const noexcept {
+  for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
+    if (plan_.n_kept(l.number, id, h) >= 0) return status::bad_order;  // report not taken yet
+    index_t const n = l.slots.lengths(id, h) + more;
+    if (n > l.kv.shape.max_slots) return status::capacity_exceeded;
+    for (auto const* p : {&l.kv.k, &l.kv.v}) {
+      index_t const room =
+          visit_layout(p->layout, [&](auto const& layout) { return layout.capacity(row, h); });
+      if (n > room) return status::capacity_exceeded;
+      if (p->layout.kind != layout_kind::paged) continue;
+      auto const& pages = p->layout.paged;
+      for (index_t i = 0; i * pages.block_size < n; ++i) {
+        index_t const entry = pages.entry(row, h, i);
+        if (entry < 0 || entry >= pages.n_blocks) return status::bad_table;
+      }
+    }
+  }
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::pool(layer_data const& l, index_t const* ids, index_t const* rows,
+                              index_t n) const noexcept -> source {
+  return {{n, rows, ids}, {l.kv, l.slots}, l.weight_sum, 0};
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::transient(layer_data const&, index_t id, kv_ref<space> const& prompt,
+                                   index_t const* zero, index_t const* row) const noexcept
+    -> source {
+  return {{1, row, zero}, {prompt, shared_.staging.slots}, shared_.staging.weight_sum, id};
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::guard_of(bool prompt, index_t id0) const noexcept
+    -> guard_ref<space> {
+  guard const g = prompt ? prompt_.keep : decode_.keep;
+  return {g.sinks, g.recent, shared_.frozen == nullptr ? nullptr : shared_.frozen + id0};
+}
+
+template <backend Ctx, class P, class D>
+template <class F>
+decltype(auto) session<Ctx, P, D>::with_policy(bool prompt, F&& f) const {
+  return prompt ? f(prompt_) : f(decode_);
+}
+
+/// What a scorer of the given role sees of a cache. `newest` `[entry]` is null at the end of a prompt.
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::input(layer_data const& l, source const& s, bool prompt,
+                               index_t const* newest) const noexcept -> score_input<space> {
+  auto const& r = shape_.rows;
+  score_input<space> in;
+  in.batch = s.batch;
+  in.layer = s.layer;
+  in.guard = guard_of(prompt, s.id0);
+  auto const at = [&](auto* p) { return p == nullptr ? nullptr : p + s.id0; };
+  in.seen = at(l.seen);
+  in.rows = prompt ? detail::rows_from(s.layer.slots.rows, 0, r.prompt_rows)
+                   : detail::rows_from(s.layer.slots.rows, r.decode_at, r.decode_rows);
+  in.ring_q = detail::rebase(l.ring_q, s.id0);
+  in.ring_lse = detail::rebase(l.ring_lse, s.id0);
+  in.ring_from = at(l.ring_from);
+  in.query_ring = r.query_ring;
+  // Log-sum-exps serve the end of a prompt, where a batch has one entry; measuring assumes them.
+  in.has_lse = newest == nullptr &&
+               (l.has_lse == nullptr || (s.batch.n == 1 && l.has_lse[s.id0 + s.batch.id[0]] != 0));
+  in.weights = detail::weight_rows(s.layer.slots.rows, r, shape_.cache.group());
+  in.weight_sum = s.weight_sum;
+  in.weight_stride = s.layer.slots.rows.stride[2];
+  in.weight_ring = r.weight_ring;
+  in.newest_row = newest;
+  in.fresh.data = l.fresh.data;
+  for (int a = 0; a < 2; ++a) {
+    in.fresh.extent[a] = l.fresh.extent[a + 1];
+    in.fresh.stride[a] = l.fresh.stride[a + 1];
+  }
+  return in;
+}
+
+// -- life cycle -------------------------------------------------------------------------------------
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
+  index_t at = o.id;
+  if (at < 0)
+    for (at = 0; at < limits_.max_sequences && shared_.alive[at] != 0; ++at) {
+    }
+  if (at >= limits_.max_sequences)
+    return o.id < 0 ? status::capacity_exceeded : status::bad_sequence;
+  if (shared_.alive[at] != 0) return status::bad_sequence;
+  if (o.frozen < 0) return status::bad_argument;
+  if (o.frozen > 0 && (limits_.max_prompt > 0 || !prompt_.score.traits().prefix_safe ||
+                       !decode_.score.traits().prefix_safe))
+    return status::unsupported;
+  for (auto const& l : layers_)
+    if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
+  workspace w = scratch();
+  for (auto& l : layers_) {
+    index_t const heads = shape_.cache.n_kv_heads;
+    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
+    // The shared prefix is in the cache already: slots and positions 0 .. frozen - 1.
+    KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
+    KVKEEP_TRY(fix_decode_budget(l, at, 0, w));
+    l.seen[at] = l.ring_from[at] = l.appended[at] = l.attended[at] = o.frozen;
+    l.has_lse[at] = 1;
+    l.prompt_done[at] = 0;
+    for (index_t h = 0; h < heads; ++h) {
+      plan_.held(l.number, at, h) = plan_.n_gone(l.number, at, h) = 0;
+      plan_.n_kept(l.number, at, h) = -1;
+    }
+  }
+  shared_.frozen[at] = o.frozen;
+  shared_.confirmed[at] = o.frozen;
+  shared_.alive[at] = 1;
+  ++shared_.generation[at];
+  id = at;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::end(index_t id) noexcept {
+  if (!alive(id)) return status::bad_sequence;
+  shared_.alive[id] = 0;
+  ++shared_.generation[id];
+  if (shared_.prompt_owner == id) shared_.prompt_owner = -1;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::lengths(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 2, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].slots.lengths;
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::positions(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 3, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].slots.positions;
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::free_slots(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 2, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].victim;
+}
+
+template <backend Ctx, class P, class D>
+counters session<Ctx, P, D>::count() const noexcept {
+  counters c;
+  for (auto const& l : layers_) {
+    c.tokens += l.count.tokens;
+    c.evicted += l.count.evicted;
+    c.cuts += l.count.cuts;
+    c.victims += l.count.victims;
+    c.moved_bytes += l.count.moved_bytes;
+    c.freed_bytes += l.count.freed_bytes;
+    c.scratch_peak = std::max(c.scratch_peak, l.count.scratch_peak);
+  }
+  c.state_bytes = state_bytes_;
+  c.scratch_bytes = scratch_bytes_;
+  return c;
+}
+
+}  // namespace kvkeep
+
+#include "prompt_phase.hpp"

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// A session during prompts: evidence in chunks, scores, budgets, the first cut.
+#pragma once
+
+#include <algorithm>
+
+#include "../session.hpp"
+
+namespace kvkeep {
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
+                                   kv_ref<space> const* prompt, index_t row) noexcept {
+  index_t const m = managed(layer);
+  if (m == -1) return status::ok;
+  if (m < 0) return status::bad_argument;
+  if (!alive(id)) return status::bad_sequence;
+  layer_data& l = layers_[static_cast<std::size_t>(m)];
+  if (l.prompt_done[id] != 0) return status::bad_order;
+  index_t const n = q.n_tokens();
+  if (q.n_rows < 0 || q.n_rows > n || (q.n_rows > 0 && q.data == nullptr))
+    return status::bad_argument;
+  bool const all = prompt_.score.traits().prompt == evidence::all_queries ||
+                   (decode_.score.traits().at_decode &&
+                    decode_.score.traits().prompt == evidence::all_queries);
+  if (all && q.n_rows != n) return status::bad_argument;
+  index_t const p0 = l.appended[id];
+  index_t const zero = 0;
+  index_t const at = row >= 0 ? row : limits_.max_prompt > 0 ? 0 : id;
+  source from = pool(l, &id, &at, 1);
+  if (limits_.max_prompt > 0) {
+    if (all && prompt == nullptr) return status::bad_argument;
+    KVKEEP_TRY(take_staging(l, id, p0, n));
+    from = transient(l, id, prompt != nullptr ? *prompt : l.kv, &zero, &at);
+    if (prompt != nullptr) KVKEEP_TRY(check_prompt_view(*prompt, at, p0 + n));
+  } else {
+    if (prompt != nullptr || at >= l.kv.shape.n_seq) return status::bad_argument;
+    KVKEEP_TRY(check_blocks(l, at, id, n));
+  }
+  workspace w = scratch(m);
+  index_t const state_row = limits_.max_prompt > 0 ? 0 : id;
+  KVKEEP_TRY(each(shape_.cache.n_kv_heads,
+                  detail::extend_head<space>{from.layer.slots, state_row, p0, n,
+                                             shape_.rows.weights_at},
+                  w));
+  l.appended[id] = l.seen[id] = l.attended[id] = p0 + n;
+  l.count.tokens += n;
+  KVKEEP_TRY(push_ring(l, id, q, 0, p0 + n - q.n_rows, w));
+  if (q.n_rows > 0) KVKEEP_TRY(feed_scorers(l, id, from, q, p0, w));
+  note_scratch(l, w);
+  return status::ok;
+}
+
+/// One transient prompt is under way at a time, layer after layer.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::take_staging(layer_data const& l, index_t id, index_t p0,
+                                        index_t n) noexcept {
+  if (p0 > 0 && (shared_.staging_layer != l.number || shared_.staging_id != id))
+    return status::bad_order;
+  if (p0 + n > limits_.max_prompt) return status::capacity_exceeded;
+  if (p0 == 0) {
+    shared_.staging_layer = l.number;
+    shared_.staging_id = id;
+    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) shared_.staging.slots.lengths(0, h) = 0;
+  }
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::check_prompt_view(kv_ref<space> const& v, index_t row,
+                                             index_t tokens) const noexcept {
+  cache_shape const& want = shape_.cache;
+  bool const same = v.shape.n_q_heads == want.n_q_heads && v.shape.n_kv_heads == want.n_kv_heads &&
+                    v.shape.dim_k == want.dim_k && v.shape.dim_v == want.dim_v;
+  if (!same || row < 0 || row >= v.shape.n_seq) return status::bad_argument;
+  if (v.shape.max_slots < tokens || v.shape.max_slots > limits_.max_prompt)
+    return v.shape.max_slots < tokens ? status::capacity_exceeded : status::bad_argument;
+  return status::ok;
+}
+
+/// Stores the newest query rows; the last row of q belongs to position `first + n_rows - 1`.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::push_ring(layer_data& l, index_t id, queries const& q, index_t entry,
+                                     index_t first, workspace& w) noexcept {
+  index_t const ring = shape_.rows.query_ring;
+  if (ring == 0) return status::ok;
+  index_t const end = first + q.n_rows;
+  bool const gap = q.n_rows < q.n_tokens();
+  if (gap) {
+    l.ring_from[id] = first;
+    l.has_lse[id] = 1;
+  }
+  if (q.n_rows == 0) return status::ok;
+  if (q.lse == nullptr) l.has_lse[id] = 0;
+  index_t const count = std::min(q.n_rows, ring);
+  detail::push_queries<space> const push{
+      q, entry, id, q.n_rows - count, count, end - count, shape_.cache.dim_k, l.ring_q, l.ring_lse};
+  return each(shape_.cache.n_q_heads * count, push, w);
+}
+
+/// Hands prompt queries to the scorers that want all of them, `max_chunk` rows at a time.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::feed_scorers(layer_data& l, index_t id, source const& s,
+                                        queries const& q, index_t p0, workspace& w) noexcept {
+  index_t const heads = shape_.cache.n_q_heads, dim = shape_.cache.dim_k;
+  auto const feed = [&](auto const& policy, bool role) -> status {
+    if (policy.score.traits().prompt != evidence::all_queries) return status::ok;
+    for (index_t first = 0; first < q.n_rows; first += limits_.max_chunk) {
+      workspace::frame const frame(w);
+      index_t const n = std::min(limits_.max_chunk, q.n_rows - first);
+      auto const size = static_cast<std::size_t>(heads) * n;
+      bool const lse = q.lse != nullptr || w.measuring();
+      float* rows = w.take<float>(size * dim);
+      float* row_lse = lse ? w.take<float>(size) : nullptr;
+      index_t* position = w.take<index_t>(static_cast<std::size_t>(n));
+      if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+      KVKEEP_TRY(each(heads * n,
+                      detail::copy_queries<space>{q, 0, first, n, p0 + first, dim, rows, row_lse,
+                                                  position},
+                      w));
+      query_rows<space> block;
+      block.q = row_major<space>(static_cast<float const*>(rows), 1, heads, n, dim);
+      block.position = row_major<space>(static_cast<index_t const*>(position), 1, n);
+      block.lse = row_major<space>(static_cast<float const*>(row_lse), 1, heads, n);
+      KVKEEP_TRY(policy.score.observe_prompt(*ctx_, input(l, s, role, nullptr), block, w));
+      // Without log-sum-exp the op needs more scratch: measure that form as well.
+      if (w.measuring()) {
+        block.lse = {};
+        KVKEEP_TRY(policy.score.observe_prompt(*ctx_, input(l, s, role, nullptr), block, w));
+      }
+    }
+    return status::ok;
+  };
+  (void)id;
+  KVKEEP_TRY(feed(prompt_, true));
+  if (!one_policy_ && decode_.score.traits().at_decode) KVKEEP_TRY(feed(decode_, false));
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+layer_range session<Ctx, P, D>::due(index_t layer) const noexcept {
+  index_t const m = managed(layer);
+  auto const n = static_cast<index_t>(layers_.size());
+  if (m < 0) return {};
+  layer_range r = prompt_.budget.due(m, n);
+  if (prompt_.width() == scope::sequence) r = {m + 1 == n ? 0 : m + 1, m + 1};
+  if (r.empty()) return {};
+  return {layers_[static_cast<std::size_t>(r.first)].spec,
+          layers_[static_cast<std::size_t>(r.last - 1)].spec + 1};
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::end_prompt(index_t id) noexcept {
+  if (!alive(id)) return status::bad_sequence;
+  if (limits_.max_prompt > 0) return status::bad_argument;
+  for (auto const& l : layers_) KVKEEP_TRY(end_prompt(l.spec, id));
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<space> const* prompt,
+                                      index_t row) noexcept {
+  index_t const m = managed(layer);
+  if (m == -1) return status::ok;
+  if (m < 0) return status::bad_argument;
+  if (!alive(id)) return status::bad_sequence;
+  layer_data& l = layers_[static_cast<std::size_t>(m)];
+  if (l.prompt_done[id] != 0) return status::bad_order;
+  bool const together =
+      prompt_.budget.traits().couples_layers || prompt_.width() == scope::sequence;
+  if (m > 0) {
+    layer_data const& before = layers_[static_cast<std::size_t>(m - 1)];
+    if (before.prompt_done[id] == 0 || before.appended[id] != l.appended[id])
+      return status::bad_order;
+    if (together && shared_.prompt_owner != id) return status::bad_order;
+  } else if (together) {
+    if (shared_.prompt_owner >= 0 && shared_.prompt_owner != id) return status::bad_order;
+  }
+  index_t const zero = 0;
+  source const to = pool(l, &id, limits_.max_prompt > 0 || row < 0 ? &id : &row, 1);
+  source from = to;
+  index_t const at = row >= 0 ? row : limits_.max_prompt > 0 ? 0 : id;
+  if (limits_.max_prompt > 0) {
+    index_t const tokens = l.appended[id];
+    if (prompt == nullptr) return status::bad_argument;
+    if (tokens == 0) KVKEEP_TRY(take_staging(l, id, 0, 0));
+    if (shared_.staging_layer != m || shared_.staging_id != id) return status::bad_order;
+    KVKEEP_TRY(check_prompt_view(*prompt, at, tokens));
+    from = transient(l, id, *prompt, &zero, &at);
+    KVKEEP_TRY(check_blocks(l, id, id, 0));
+  } else {
+    if (prompt != nullptr || at >= l.kv.shape.n_seq) return status::bad_argument;
+    KVKEEP_TRY(check_blocks(l, at, id, 0));
+  }
+  workspace w = scratch(m);
+  KVKEEP_TRY(decide_prompt(l, id, from, to, w));
+  note_scratch(l, w);
+  l.prompt_done[id] = 1;
+  bool const last = m + 1 == static_cast<index_t>(layers_.size());
+  if (together) shared_.prompt_owner = last ? -1 : id;
+  if (last) shared_.confirmed[id] = l.appended[id];
+  return status::ok;
+}
+
+/// Scores of a prompt's slots, joined over heads where one set serves them all.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::score_prompt(layer_data& l, source const& s, score_map<space> out,
+                                        workspace& w) noexcept {
+  workspace::frame const frame(w);
+  KVKEEP_TRY(prompt_.score.score(*ctx_, input(l, s, true, nullptr), out, w));
+  if (prompt_.width() == scope::head || !prompt_.score.traits().comparable) return status::ok;
+  return run(*ctx_, op::mean_heads<space>{s.batch, s.layer.slots, out}, w);
+}
+
+/// Scores, budgets and the first cut of one layer; where layers are coupled, smaller cuts of earlier ones.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const& from,
+                                         source const& to, workspace& w) noexcept {
+  bool const measuring = w.measuring();
+  index_t const heads = shape_.cache.n_kv_heads;
+  auto const n_layers = static_cast<index_t>(layers_.size());
+  index_t const tokens = measuring ? 0 : from.layer.slots.lengths(from.batch.id[0], 0);
+  bool const whole = prompt_.score.least_tokens() == std::numeric_limits<index_t>::max();
+  auto const bt = prompt_.budget.traits();
+  budget_input<space> b{n_layers, l.number,        heads, tokens, prompt_.keep.sinks,
+                        prompt_.keep.recent, {},    shared_.prompt_k};
+  if (bt.needs_scores) b.scores = shared_.prompt_scores;
+
+  bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
+  if (short_prompt && !measuring)
+    KVKEEP_TRY(detail::fill_layer(*ctx_, b, l.number,
+                                  std::max(tokens, prompt_.budget.capacity()), w));
+  else if (!bt.needs_scores)
+    KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
+
+  bool const wide = prompt_.width() == scope::sequence;
+  bool const scored = !whole && (measuring || bt.couples_layers || wide ||
+                                 (bt.needs_scores ? !short_prompt : cuts_at_prompt(l, from)));
+  index_t const slots = from.layer.kv.shape.max_slots;
+  score_map<space> scores = row_major<space>(
+      bt.needs_scores ? nullptr : w.take<float>(static_cast<std::size_t>(heads) * slots), 1, heads,
+      slots);
+  if (bt.needs_scores) {
+    scores.data = shared_.prompt_scores.at(measuring ? 0 : l.number);
+    scores.stride[0] = shared_.prompt_scores.stride[1];
+    scores.stride[1] = shared_.prompt_scores.stride[2];
+  }
+  if (scored) KVKEEP_TRY(score_prompt(l, from, scores, w));
+  if (wide) {
+    bool const last = l.number + 1 == n_layers;
+    KVKEEP_TRY(run(*ctx_,
+                   op::mean_layers<space>{from.batch, from.layer.slots, scores, l.number == 0,
+                                          last, n_layers, shared_.sequence_scores},
+                   w));
+    if (last || measuring) KVKEEP_TRY(decide_sequence_prompt(to, w));
+  } else {
+    if (bt.couples_layers && !measuring) KVKEEP_TRY(keep_scores(l, from, scores, w));
+    if (bt.needs_scores && (measuring || !short_prompt))
+      KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
+    KVKEEP_TRY(cut_prompt(l, from, to, scores, w));
+    layer_range const r = prompt_.budget.due(l.number, n_layers);
+    for (index_t j = r.first; j < l.number && !measuring && !short_prompt; ++j) {
+      layer_data& earlier = layers_[static_cast<std::size_t>(j)];
+      source const s = pool(earlier, to.batch.id, to.batch.row, 1);
+      auto const row = detail::row_as_map(earlier.slots.rows, shape_.rows.score_at);
+      KVKEEP_TRY(cut_prompt(earlier, s, s, detail::rebase(row, id), w));
+      KVKEEP_TRY(fix_decode_budget(earlier, id, tokens, w));
+    }
+  }
+  KVKEEP_TRY(fix_decode_budget(l, id, tokens, w));
+  if (!decode_.score.traits().at_decode) return status::ok;
+  workspace::frame const frame(w);
+  return decode_.score.settle(*ctx_, input(l, to, false, nullptr), w);
+}
+
+/// Copies a layer's scores beside its slots, where coupled layers are cut again later.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::keep_scores(layer_data const&, source const& s, score_map<space> m,
+                                       workspace& w) noexcept {
+  detail::copy_slot_row<space> const copy{m.data, m.stride[0], m.stride[1],
+                                          shape_.cache.n_kv_heads, 1, s.batch.id,
+                                          &shape_.rows.score_at, 0, s.layer.slots};
+  return each(shape_.cache.n_kv_heads, copy, w);
+}
+
+/// Whether some head of a prompt is over the budget that `allocate` has just written.
+template <backend Ctx, class P, class D>
+bool session<Ctx, P, D>::cuts_at_prompt(layer_data const& l, source const& s) const noexcept {
+  if (prompt_.when.before_attention || prompt_.when.per_head_mask) return false;
+  // The prompt's tokens count: a coupled layer may hold fewer by now.
+  if (l.appended[s.id0 + s.batch.id[0]] < prompt_.score.least_tokens()) return false;
+  index_t const block = prompt_.select.traits().block;
+  for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
+    index_t const n = s.layer.slots.lengths(s.batch.id[0], h);
+    index_t const k = shared_.prompt_k(l.number, h);
+    if (n >= detail::trigger(k, prompt_.when.evict_after) - prompt_.when.room &&
+        (block == 1 || n / block > k / block))
+      return true;
+  }
+  return false;
+}
+
+/// Applies the budgets of `prompt_k` to one layer: from the prompt view into the cache, or in place.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source const& to,
+                                      tensor_ref<float const, 3, space> scores,
+                                      workspace& w) noexcept {
+  workspace::frame const frame(w);
+  index_t const heads = shape_.cache.n_kv_heads;
+  index_t const slots = from.layer.kv.shape.max_slots;
+  bool const in_place = from.layer.kv.k.data == to.layer.kv.k.data && from.id0 == to.id0;
+  bool const measuring = w.measuring();
+  if (!measuring && in_place && !cuts_at_prompt(l, from)) return status::ok;
+  auto const ids = static_cast<std::size_t>(shape_.n_sequences);
+  auto keep = row_major<space>(w.take<index_t>(ids * heads), shape_.n_sequences, heads);
+  auto const size = static_cast<std::size_t>(heads);
+  keep_plan<space> const plan{row_major<space>(w.take<index_t>(size * slots), 1, heads, slots),
+                              row_major<space>(w.take<index_t>(size), 1, heads)};
+  if (!measuring && !w.ok()) return status::workspace_too_small;
+  bool const cuts = measuring || cuts_at_prompt(l, from);
+  detail::resolve_keep<space> const resolve{
+      shared_.prompt_k, from.layer.slots, &l.number, from.batch.id, heads,
+      prompt_.when.evict_after, prompt_.when.room, 0, prompt_.select.traits().block,
+      cuts ? 0 : std::numeric_limits<index_t>::max(), keep};
+  KVKEEP_TRY(each(heads, resolve, w));
+  KVKEEP_TRY(prompt_.select.select(*ctx_, from.batch, from.layer.slots, scores, keep,
+                                   guard_of(true, from.id0), plan, w));
+  if (!measuring) {
+    KVKEEP_TRY(room_for_plan(l, plan, from.batch, to.batch));
+    note_cut(l, from, plan);
+    if (!prompt_.select.traits().moves_tokens) record_blocks(l, from.batch, plan);
+    ++shared_.generation[to.batch.id[0]];
+  }
+  op::compact<space> move{from.batch, from.layer, to.batch, to.layer, plan};
+  if (!prompt_.select.traits().moves_tokens) move.how = op::move_kind::renumber;
+  return run(*ctx_, move, w);
+}
+
+/// One kept set for all layers, once the last layer's scores are known; `at` is the sequence in any layer.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::decide_sequence_prompt(source const& at, workspace& w) noexcept {
+  for (auto& l : layers_) {
+    source const s = pool(l, at.batch.id, at.batch.row, 1);
+    KVKEEP_TRY(cut_prompt(l, s, s, shared_.sequence_scores, w));
+  }
+  return status::ok;
+}
+
+/// The tokens per head that decoding keeps. A prompt shorter than the capacity leaves the capacity.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::fix_decode_budget(layer_data& l, index_t id, index_t tokens,
+                                             workspace& w) noexcept {
+  if (w.measuring()) return status::ok;
+  auto const traits = decode_.budget.traits();
+  index_t const heads = shape_.cache.n_kv_heads;
+  budget_input<space> b{static_cast<index_t>(layers_.size()), l.number, heads,
+                        tokens, decode_.keep.sinks, decode_.keep.recent, {}, {}};
+  b.k.data = l.k.at(id);
+  b.k.extent[0] = b.n_layers;
+  b.k.extent[1] = heads;
+  b.k.stride[1] = 1;  // stride[0] = 0: every layer number is this layer
+  index_t const capacity =
+      traits.inherits ? prompt_.budget.capacity() : decode_.budget.capacity();
+  if (traits.fixed) return decode_.budget.allocate(*ctx_, b, w);
+  if (tokens < capacity) return detail::fill_layer(*ctx_, b, l.number, capacity, w);
+  if (one_policy_ || traits.inherits)
+    return each(heads, detail::copy_budget<space>{shared_.prompt_k, l.number, l.k, id}, w);
+  return decode_.budget.allocate(*ctx_, b, w);
+}
+
+}  // namespace kvkeep
+
+#include "decode_phase.hpp"

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Session set-up: checks, sizes, memory.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "../session.hpp"
+
+namespace kvkeep {
+
+namespace detail {
+
+/// Refuses evidence that cannot serve a scorer.
+template <class Score>
+KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limits const& lim, bool decode_role) {
+  scorer_traits const t = score.traits();
+  auto const wants = [&](char const* field, char const* offer, char const* need) {
+    refuse(field, std::string(offer), std::string(need) + " for the scorer " + t.name);
+  };
+  if (t.at_prompt || decode_role) {
+    if (t.prompt == evidence::all_queries && lim.prompt != prompt_offer::all_queries)
+      wants("limits.prompt", to_string(lim.prompt), "all_queries");
+    if (t.prompt == evidence::window_queries && lim.prompt != prompt_offer::all_queries &&
+        lim.prompt != prompt_offer::window_queries)
+      wants("limits.prompt", to_string(lim.prompt), "window_queries or all_queries");
+    if (t.prompt == evidence::engine_scores && lim.prompt != prompt_offer::scores)
+      wants("limits.prompt", to_string(lim.prompt), "scores");
+  }
+  if (!decode_role || !t.at_decode) return;
+  if (t.decode == evidence::token_queries) {
+    bool const needs_queries = score.state(shape).query_ring > 1;
+    if (lim.decode != decode_offer::attend &&
+        (needs_queries || lim.decode != decode_offer::attention_rows))
+      wants("limits.decode", to_string(lim.decode),
+            needs_queries ? "attend" : "attend or attention_rows");
+  }
+  if (t.decode == evidence::engine_scores && lim.decode != decode_offer::scores)
+    wants("limits.decode", to_string(lim.decode), "scores");
+  KVKEEP_EXPECTS(lim.max_draft == 0 || t.draft_safe, "limits.max_draft", lim.max_draft,
+                 std::string("0 for the scorer ") + t.name);
+}
+
+/// The scorer can decide with the newest token's own query, or per query head.
+template <class Score, class Ctx>
+concept scores_directly =
+    requires(Score const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
+             score_map<space_of<Ctx>> m, tensor_ref<float, 3, space_of<Ctx>> h, workspace& w) {
+      { s.score_direct(c, in, m, h, w) } -> std::same_as<status>;
+    };
+
+KVKEEP_COLD inline void check_limits(limits const& l) {
+  KVKEEP_EXPECTS(l.max_sequences >= 1, "limits.max_sequences", l.max_sequences, ">= 1");
+  KVKEEP_EXPECTS(l.max_batch >= 1 && l.max_batch <= l.max_sequences, "limits.max_batch",
+                 l.max_batch, "1..max_sequences = " + std::to_string(l.max_sequences));
+  KVKEEP_EXPECTS(l.max_prompt >= 0, "limits.max_prompt", l.max_prompt, ">= 0");
+  KVKEEP_EXPECTS(l.max_chunk >= 1, "limits.max_chunk", l.max_chunk, ">= 1");
+  KVKEEP_EXPECTS(l.max_draft >= 0, "limits.max_draft", l.max_draft, ">= 0");
+}
+
+/// Whole blocks leave tables, so everything that shares a table shares a kept set.
+template <class Space>
+KVKEEP_COLD void check_blocks_view(kv_ref<Space> const& kv, index_t block, scope width, bool moves) {
+  KVKEEP_EXPECTS(kv.k.layout.kind == layout_kind::paged && kv.v.layout.kind == layout_kind::paged,
+                 "view.k.layout", to_string(kv.k.layout.kind), "paged, for a selector of blocks");
+  KVKEEP_EXPECTS(kv.k.layout.paged.block_size == block && kv.v.layout.paged.block_size == block,
+                 "select.block", block,
+                 "the views' block_size = " + std::to_string(kv.k.layout.paged.block_size));
+  KVKEEP_EXPECTS(moves || kv.k.layout.paged.table_head_stride != 0 || width != scope::head,
+                 "per", to_string(width),
+                 "layer or sequence, where KV heads share a block table and whole blocks leave");
+}
+
+}  // namespace detail
+
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) const {
+  detail::check_limits(limits_);
+  KVKEEP_EXPECTS(!layers_.empty(), "layers", layers.size(), "at least one that is not skipped");
+  cache_shape const& first = layers_[0].kv.shape;
+  for (auto const& l : layers_) {
+    std::string const name = "layers[" + std::to_string(l.spec) + "]";
+    check_view(l.kv, name);
+    auto const same = [&](char const* field, index_t v, index_t want) {
+      KVKEEP_EXPECTS(v == want, (name + ".shape." + field).c_str(), v,
+                     std::to_string(want) + ", as in the first layer");
+    };
+    same("n_q_heads", l.kv.shape.n_q_heads, first.n_q_heads);
+    same("n_kv_heads", l.kv.shape.n_kv_heads, first.n_kv_heads);
+    same("dim_k", l.kv.shape.dim_k, first.dim_k);
+    same("dim_v", l.kv.shape.dim_v, first.dim_v);
+  }
+  auto const n = static_cast<index_t>(layers_.size());
+  check_policy(prompt_, n, first);
+  check_policy(decode_, n, first);
+  check_evidence();
+
+  auto const pb = prompt_.budget.traits(), db = decode_.budget.traits();
+  KVKEEP_EXPECTS(!pb.inherits, "budget", pb.name,
+                 "a budget of its own (inherit is for a decode policy beside another)");
+  KVKEEP_EXPECTS(one_policy_ || !db.needs_scores, "decode.budget", db.name,
+                 "uniform, per_layer, pyramid or inherit beside another prompt policy");
+  bool const cuts_prompt = prompt_.score.least_tokens() != std::numeric_limits<index_t>::max();
+  bool const cuts_decode = decode_.score.traits().at_decode &&
+                           decode_.score.least_tokens() != std::numeric_limits<index_t>::max();
+  if (cuts_prompt && cuts_decode && !one_policy_) {
+    KVKEEP_EXPECTS(decode_.width() == scope::head || prompt_.width() >= decode_.width(),
+                   "decode.per", to_string(decode_.width()),
+                   "head, after a prompt policy that keeps one set per " +
+                       std::string(to_string(prompt_.width())));
+  }
+  if (cuts_prompt)
+    KVKEEP_EXPECTS(limits_.max_prompt == 0 || prompt_.width() != scope::sequence,
+                   "limits.max_prompt", limits_.max_prompt,
+                   "0, for one set per sequence (all layers are decided together, in place)");
+  bool const special = decode_.when.before_attention || decode_.when.per_head_mask;
+  if (special) {
+    KVKEEP_EXPECTS(decode_.score.traits().direct, "when.before_attention",
+                   decode_.score.traits().name, "a scorer of recent query rows (MorphKV)");
+    KVKEEP_EXPECTS(limits_.max_draft == 0 && limits_.max_prompt == 0 && !limits_.engine_commits,
+                   "when.before_attention", "true",
+                   "false with drafts, transient prompts or engine_commits");
+    KVKEEP_EXPECTS(limits_.decode == decode_offer::attend && decode_.width() == scope::head,
+                   "limits.decode", to_string(limits_.decode), "attend, and one set per head");
+  }
+  auto const ps = prompt_.select.traits(), ds = decode_.select.traits();
+  KVKEEP_EXPECTS(!cuts_decode || ds.evicts_one || limits_.engine_commits, "decode.select", ds.name,
+                 "top_k, unless limits.engine_commits (blocks leave through choose and commit)");
+  for (auto const& l : layers_) {
+    if (cuts_prompt && ps.block > 1)
+      detail::check_blocks_view(l.kv, ps.block, prompt_.width(), ps.moves_tokens);
+    if (cuts_decode && ds.block > 1)
+      detail::check_blocks_view(l.kv, ds.block, decode_.width(), ds.moves_tokens);
+    if (!ps.moves_tokens || !ds.moves_tokens)
+      KVKEEP_EXPECTS(limits_.max_prompt == 0, "limits.max_prompt", limits_.max_prompt,
+                     "0 with whole blocks, which never move");
+    if (cuts_decode && !db.varies_over_layers && !db.varies_over_heads && !db.inherits)
+      KVKEEP_EXPECTS(l.kv.shape.max_slots >= slots_needed_,
+                     ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
+                     l.kv.shape.max_slots,
+                     ">= " + std::to_string(slots_needed_) + " (slots_needed)");
+  }
+}
+
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::check_evidence() const {
+  cache_shape const& shape = layers_[0].kv.shape;
+  detail::check_offer(prompt_.score, shape, limits_, one_policy_);
+  if (!one_policy_) detail::check_offer(decode_.score, shape, limits_, true);
+  auto const reads = [&](evidence e) {
+    return e != evidence::none && e != evidence::engine_scores;
+  };
+  bool const reads_k = reads(prompt_.score.traits().prompt) ||
+                       reads(decode_.score.traits().decode) || limits_.decode == decode_offer::attend;
+  for (auto const& l : layers_)
+    for (auto const* p : {&l.kv.k, &l.kv.v})
+      KVKEEP_EXPECTS(p->type != dtype::opaque || p->reader.read != nullptr || !reads_k,
+                     "view.reader", "null", "a row_reader, to score or attend over opaque rows");
+}
+
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::plan_state() {
+  cache_shape cache = layers_[0].kv.shape;
+  for (auto const& l : layers_)
+    cache.max_slots = std::max(cache.max_slots, l.kv.shape.max_slots);
+  shape_.cache = cache;
+  shape_.n_sequences = limits_.max_sequences;
+  shape_.max_prompt = limits_.max_prompt;
+  shape_.drafts = std::max(1, limits_.max_draft);
+  state_spec const ps = prompt_.score.state(cache);
+  state_spec const ds = one_policy_ ? ps : decode_.score.state(cache);
+  auto& r = shape_.rows;
+  r.prompt_rows = ps.slot_rows;
+  r.decode_at = one_policy_ ? 0 : ps.slot_rows;
+  r.decode_rows = ds.slot_rows;
+  r.weights_at = one_policy_ ? ps.slot_rows : ps.slot_rows + ds.slot_rows;
+  bool const at_decode = decode_.score.traits().at_decode;
+  r.weight_ring = at_decode && ds.weight_ring > 0 ? ds.weight_ring + limits_.max_draft : 0;
+  r.total = r.weights_at + r.weight_ring * cache.group();
+  if (prompt_.budget.traits().couples_layers) r.score_at = r.total++;
+  index_t const queries = std::max(ps.query_ring, at_decode ? ds.query_ring : 0);
+  r.query_ring = queries > 0 ? queries + limits_.max_draft + 1 : 0;
+  index_t const k = decode_.budget.capacity();
+  slots_needed_ = detail::decode_slots(k, decode_.when) + limits_.max_draft;
+}
+
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::carve(workspace& w) {
+  auto const n_layers = static_cast<index_t>(layers_.size());
+  for (auto& l : layers_) {
+    detail::state_shape s = shape_;
+    s.cache = l.kv.shape;
+    detail::carve_layer(w, l, s);
+  }
+  bool const scores = prompt_.budget.traits().needs_scores;
+  bool const wide = prompt_.width() == scope::sequence || decode_.width() == scope::sequence;
+  detail::carve_shared(w, shared_, shape_, n_layers, scores ? n_layers : 0,
+                       wide ? limits_.max_batch : 0);
+  index_t const heads = shape_.cache.n_kv_heads;
+  index_t const b = limits_.engine_commits ? limits_.max_batch : 0;
+  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
+  plan_.id = w.take<index_t>(size(b));
+  plan_.row = w.take<index_t>(size(b));
+  plan_.generation = w.take<std::uint32_t>(size(b));
+  index_t const slots = shape_.cache.max_slots;
+  plan_.slots =
+      row_major<space>(w.take<index_t>(size(n_layers, b, heads, slots)), n_layers * b, heads, slots);
+  plan_.count = row_major<space>(w.take<index_t>(size(n_layers, b, heads)), n_layers * b, heads);
+  index_t const s = limits_.max_sequences;
+  bool const whole = !prompt_.select.traits().moves_tokens || !decode_.select.traits().moves_tokens;
+  index_t const blocks = whole ? layers_[0].kv.k.layout.paged.blocks_per_table * heads : 0;
+  auto const lists = [&](index_t extent) {
+    return row_major<space>(w.take<index_t>(size(n_layers, s, extent)), n_layers, s, extent);
+  };
+  plan_.held = lists(heads);
+  plan_.kept = lists(blocks);
+  plan_.gone = lists(blocks);
+  plan_.n_kept = lists(heads);
+  plan_.n_gone = lists(heads);
+}
+
+/// Binds policies to the layers of a model. @see session
+/// @param layers  one entry per layer; views of the pool that all sequences share
+/// @param memory  `session_bytes` bytes in the backend's memory space, or empty: allocated here (host)
+/// @throws std::invalid_argument naming field, value and allowed range
+template <backend Ctx, class P, class D>
+session<Ctx, P, D> bind_session(Ctx& ctx, P const& prompt, D const& decode,
+                        std::span<layer_spec<space_of<Ctx>> const> layers, limits const& lim,
+                        std::span<std::byte> memory = {}) {
+  session<Ctx, P, D> s(ctx, prompt, decode, layers, lim);
+  s.place(memory);
+  return s;
+}
+
+/// One policy for the prompt and for decoding.
+template <backend Ctx, class P>
+session<Ctx, P, P> bind_session(Ctx& ctx, P const& policy,
+                        std::span<layer_spec<space_of<Ctx>> const> layers, limits const& lim,
+                        std::span<std::byte> memory = {}) {
+  return bind_session(ctx, policy, policy, layers, lim, memory);
+}
+
+/// Bytes of memory that `bind` with the same arguments needs.
+template <backend Ctx, class P, class D>
+std::size_t session_bytes(Ctx& ctx, P const& prompt, D const& decode,
+                          std::span<layer_spec<space_of<Ctx>> const> layers, limits const& lim) {
+  return session<Ctx, P, D>(ctx, prompt, decode, layers, lim).bytes();
+}
+
+template <backend Ctx, class P, class D>
+session<Ctx, P, D>::session(Ctx& ctx, P const& p, D const& d,
+                            std::span<layer_spec<space> const> layers, limits const& lim)
+    : ctx_(&ctx), prompt_(p), decode_(d), limits_(lim) {
+  if (limits_.max_batch == 0) limits_.max_batch = limits_.max_sequences;
+  if constexpr (std::is_same_v<P, D>) one_policy_ = p.key() == d.key();
+  n_all_layers_ = static_cast<index_t>(layers.size());
+  for (auto const& spec : layers) {
+    bool const skip = spec.skip;
+    number_of_.push_back(skip ? -1 : static_cast<index_t>(layers_.size()));
+    if (skip) continue;
+    layer_data l;
+    l.kv = spec.kv;
+    l.spec = static_cast<index_t>(number_of_.size()) - 1;
+    l.number = number_of_.back();
+    layers_.push_back(l);
+  }
+  if (!layers_.empty()) {
+    check_shape(layers_[0].kv.shape);
+    check_policy(prompt_, static_cast<index_t>(layers_.size()), layers_[0].kv.shape);
+    plan_state();
+  }
+  check_setup(layers);
+  workspace counting;
+  carve(counting);
+  state_bytes_ = counting.peak() + workspace::alignment;
+  measure();
+}
+
+}  // namespace kvkeep
+
+#include "common.hpp"

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// A session: the state of one cache under a prompt policy and a decode policy.
+#pragma once
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "../budget/inherit.hpp"
+#include "../op/attend.hpp"
+#include "../op/reduce.hpp"
+#include "plan.hpp"
+#include "steps.hpp"
+
+namespace kvkeep {
+
+/// Made by `bind_session`. After that: no allocation, no exception; every call returns a status, and a call that
+/// is not `ok` has changed nothing. Per sequence and layer the calls are, in order:
+///
+/// - prompt: `observe` (once per chunk, keys and values already written), then `end_prompt`;
+/// - decoding: `append`, write K and V into the slot, `attend` (or own attention and `observe`), and when
+///   all layers are through, `confirm`.
+///
+/// Threads: calls of one session do not overlap, except calls for different layers with
+/// `limits::concurrent_layers`; begin, fork, end, confirm, rollback, choose, commit are exclusive.
+/// State is indexed by sequence id. All arrays passed in lie in the backend's memory space; id lists lie
+/// on the host.
+template <backend Ctx, class Prompt, class Decode = Prompt>
+class session {
+ public:
+  using space = space_of<Ctx>;
+  using plan_type = plan<space>;
+
+  // -- life cycle ---------------------------------------------------------------------------------
+  /// Starts a sequence; `id` is set on success. Clears its state.
+  status begin(index_t& id, sequence_options const& o = {}) noexcept;
+  /// Starts a sequence as a copy of `from`: all state, not K and V (the engine shares or copies those).
+  KVKEEP_COLD status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
+  /// Frees a sequence's state.
+  status end(index_t id) noexcept;
+
+  // -- prompt -------------------------------------------------------------------------------------
+  /// A chunk of the prompt in one layer: `q.n_tokens()` new tokens whose keys and values have been written
+  /// at the tail of the cache (or of `prompt`, a transient one-row view that holds the whole prompt).
+  status observe(index_t layer, index_t id, queries const& q, kv_ref<space> const* prompt = nullptr,
+                 index_t row = -1) noexcept;
+  /// Own scores for the slots in use, `[1, kv_head, slot]` (engine_score).
+  status observe(index_t layer, index_t id, own_scores const& s) noexcept;
+  /// The first cut of a layer, in place or from `prompt` into the cache. Layers end in ascending order.
+  status end_prompt(index_t layer, index_t id, kv_ref<space> const* prompt = nullptr,
+                    index_t row = -1) noexcept;
+  /// The first cut of all layers, in place.
+  status end_prompt(index_t id) noexcept;
+  /// Layers that `end_prompt(layer, ...)` decides: earlier ones too where budgets couple layers.
+  layer_range due(index_t layer) const noexcept;
+
+  // -- decoding -----------------------------------------------------------------------------------
+  /// A slot per sequence and KV head for the next token; `slots` `[entry, kv_head]`, backend memory.
+  status append(index_t layer, batch const& b, index_t* slots = nullptr) noexcept;
+  /// The engine has allocated: one token at the tail in every layer. `slot_mapping[entry]` is the pool row
+  /// `block * block_size + offset` (null: not checked).
+  status append_at(batch const& b, std::int64_t const* slot_mapping = nullptr) noexcept;
+  /// Attention of the newest token over all slots in use, with evidence and the next decision.
+  /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
+  status attend(index_t layer, batch const& b, queries const& q, float* out,
+                float* lse = nullptr) noexcept;
+  /// The engine has attended itself: the newest token's queries (K is read once more) ...
+  status observe(index_t layer, batch const& b, queries const& q) noexcept;
+  /// ... or its attention probabilities ...
+  status observe(index_t layer, batch const& b, attention_rows const& a) noexcept;
+  /// ... or own scores of all slots in use.
+  status observe(index_t layer, batch const& b, own_scores const& s) noexcept;
+  /// Accepts the `n` oldest unconfirmed tokens; evicts once no token is left unconfirmed.
+  status confirm(batch const& b, index_t n) noexcept;
+  /// Drops the `n` newest unconfirmed tokens.
+  status rollback(batch const& b, index_t n) noexcept;
+
+  // -- engines that move tokens themselves --------------------------------------------------------
+  /// Whether some head of the batch is over its budget (limits::engine_commits).
+  bool due(batch const& b) const noexcept;
+  /// Decides for all layers and moves nothing. The plan lives in the session until the next choose.
+  status choose(batch const& b, plan_type& out) noexcept;
+  /// Applies a plan of the current generation in place.
+  status commit(plan_type const& p) noexcept;
+  /// Lengths, freed blocks and block tables of one sequence after a commit (see plan.hpp). `row` is its
+  /// sequence row in the views (-1: the id).
+  KVKEEP_COLD status report(index_t id, report_buffer const& out, index_t row = -1) noexcept;
+
+  // -- reading ------------------------------------------------------------------------------------
+  /// Slots in use, `[id, kv_head]`, backend memory; valid until the session ends.
+  tensor_ref<index_t const, 2, space> lengths(index_t layer) const noexcept;
+  /// Original positions, `[id, kv_head, slot]`.
+  tensor_ref<index_t const, 3, space> positions(index_t layer) const noexcept;
+  /// Free slot inside the slots in use (the next append takes it), `[id, kv_head]`, -1: none.
+  tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept;
+  /// Tokens seen by a sequence and confirmed; the next token's position while nothing is unconfirmed.
+  index_t tokens(index_t id) const noexcept { return shared_.confirmed[id]; }
+  /// Most slots per head that this session may need.
+  index_t slots_needed() const noexcept { return slots_needed_; }
+  /// Checks every live sequence: budgets, protected tokens, positions, state. Host-readable memory only.
+  KVKEEP_COLD status verify() const noexcept;
+  counters count() const noexcept;
+
+  // -- saved state (K and V are the engine's to save) ---------------------------------------------
+  KVKEEP_COLD std::size_t saved_bytes() const noexcept;
+  KVKEEP_COLD status save(index_t id, std::span<std::byte> out) const noexcept;
+  /// Restores into a sequence that was begun. Refuses another version, configuration or byte order.
+  KVKEEP_COLD status load(index_t id, std::span<std::byte const> in) noexcept;
+
+  /// Bytes of memory that `bind` needs.
+  std::size_t bytes() const noexcept { return state_bytes_ + scratch_bytes_ * scratch_count(); }
+
+  session(session&&) noexcept = default;
+  session& operator=(session&&) noexcept = default;
+
+ private:
+  template <backend C, class P, class D>
+  friend session<C, P, D> bind_session(C&, P const&, D const&, std::span<layer_spec<space_of<C>> const>,
+                               limits const&, std::span<std::byte>);
+  template <backend C, class P, class D>
+  friend std::size_t session_bytes(C&, P const&, D const&,
+                                   std::span<layer_spec<space_of<C>> const>, limits const&);
+
+  using layer_data = detail::layer_state<space>;
+  /// One cache with its state, as seen by scorers: the pool, or a transient prompt.
+  struct source {
+    batch_ref<space> batch;
+    layer_ref<space> layer;
+    tensor_ref<float, 4, space> weight_sum;
+    index_t id0 = 0;  ///< state row that index 0 of the arrays stands for
+  };
+
+  KVKEEP_COLD session(Ctx& ctx, Prompt const& p, Decode const& d, std::span<layer_spec<space> const> layers,
+          limits const& lim);
+
+  // set-up (setup.hpp)
+  KVKEEP_COLD void check_setup(std::span<layer_spec<space> const> layers) const;
+  KVKEEP_COLD void check_evidence() const;
+  KVKEEP_COLD void plan_state();
+  KVKEEP_COLD void carve(workspace& w);
+  KVKEEP_COLD void measure();
+  KVKEEP_COLD void place(std::span<std::byte> memory);
+  std::size_t scratch_count() const noexcept {
+    return limits_.concurrent_layers ? layers_.size() : 1;
+  }
+  workspace scratch(index_t number = 0) const noexcept;
+  void note_scratch(layer_data& l, workspace const& w) const noexcept;
+
+  // shared by both phases (common.hpp)
+  bool alive(index_t id) const noexcept;
+  status check_batch(batch const& b) const noexcept;
+  status check_blocks(layer_data const& l, index_t row, index_t id, index_t more) const noexcept;
+  index_t managed(index_t layer) const noexcept;
+  template <class F>
+  status each(index_t n, F const& f, workspace& w) const noexcept;
+  source pool(layer_data const& l, index_t const* ids, index_t const* rows,
+              index_t n) const noexcept;
+  source transient(layer_data const& l, index_t id, kv_ref<space> const& prompt,
+                   index_t const* zero, index_t const* row) const noexcept;
+  score_input<space> input(layer_data const& l, source const& s, bool prompt,
+                           index_t const* newest) const noexcept;
+  guard_ref<space> guard_of(bool prompt, index_t id0) const noexcept;
+  /// Calls f(policy, is_prompt_policy) for the policy that decides at the given phase.
+  template <class F>
+  decltype(auto) with_policy(bool prompt, F&& f) const;
+
+  // prompt_phase.hpp
+  status take_staging(layer_data const& l, index_t id, index_t p0, index_t n) noexcept;
+  status check_prompt_view(kv_ref<space> const& v, index_t row, index_t tokens) const noexcept;
+  status keep_scores(layer_data const& l, source const& s, score_map<space> m,
+                     workspace& w) noexcept;
+  bool cuts_at_prompt(layer_data const& l, source const& s) const noexcept;
+  status push_ring(layer_data& l, index_t id, queries const& q, index_t entry, index_t first,
+                   workspace& w) noexcept;
+  status feed_scorers(layer_data& l, index_t id, source const& s, queries const& q, index_t p0,
+                      workspace& w) noexcept;
+  status score_prompt(layer_data& l, source const& s, score_map<space> out, workspace& w) noexcept;
+  status decide_prompt(layer_data& l, index_t id, source const& from, source const& to,
+                       workspace& w) noexcept;
+  status cut_prompt(layer_data& l, source const& from, source const& to,
+                    tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
+  status decide_sequence_prompt(source const& at, workspace& w) noexcept;
+  status fix_decode_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept;
+
+  // decode_phase.hpp
+  status check_append(layer_data const& l, batch const& b) const noexcept;
+  status take_slots(layer_data& l, batch const& b, index_t* slots, workspace& w) noexcept;
+  status check_token(layer_data const& l, batch const& b) const noexcept;
+  status weigh(layer_data& l, batch const& b, queries const& q, float* out, float* lse,
+               workspace& w) noexcept;
+  status settle_tokens(index_t const* ids, index_t const* rows, index_t n, index_t confirmed,
+                       workspace& w) noexcept;
+  status after_token(layer_data& l, index_t const* ids, index_t const* rows, index_t n,
+                     workspace& w) noexcept;
+  status fold(layer_data& l, index_t const* ids, index_t const* rows, index_t n, index_t draft,
+              workspace& w) noexcept;
+  status decide(layer_data& l, index_t const* ids, index_t const* rows, index_t n, index_t extra,
+                workspace& w) noexcept;
+  status decide_sequences(index_t const* ids, index_t const* rows, index_t n,
+                          workspace& w) noexcept;
+  status score_tokens(layer_data& l, source const& s, index_t extra, score_map<space> out,
+                      workspace& w) noexcept;
+  status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
+               index_t extra, workspace& w) noexcept;
+  status attend_special(layer_data& l, batch const& b, source const& s, op::attend<space>& a,
+                        workspace& w) noexcept;
+  index_t list_due(layer_data const& l, index_t const* ids, index_t const* rows, index_t n,
+                   index_t extra, index_t* due_ids, index_t* due_rows) const noexcept;
+  index_t excess(layer_data const& l, index_t id, index_t extra) const noexcept;
+
+  status let_go(layer_data& l, source const& s, score_map<space> scores, workspace& w) noexcept;
+  status mask_heads(layer_data& l, source const& s, tensor_ref<float, 3, space> own,
+                    tensor_ref<std::uint8_t, 3, space> visible, workspace& w) noexcept;
+
+  // inspect.hpp
+  std::uint64_t config() const noexcept;
+  KVKEEP_COLD status verify_head(layer_data const& l, index_t id, index_t h, index_t* sorted) const noexcept;
+  status verify_budget(layer_data const& l, index_t id, index_t h, index_t live) const noexcept;
+
+  // moving.hpp
+  status choose_layers(index_t n, workspace& w) noexcept;
+  template <class F>
+  void each_table(index_t id, F&& f) const;
+  void note_victims(layer_data& l, batch_ref<space> const& b) noexcept;
+  status room_for_plan(layer_data const& l, keep_plan<space> const& plan,
+                       batch_ref<space> const& from, batch_ref<space> const& to) const noexcept;
+  void note_cut(layer_data& l, source const& from, keep_plan<space> const& plan) noexcept;
+  void record_blocks(layer_data& l, batch_ref<space> const& b,
+                     keep_plan<space> const& plan) noexcept;
+
+  Ctx* ctx_ = nullptr;
+  Prompt prompt_{};
+  Decode decode_{};
+  bool one_policy_ = false;
+  limits limits_{};
+  detail::state_shape shape_{};
+  index_t n_all_layers_ = 0;
+  index_t slots_needed_ = 0;
+  std::vector<index_t> number_of_;  ///< [layer] managed number, or -1
+  std::vector<layer_data> layers_;  ///< managed layers
+  detail::shared_state<space> shared_{};
+  plan_memory<space> plan_{};
+  std::size_t state_bytes_ = 0;
+  std::size_t scratch_bytes_ = 0;
+  std::byte* scratch_ = nullptr;
+  std::unique_ptr<std::byte[]> owned_;
+};
+
+}  // namespace kvkeep
+
+#include "detail/setup.hpp"

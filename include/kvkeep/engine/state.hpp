@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The memory of a session: per-slot and per-sequence state of every layer, carved from one block.
+#pragma once
+
+#include "../policy/policy.hpp"
+#include "limits.hpp"
+
+namespace kvkeep::detail {
+
+/// Rows of the per-slot state, in this order: the prompt scorer's, the decode scorer's (the same rows when
+/// one policy serves both), the ring of attention weights, the prompt's scores for coupled layers.
+struct row_plan {
+  index_t prompt_rows = 0;
+  index_t decode_at = 0;
+  index_t decode_rows = 0;
+  index_t weights_at = 0;
+  index_t weight_ring = 0;  ///< ring rows, drafts included; group * weight_ring slot rows
+  index_t score_at = -1;    ///< -1: none
+  index_t total = 0;
+  index_t query_ring = 0;   ///< rows of the query ring, drafts included
+};
+
+/// Shape of all state.
+struct state_shape {
+  cache_shape cache{};
+  index_t n_sequences = 0;
+  index_t max_prompt = 0;  ///< slots of the transient prompt's state, or 0
+  index_t drafts = 1;      ///< tokens that may be unconfirmed
+  row_plan rows{};
+};
+
+/// State of one managed layer.
+template <class Space>
+struct layer_state {
+  kv_ref<Space> kv{};
+  index_t spec = 0;    ///< index among all layers
+  index_t number = 0;  ///< index among managed layers
+  slot_state<Space> slots{};                 ///< lengths [S,H], positions [S,H,N], rows [S,H,R,N]
+  tensor_ref<index_t, 2, Space> k{};         ///< [S, H] tokens that decoding keeps
+  tensor_ref<index_t, 2, Space> victim{};    ///< [S, H] free slot inside the slots in use, or -1
+  tensor_ref<index_t, 3, Space> fresh{};     ///< [draft, S, H] slots of the unconfirmed tokens
+  tensor_ref<float, 4, Space> ring_q{};      ///< [S, Hq, ring, dim_k]
+  tensor_ref<float, 3, Space> ring_lse{};    ///< [S, Hq, ring]
+  tensor_ref<float, 4, Space> weight_sum{};  ///< [S, H, g, ring]
+  index_t* seen = nullptr;       ///< [S] confirmed tokens
+  index_t* ring_from = nullptr;  ///< [S] oldest position in the query ring
+  index_t* appended = nullptr;   ///< [S] host: tokens with a slot
+  index_t* attended = nullptr;   ///< [S] host: tokens with evidence
+  std::uint8_t* has_lse = nullptr;      ///< [S] host: every ring row has a log-sum-exp
+  std::uint8_t* prompt_done = nullptr;  ///< [S] host
+  counters count{};
+};
+
+/// State of the slots of one transient prompt.
+template <class Space>
+struct staging_state {
+  slot_state<Space> slots{};
+  tensor_ref<float, 4, Space> weight_sum{};
+};
+
+template <class Space>
+void carve_slots(workspace& w, slot_state<Space>& s, index_t n, index_t heads, index_t rows,
+                 index_t slots) {
+  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
+  s.lengths = row_major<Space>(w.take<index_t>(size(n, heads)), n, heads);
+  s.positions = row_major<Space>(w.take<index_t>(size(n, heads, slots)), n, heads, slots);
+  s.rows = row_major<Space>(w.take<float>(size(n, heads, rows, slots)), n, heads, rows, slots);
+}
+
+/// Takes one layer's arrays. The same code measures and places.
+template <class Space>
+void carve_layer(workspace& w, layer_state<Space>& l, state_shape const& s) {
+  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
+  index_t const n = s.n_sequences, h = s.cache.n_kv_heads, hq = s.cache.n_q_heads;
+  carve_slots(w, l.slots, n, h, s.rows.total, s.cache.max_slots);
+  l.k = row_major<Space>(w.take<index_t>(size(n, h)), n, h);
+  l.victim = row_major<Space>(w.take<index_t>(size(n, h)), n, h);
+  l.fresh = row_major<Space>(w.take<index_t>(size(s.drafts, n, h)), s.drafts, n, h);
+  index_t const ring = s.rows.query_ring;
+  l.ring_q = row_major<Space>(w.take<float>(size(n, hq, ring, s.cache.dim_k)), n, hq, ring,
+                              s.cache.dim_k);
+  l.ring_lse = row_major<Space>(w.take<float>(size(n, hq, ring)), n, hq, ring);
+  index_t const g = s.cache.group();
+  l.weight_sum = row_major<Space>(w.take<float>(size(n, hq, s.rows.weight_ring)), n, h, g,
+                                  s.rows.weight_ring);
+  l.seen = w.take<index_t>(size(n));
+  l.ring_from = w.take<index_t>(size(n));
+  l.appended = w.take<index_t>(size(n));
+  l.attended = w.take<index_t>(size(n));
+  l.has_lse = w.take<std::uint8_t>(size(n));
+  l.prompt_done = w.take<std::uint8_t>(size(n));
+}
+
+/// Session-wide arrays.
+template <class Space>
+struct shared_state {
+  index_t* frozen = nullptr;       ///< [S]
+  index_t* confirmed = nullptr;    ///< [S] host: tokens confirmed in all layers
+  std::uint8_t* alive = nullptr;   ///< [S] host
+  std::uint32_t* generation = nullptr;  ///< [S] host: changes when slots move or are reused
+  tensor_ref<index_t, 2, Space> prompt_k{};      ///< [layer, H] budgets of the prompt that is ending
+  tensor_ref<float, 4, Space> prompt_scores{};   ///< [layer, 1, H, slot] where budgets need them
+  tensor_ref<float, 3, Space> sequence_scores{}; ///< [entry, H, slot] sum over layers
+  staging_state<Space> staging;
+  index_t prompt_owner = -1;   ///< sequence whose coupled layers are being decided
+  index_t staging_layer = -1;  ///< owner of the transient prompt's state
+  index_t staging_id = -1;
+};
+
+template <class Space>
+void carve_shared(workspace& w, shared_state<Space>& s, state_shape const& shape, index_t n_layers,
+                  index_t score_layers, index_t sequence_entries) {
+  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
+  index_t const n = shape.n_sequences, h = shape.cache.n_kv_heads;
+  index_t const slots =
+      shape.max_prompt > shape.cache.max_slots ? shape.max_prompt : shape.cache.max_slots;
+  s.frozen = w.take<index_t>(size(n));
+  s.confirmed = w.take<index_t>(size(n));
+  s.alive = w.take<std::uint8_t>(size(n));
+  s.generation = w.take<std::uint32_t>(size(n));
+  s.prompt_k = row_major<Space>(w.take<index_t>(size(n_layers, h)), n_layers, h);
+  s.prompt_scores = row_major<Space>(w.take<float>(size(score_layers, h, slots)), score_layers, 1,
+                                     h, slots);
+  s.sequence_scores = row_major<Space>(w.take<float>(size(sequence_entries, h, slots)),
+                                       sequence_entries, h, slots);
+  if (shape.max_prompt > 0) {
+    carve_slots(w, s.staging.slots, 1, h, shape.rows.total, shape.max_prompt);
+    s.staging.weight_sum =
+        row_major<Space>(w.take<float>(size(shape.cache.n_q_heads, shape.rows.weight_ring)), 1, h,
+                         shape.cache.group(), shape.rows.weight_ring);
+  }
+}
+
+/// Leading-index slice of a tensor: `t[i, ...]` keeps its rank, so that index 0 is `i`.
+template <class T, int R, class Space>
+tensor_ref<T, R, Space> rebase(tensor_ref<T, R, Space> t, index_t i) noexcept {
+  if (t.data != nullptr) t.data += static_cast<offset_t>(i) * t.stride[0];
+  return t;
+}
+
+/// `[id, kv_head, row, slot]` restricted to rows from `first` on.
+template <class Space>
+tensor_ref<float, 4, Space> rows_from(tensor_ref<float, 4, Space> t, index_t first,
+                                      index_t n) noexcept {
+  if (t.data != nullptr) t.data += static_cast<offset_t>(first) * t.stride[2];
+  t.extent[2] = n;
+  return t;
+}
+
+/// The weight ring inside the slot rows as `[id, kv_head, g, slot]` of ring row 0; the next ring row lies
+/// one slot row further.
+template <class Space>
+tensor_ref<float, 4, Space> weight_rows(tensor_ref<float, 4, Space> rows, row_plan const& p,
+                                        index_t group) noexcept {
+  auto t = rows_from(rows, p.weights_at, group);
+  t.stride[2] *= p.weight_ring;
+  return t;
+}
+
+/// One slot row as a score map `[id, kv_head, slot]`.
+template <class Space>
+score_map<Space> row_as_map(tensor_ref<float, 4, Space> const& rows, index_t row) noexcept {
+  score_map<Space> m{};
+  m.data = rows.data + row * rows.stride[2];
+  int const axis[] = {0, 1, 3};
+  for (int a = 0; a < 3; ++a) {
+    m.extent[a] = rows.extent[axis[a]];
+    m.stride[a] = rows.stride[axis[a]];
+  }
+  return m;
+}
+
+}  // namespace kvkeep::detail

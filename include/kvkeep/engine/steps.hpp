@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Small per-index steps of a session, run by the backend's for_each so that state may live on a device.
+#pragma once
+
+#include "../view/evidence.hpp"
+#include "state.hpp"
+
+namespace kvkeep::detail {
+
+KVKEEP_HD inline float load_element(void const* data, dtype type, offset_t i) noexcept {
+  switch (type) {
+    case dtype::f16: return to_float(static_cast<fp16 const*>(data)[i]);
+    case dtype::bf16: return to_float(static_cast<bf16 const*>(data)[i]);
+    default: return static_cast<float const*>(data)[i];
+  }
+}
+
+KVKEEP_HD inline float natural_lse(queries const& q, offset_t entry, offset_t head,
+                                   offset_t row) noexcept {
+  float const v = q.lse[entry * q.lse_entry_stride + head * q.lse_head_stride + row];
+  return q.lse_base == log_base::two ? v * 0.693147180559945309F : v;
+}
+
+/// Clears one sequence's state in one layer; index: KV head.
+template <class Space>
+struct reset_head {
+  layer_state<Space> l;
+  index_t id;
+  KVKEEP_HD void operator()(index_t h) const noexcept {
+    l.slots.lengths(id, h) = 0;
+    l.k(id, h) = 0;
+    l.victim(id, h) = -1;
+    float* const rows = l.slots.rows.at(id, h);
+    offset_t const n = static_cast<offset_t>(l.slots.rows.extent[2]) * l.slots.rows.extent[3];
+    for (offset_t i = 0; i < n; ++i) rows[i] = 0;
+    index_t const sums = l.weight_sum.extent[2] * l.weight_sum.extent[3];
+    for (index_t i = 0; i < sums; ++i) l.weight_sum.at(id, h)[i] = 0;
+  }
+};
+
+/// Gives `n` new tokens the tail slots of one sequence; index: KV head.
+template <class Space>
+struct extend_head {
+  slot_state<Space> s;
+  index_t id;        ///< state row
+  index_t position;  ///< of the first new token
+  index_t n;
+  index_t own_rows;  ///< scorer rows to clear
+  KVKEEP_HD void operator()(index_t h) const noexcept {
+    index_t const first = s.lengths(id, h);
+    for (index_t t = 0; t < n; ++t) s.positions(id, h, first + t) = position + t;
+    for (index_t r = 0; r < own_rows; ++r)
+      for (index_t t = 0; t < n; ++t) s.rows(id, h, r, first + t) = 0;
+    s.lengths(id, h) = first + n;
+  }
+};
+
+/// Stores query rows in the ring; index: query head * count + row.
+template <class Space>
+struct push_queries {
+  queries q;
+  index_t entry;     ///< batch entry of q
+  index_t id;        ///< row of the ring
+  index_t first;     ///< row of q that comes first
+  index_t count;
+  index_t position;  ///< of row `first`
+  index_t dim;
+  tensor_ref<float, 4, Space> ring_q;
+  tensor_ref<float, 3, Space> ring_lse;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const head = i / count;
+    index_t const row = first + i % count;
+    index_t const at = (position + i % count) % ring_q.extent[2];
+    offset_t const src = entry * q.entry_stride + head * q.head_stride + row * q.row_stride;
+    float* const dst = ring_q.at(id, head, at);
+    for (index_t d = 0; d < dim; ++d) dst[d] = load_element(q.data, q.type, src + d);
+    if (q.lse != nullptr) ring_lse(id, head, at) = natural_lse(q, entry, head, row);
+  }
+};
+
+/// Copies query rows to a dense fp32 block `[1, q_head, count, dim]`; index: query head * count + row.
+template <class Space>
+struct copy_queries {
+  queries q;
+  index_t entry;
+  index_t first;
+  index_t count;
+  index_t position;  ///< of row `first`
+  index_t dim;
+  float* out;
+  float* lse;
+  index_t* out_position;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const head = i / count;
+    index_t const row = first + i % count;
+    offset_t const src = entry * q.entry_stride + head * q.head_stride + row * q.row_stride;
+    for (index_t d = 0; d < dim; ++d)
+      out[static_cast<offset_t>(i) * dim + d] = load_element(q.data, q.type, src + d);
+    if (lse != nullptr) lse[i] = natural_lse(q, entry, head, row);
+    if (head == 0) out_position[i % count] = position + i % count;
+  }
+};
+
+/// Gives every head of every entry a slot for one token: its free slot, else the tail.
+/// Index: entry * n_kv_heads + head.
+template <class Space>
+struct append_token {
+  layer_state<Space> l;
+  row_plan rows;
+  index_t const* id;        ///< [entry]
+  index_t const* position;  ///< [entry]
+  index_t const* pending;   ///< [entry] unconfirmed tokens before this one
+  index_t n_kv_heads;
+  index_t* out;             ///< [entry, kv_head] or null
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const entry = i / n_kv_heads, h = i % n_kv_heads, s = id[entry];
+    index_t const free = l.victim(s, h);
+    index_t const slot = free >= 0 ? free : l.slots.lengths(s, h)++;
+    l.victim(s, h) = -1;
+    l.slots.positions(s, h, slot) = position[entry];
+    l.fresh(pending[entry], s, h) = slot;
+    for (index_t r = 0; r < rows.weights_at; ++r) l.slots.rows(s, h, r, slot) = 0;
+    // Unconfirmed tokens before this one did not see it.
+    index_t const group = l.weight_sum.extent[2];
+    for (index_t u = 1; u <= pending[entry] && rows.weight_ring > 0; ++u) {
+      index_t const ring_row = (position[entry] - u) % rows.weight_ring;
+      for (index_t g = 0; g < group; ++g)
+        l.slots.rows(s, h, rows.weights_at + g * rows.weight_ring + ring_row, slot) = 0;
+    }
+    if (out != nullptr) out[i] = slot;
+  }
+};
+
+/// Drops the newest unconfirmed token of one sequence; index: KV head.
+template <class Space>
+struct drop_token {
+  layer_state<Space> l;
+  index_t id;
+  index_t pending;  ///< its index among the unconfirmed tokens
+  KVKEEP_HD void operator()(index_t h) const noexcept {
+    index_t const slot = l.fresh(pending, id, h);
+    if (slot == l.slots.lengths(id, h) - 1)
+      --l.slots.lengths(id, h);
+    else
+      l.victim(id, h) = slot;
+  }
+};
+
+/// Own scores or attention rows of the engine into one state row; index: entry * heads + head.
+template <class Space>
+struct copy_slot_row {
+  float const* src;
+  offset_t entry_stride, head_stride;
+  index_t heads;
+  index_t group;           ///< heads per KV head (1 for KV heads)
+  index_t const* id;       ///< [entry]
+  index_t const* row;      ///< [entry] state row of head 0 of the group
+  index_t row_step;        ///< state rows between heads of a group
+  slot_state<Space> s;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const entry = i / heads, head = i % heads, h = head / group;
+    float const* const from = src + entry * entry_stride + head * head_stride;
+    float* const to = s.rows.at(id[entry], h, row[entry] + head % group * row_step);
+    for (index_t j = 0; j < s.lengths(id[entry], h); ++j) to[j] = from[j];
+  }
+};
+
+/// Given probabilities need no normaliser; index: query head.
+template <class Space>
+struct unit_sum {
+  tensor_ref<float, 4, Space> sum;  ///< [id, kv_head, g, ring row]
+  index_t id;
+  index_t row;
+  KVKEEP_HD void operator()(index_t q_head) const noexcept {
+    sum(id, q_head / sum.extent[2], q_head % sum.extent[2], row) = 1;
+  }
+};
+
+/// The drafts that stay unconfirmed move to the front of the list; index: KV head.
+template <class Space>
+struct shift_drafts {
+  tensor_ref<index_t, 3, Space> fresh;  ///< [draft, id, kv_head]
+  index_t id;
+  index_t by;
+  index_t n;
+  KVKEEP_HD void operator()(index_t h) const noexcept {
+    for (index_t t = 0; t < n; ++t) fresh(t, id, h) = fresh(t + by, id, h);
+  }
+};
+
+/// Heads for which nothing is due keep all their tokens; index: entry * n_kv_heads + head.
+template <class Space>
+struct drop_idle_victims {
+  slot_state<Space> s;
+  tensor_ref<index_t, 2, Space> keep;  ///< [id, head]
+  tensor_ref<index_t, 2, Space> victim;
+  index_t const* id;
+  index_t n_kv_heads;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const at = id[i / n_kv_heads], h = i % n_kv_heads;
+    if (keep(at, h) >= s.lengths(at, h)) victim(at, h) = -1;
+  }
+};
+
+/// Index of the visibility steps: entry * n_q_heads + query head.
+template <class Space>
+struct show_all {
+  tensor_ref<std::uint8_t, 3, Space> visible;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    std::uint8_t* const row = visible.at(i / visible.extent[1], i % visible.extent[1]);
+    for (index_t j = 0; j < visible.extent[2]; ++j) row[j] = 1;
+  }
+};
+template <class Space>
+struct hide_victims {
+  tensor_ref<std::uint8_t, 3, Space> visible;
+  tensor_ref<index_t, 2, Space> victim;
+  index_t const* id;
+  index_t group;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const entry = i / visible.extent[1], q_head = i % visible.extent[1];
+    index_t const slot = victim(id[entry], q_head / group);
+    if (slot >= 0) visible(entry, q_head, slot) = 0;
+  }
+};
+/// Shows query head `g` of each group what a plan keeps; index: entry * n_kv_heads + head.
+template <class Space>
+struct show_plan {
+  tensor_ref<std::uint8_t, 3, Space> visible;
+  keep_plan<Space> plan;
+  index_t n_kv_heads;
+  index_t group;
+  index_t g;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const entry = i / n_kv_heads, h = i % n_kv_heads;
+    std::uint8_t* const row = visible.at(entry, h * group + g);
+    for (index_t j = 0; j < visible.extent[2]; ++j) row[j] = 0;
+    for (index_t j = 0; j < plan.count(entry, h); ++j) row[plan.slots(entry, h, j)] = 1;
+  }
+};
+
+/// Fixes a prompt's budget for decoding; index: KV head.
+template <class Space>
+struct copy_budget {
+  tensor_ref<index_t, 2, Space> from;  ///< [layer, head]
+  index_t layer;
+  tensor_ref<index_t, 2, Space> to;  ///< [id, head]
+  index_t id;
+  KVKEEP_HD void operator()(index_t h) const noexcept { to(id, h) = from(layer, h); }
+};
+
+/// Tokens that a decision keeps: what the budget says where a cut is due, else everything.
+/// Index: entry * n_kv_heads + head.
+template <class Space>
+struct resolve_keep {
+  tensor_ref<index_t const, 2, Space> k;  ///< [id, head]
+  slot_state<Space> s;
+  index_t const* k_id;    ///< [entry] row of k
+  index_t const* id;      ///< [entry] row of s
+  index_t n_kv_heads;
+  double evict_after;
+  index_t room;
+  index_t extra;          ///< slots beyond k (decisions before attention keep C + 1)
+  index_t block;
+  index_t least;          ///< heads with fewer tokens stay whole
+  tensor_ref<index_t, 2, Space> out;  ///< [id, head]
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const entry = i / n_kv_heads, h = i % n_kv_heads;
+    index_t const n = s.lengths(id[entry], h);
+    index_t const budget = k(k_id[entry], h);
+    index_t const keep = budget - room > 0 ? budget - room + extra : extra;
+    bool const due = n >= least && n >= trigger(budget, evict_after) - room + extra &&
+                     (block == 1 || n / block > budget / block);
+    out(id[entry], h) = due ? (block == 1 ? keep : budget / block * block) : n;
+  }
+};
+
+}  // namespace kvkeep::detail

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// H2O's score: attention mass accumulated since a token entered the cache; ObservedAttention with age.
+#pragma once
+
+#include "../op/accumulate.hpp"
+#include "scorer.hpp"
+
+namespace kvkeep {
+
+/// Spec 3.5, 4.1; arXiv 2306.14048, FMInference/H2O utils_real_drop/modify_llama.py, KVCache-Factory
+/// H2OKVCluster; `by_age`: kvpress ObservedAttentionPress.
+/// State: one fp32 sum per slot (a row per query head with `group = max`). The attention of a token is
+/// taken before anything is evicted for it.
+/// Deviations: sums per KV head over the group (the published decode code has no GQA), fp32, one batch
+/// entry at a time never mixes with another.
+struct heavy_hitter_score : scorer_base {
+  reduction group = reduction::mean;  ///< over the query heads of a group
+  bool by_age = false;                ///< divide by the number of rows that saw the token
+
+  scorer_traits traits() const {
+    scorer_traits t;
+    t.name = by_age ? "observed_attention" : "heavy_hitter";
+    t.prompt = evidence::all_queries;
+    t.decode = evidence::token_queries;
+    t.prefix_safe = false;  // the rows of a shared prefix were never seen
+    return t;
+  }
+  state_spec state(cache_shape const& s) const { return {n_rows(s), 0, 1}; }
+  std::uint64_t key() const { return config_key(group, by_age); }
+
+  template <class Ctx>
+  status observe_prompt(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                        query_rows<space_of<Ctx>> const& rows, workspace& ws) const {
+    return run(ctx,
+               op::column_sums<space_of<Ctx>>{in.batch, in.layer, rows, in.rows, true,
+                                              group == reduction::max, false},
+               ws);
+  }
+  template <class Ctx>
+  status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
+    op::accumulate<space_of<Ctx>> add{in.batch, in.layer.slots, in.weights, in.weight_sum,
+                                      in.newest_row, in.weight_stride};
+    add.per_query_head = group == reduction::max;
+    add.fresh_slot = in.fresh;
+    add.out = in.rows;
+    add.out_by_id = true;
+    return run(ctx, add, ws);
+  }
+  template <class Ctx>
+  status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+               workspace& ws) const {
+    float const scale =
+        group == reduction::mean ? 1.0F / static_cast<float>(in.layer.kv.shape.group()) : 1.0F;
+    op::reduce_rows<space_of<Ctx>> reduce{in.batch, in.layer.slots, in.rows, true,
+                                          group == reduction::max ? group : reduction::sum, scale};
+    reduce.by_age = by_age;
+    reduce.seen = in.seen;
+    reduce.out = out;
+    return run(ctx, reduce, ws);
+  }
+
+ private:
+  index_t n_rows(cache_shape const& s) const { return group == reduction::max ? s.group() : 1; }
+};
+
+/// TOVA's score: the newest token's attention row, mean over all query heads of the layer.
+/// Spec 4.2, 3.9; arXiv 2401.06104, schwartz-lab-NLP/TOVA tova_cache.py, kvpress TOVAPress. No state.
+struct last_row_score : scorer_base {
+  scorer_traits traits() const {
+    scorer_traits t;
+    t.name = "last_row";
+    t.prompt = evidence::window_queries;
+    t.decode = evidence::token_queries;
+    t.whole_layer = true;
+    return t;
+  }
+  state_spec state(cache_shape const&) const { return {0, 1, 1}; }
+
+  template <class Ctx>
+  status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+               workspace& ws) const {
+    using space = space_of<Ctx>;
+    auto const& shape = in.layer.kv.shape;
+    float const scale = 1.0F / static_cast<float>(shape.group());
+    auto const map = as_rows(out);
+    if (in.newest_row != nullptr) {
+      op::accumulate<space> add{in.batch, in.layer.slots, in.weights, in.weight_sum,
+                                in.newest_row, in.weight_stride, scale, false, true};
+      add.out = map;
+      return run(ctx, add, ws);
+    }
+    query_rows<space> q;
+    KVKEEP_TRY(last_queries(ctx, in, 1, q, ws));
+    KVKEEP_TRY(
+        run(ctx, op::column_sums<space>{in.batch, in.layer, q, map, false, false, true}, ws));
+    op::reduce_rows<space> mean{in.batch, in.layer.slots, map, false, reduction::sum, scale};
+    mean.out = out;
+    return run(ctx, mean, ws);
+  }
+};
+
+}  // namespace kvkeep

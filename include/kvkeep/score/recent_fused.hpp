@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// MorphKV's score: how much the most recent queries attend to each old token.
+#pragma once
+
+#include <string>
+
+#include "../op/accumulate.hpp"
+#include "scorer.hpp"
+
+namespace kvkeep {
+
+/// How MorphKV's scores are evaluated while decoding. Both give the canonical scores.
+enum class morph_rows : std::uint8_t {
+  cached,  ///< attention weights of the last rows are kept: 4 * group * n_rows bytes per slot
+  direct   ///< recomputed from the query ring and K: no state per slot, K is read again
+};
+
+/// Spec 4.3, 4.4; arXiv 2503.00979, ghadiaravi13/MorphKV patch_{mistral,qwen2,phi3,llama}.py.
+/// Softmax per row over the old columns only (all but the last W tokens), maximum over the group, then
+/// maximum or sum over the rows. The guard's `recent` is W.
+/// Canonical choices and deviations: see policy/morphkv.hpp.
+struct recent_fused_score : scorer_base {
+  index_t window = 32;                ///< W, the protected recent tokens
+  index_t n_rows = 0;                 ///< query rows; 0: W - 1, as in most of the published code
+  reduction fusion = reduction::sum;  ///< sum (sum_fused) or max (max_fused)
+  morph_rows evaluation = morph_rows::cached;
+
+  index_t row_count() const { return n_rows > 0 ? n_rows : window - 1; }
+
+  scorer_traits traits() const {
+    scorer_traits t;
+    t.name = "recent_fused";
+    t.prompt = evidence::window_queries;
+    t.decode = evidence::token_queries;
+    t.direct = true;
+    return t;
+  }
+  void check(cache_shape const&) const {
+    KVKEEP_EXPECTS(window >= 1, "window", window, ">= 1");
+    KVKEEP_EXPECTS(n_rows >= 0 && row_count() >= 1, "n_rows", n_rows > 0 ? n_rows : row_count(),
+                   ">= 1 (0 means window - 1, so window >= 2)");
+    KVKEEP_EXPECTS(row_count() <= window, "n_rows", n_rows, "<= window, so that every row is newer "
+                   "than every old token");
+    KVKEEP_EXPECTS(fusion != reduction::mean, "fusion", to_string(fusion), "sum or max");
+  }
+  state_spec state(cache_shape const&) const {
+    return {0, row_count(), evaluation == morph_rows::cached ? row_count() : 1};
+  }
+  std::uint64_t key() const { return config_key(window, n_rows, fusion, evaluation); }
+
+  /// Fills the weight ring for the slots that remain of the prompt.
+  template <class Ctx>
+  status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
+    if (evaluation == morph_rows::direct) return status::ok;
+    query_rows<space_of<Ctx>> q;
+    KVKEEP_TRY(last_queries(ctx, in, row_count(), q, ws));
+    return run(ctx,
+               op::row_weights<space_of<Ctx>>{in.batch, in.layer, q, in.weights, in.weight_sum,
+                                              in.weight_stride, in.weight_ring},
+               ws);
+  }
+  template <class Ctx>
+  status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+               workspace& ws) const {
+    // At the end of a prompt the ring of weights is not filled yet.
+    if (evaluation == morph_rows::cached && in.newest_row != nullptr) {
+      return score_cached(ctx, in, out, ws);
+    }
+    return score_direct(ctx, in, out, {}, ws);
+  }
+  /// The direct form; `heads` `[entry, q_head, slot]` also receives each query head's own fused rows.
+  template <class Ctx>
+  status score_direct(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                      score_map<space_of<Ctx>> out, tensor_ref<float, 3, space_of<Ctx>> heads,
+                      workspace& ws) const {
+    query_rows<space_of<Ctx>> q;
+    KVKEEP_TRY(last_queries(ctx, in, row_count(), q, ws));
+    return run(ctx,
+               op::fused_rows<space_of<Ctx>>{in.batch, in.layer, q, in.guard.recent, fusion, out,
+                                             heads},
+               ws);
+  }
+
+ private:
+  struct row_positions {
+    index_t const* seen;
+    index_t const* from;
+    index_t const* id;
+    index_t n_rows;
+    index_t* out;
+    KVKEEP_HD void operator()(index_t i) const noexcept {
+      index_t const s = id ? id[i / n_rows] : i / n_rows;
+      index_t const p = seen[s] - n_rows + i % n_rows;
+      out[i] = p >= 0 && p >= from[s] ? p : -1;
+    }
+  };
+
+  template <class Ctx>
+  status score_cached(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                      score_map<space_of<Ctx>> out, workspace& ws) const {
+    using space = space_of<Ctx>;
+    index_t const n = in.batch.n * row_count();
+    index_t* position = ws.take<index_t>(static_cast<std::size_t>(n));
+    if (!ws.measuring()) {
+      if (!ws.ok()) return status::workspace_too_small;
+      row_positions const fn{in.seen, in.ring_from, in.batch.id, row_count(), position};
+      KVKEEP_TRY(run(ctx, op::for_each<row_positions, space>{n, fn}, ws));
+    }
+    op::ring_score<space> o{in.batch, in.layer};
+    o.positions =
+        row_major<space>(static_cast<index_t const*>(position), in.batch.n, row_count());
+    o.q = in.ring_q;
+    o.weights = in.weights;
+    o.ring_stride = in.weight_stride;
+    o.ring = in.weight_ring;
+    o.recent = in.guard.recent;
+    o.fuse = fusion;
+    o.out = out;
+    return run(ctx, o, ws);
+  }
+};
+
+}  // namespace kvkeep

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// What a scorer is: it ranks the slots of one layer, per sequence and KV head; higher is kept.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+
+#include "../op/score_slots.hpp"
+#include "../op/window_score.hpp"
+#include "../view/evidence.hpp"
+
+namespace kvkeep {
+
+/// What a scorer can do and what it needs.
+struct scorer_traits {
+  char const* name = "";
+  bool at_prompt = true;         ///< can score at the end of the prompt
+  bool at_decode = true;         ///< can score after every token
+  evidence prompt = evidence::none;
+  evidence decode = evidence::none;
+  bool whole_layer = false;      ///< one kept set for all KV heads of a layer (TOVA)
+  bool comparable = true;        ///< scores of different heads and layers have one scale
+  bool chunk_invariant = true;   ///< any chunking of the prompt gives the same set
+  bool prefix_safe = true;       ///< may start behind a shared, frozen prefix
+  bool draft_safe = true;        ///< evidence of drafts is staged
+  bool direct = false;           ///< has `score_direct`: may decide before a token's own attention
+};
+
+/// Memory that a scorer asks the session for.
+struct state_spec {
+  index_t slot_rows = 0;    ///< floats per slot, moving with the slots
+  index_t query_ring = 0;   ///< most recent queries kept per sequence and layer
+  index_t weight_ring = 0;  ///< most recent tokens whose attention weights are kept per slot
+};
+
+/// Everything that a scorer may look at in one call. All `[id, ...]` arrays are indexed by
+/// `batch.id_of(entry)`.
+template <class Space = host_space>
+struct score_input {
+  using space = Space;
+  batch_ref<Space> batch{};
+  layer_ref<Space> layer{};            ///< the cache that is scored, with its slot state
+  guard_ref<Space> guard{};
+  index_t const* seen = nullptr;     ///< [id] tokens seen (and confirmed)
+  tensor_ref<float, 4, Space> rows{};  ///< [id, kv_head, row, slot] this scorer's slot rows
+
+  tensor_ref<float const, 4, Space> ring_q{};    ///< [id, q_head, ring row, dim_k]
+  tensor_ref<float const, 3, Space> ring_lse{};  ///< [id, q_head, ring row], natural
+  index_t const* ring_from = nullptr;          ///< [id] oldest position in the query ring
+  index_t query_ring = 0;                      ///< rows of the query ring; position p is row p % ring
+  bool has_lse = false;
+
+  tensor_ref<float, 4, Space> weights{};     ///< [id, kv_head, g, slot] of weight ring row 0
+  tensor_ref<float, 4, Space> weight_sum{};  ///< [id, kv_head, g, ring row]
+  offset_t weight_stride = 0;              ///< elements between ring rows of `weights`
+  index_t weight_ring = 0;                 ///< rows of the weight ring; position p is row p % ring
+  index_t const* newest_row = nullptr;     ///< [entry] weight ring row of the newest token
+  tensor_ref<index_t const, 2, Space> fresh{};  ///< [id, kv_head] slot of the newest token
+};
+
+/// No-op defaults of the optional steps; scorers derive from it.
+struct scorer_base {
+  void check(cache_shape const&) const {}
+  state_spec state(cache_shape const&) const { return {}; }
+  std::uint64_t key() const { return 0; }
+  /// Heads with fewer tokens are never cut.
+  index_t least_tokens() const { return 0; }
+  /// A chunk of prompt queries (fp32, positions set). Called in order; the keys are written.
+  template <class Ctx>
+  status observe_prompt(Ctx&, score_input<space_of<Ctx>> const&, query_rows<space_of<Ctx>> const&,
+                        workspace&) const {
+    return status::ok;
+  }
+  /// After the slots that remain of a prompt were decided and moved.
+  template <class Ctx>
+  status settle(Ctx&, score_input<space_of<Ctx>> const&, workspace&) const {
+    return status::ok;
+  }
+  /// After the attention of one confirmed token.
+  template <class Ctx>
+  status fold(Ctx&, score_input<space_of<Ctx>> const&, workspace&) const {
+    return status::ok;
+  }
+};
+
+/// The narrow waist: `score` fills a float per slot in use, `[entry, kv_head, slot]`.
+template <class S, class Ctx>
+concept scorer = requires(S const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
+                          query_rows<space_of<Ctx>> const& rows, cache_shape const& shape,
+                          score_map<space_of<Ctx>> out, workspace& w) {
+  { s.traits() } -> std::same_as<scorer_traits>;
+  { s.state(shape) } -> std::same_as<state_spec>;
+  { s.key() } -> std::same_as<std::uint64_t>;
+  { s.least_tokens() } -> std::same_as<index_t>;
+  s.check(shape);
+  { s.observe_prompt(c, in, rows, w) } -> std::same_as<status>;
+  { s.settle(c, in, w) } -> std::same_as<status>;
+  { s.fold(c, in, w) } -> std::same_as<status>;
+  { s.score(c, in, out, w) } -> std::same_as<status>;
+};
+
+/// FNV-1a over the bytes of configuration values: the identity that saved state carries.
+template <class... T>
+std::uint64_t config_key(T const&... values) noexcept {
+  std::uint64_t h = 14695981039346656037ULL;
+  auto const mix = [&h](auto const& v) {
+    auto const* p = reinterpret_cast<unsigned char const*>(&v);
+    for (std::size_t i = 0; i < sizeof v; ++i) h = (h ^ p[i]) * 1099511628211ULL;
+  };
+  (mix(values), ...);
+  return h;
+}
+
+namespace detail {
+
+/// Copies ring rows of the last queries into a dense block, oldest first.
+template <class Space>
+struct gather_queries {
+  tensor_ref<float const, 4, Space> ring_q{};
+  tensor_ref<float const, 3, Space> ring_lse{};
+  float* q;
+  float* lse;
+  index_t* position;
+  index_t const* seen;
+  index_t const* from;
+  index_t const* id;
+  index_t ring, n_rows, heads, dim;
+
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const row = i % n_rows;
+    index_t const head = i / n_rows % heads;
+    index_t const entry = i / n_rows / heads;
+    index_t const s = id ? id[entry] : entry;
+    index_t const p = seen[s] - n_rows + row;
+    bool const present = p >= 0 && p >= from[s];
+    if (head == 0) position[entry * n_rows + row] = present ? p : -1;
+    if (!present) return;
+    if (lse) lse[i] = ring_lse(s, head, p % ring);
+    float const* src = ring_q.at(s, head, p % ring);
+    float* dst = q + static_cast<offset_t>(i) * dim;
+    for (index_t d = 0; d < dim; ++d) dst[d] = src[d];
+  }
+};
+
+}  // namespace detail
+
+/// The last `n` confirmed queries of every entry as dense rows (absent ones marked), in scratch.
+template <class Ctx>
+status last_queries(Ctx& ctx, score_input<space_of<Ctx>> const& in, index_t n,
+                    query_rows<space_of<Ctx>>& out, workspace& ws) {
+  using space = space_of<Ctx>;
+  auto const& shape = in.layer.kv.shape;
+  std::size_t const rows = static_cast<std::size_t>(in.batch.n) * shape.n_q_heads * n;
+  float* q = ws.take<float>(rows * shape.dim_k);
+  float* lse = in.has_lse ? ws.take<float>(rows) : nullptr;
+  index_t* position = ws.take<index_t>(static_cast<std::size_t>(in.batch.n) * n);
+  out.q = row_major<space>(static_cast<float const*>(q), in.batch.n, shape.n_q_heads, n,
+                           shape.dim_k);
+  out.position = row_major<space>(static_cast<index_t const*>(position), in.batch.n, n);
+  out.lse = row_major<space>(static_cast<float const*>(lse), in.batch.n, shape.n_q_heads, n);
+  out.by_id = false;
+  if (ws.measuring()) return status::ok;
+  if (!ws.ok()) return status::workspace_too_small;
+  detail::gather_queries<space> const fn{in.ring_q,       in.ring_lse, q,  lse, position, in.seen,
+                                  in.ring_from,    in.batch.id, in.query_ring, n,
+                                  shape.n_q_heads, shape.dim_k};
+  return run(ctx, op::for_each<detail::gather_queries<space>, space>{static_cast<index_t>(rows), fn}, ws);
+}
+
+}  // namespace kvkeep

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Scores that a functor computes once per slot, from its position and rows: the easy way to a policy.
+#pragma once
+
+#include "scorer.hpp"
+
+namespace kvkeep {
+
+/// `Fn` is a slot functor (op/score_slots.hpp) with `static constexpr char const* name`. A score depends
+/// on nothing that changes while the token is cached, so it is computed when the token arrives (D
+/// operations) and then kept: one float per slot, and a decision reads no keys.
+template <class Fn>
+struct slot_score : scorer_base {
+  Fn fn{};
+
+  scorer_traits traits() const {
+    scorer_traits t;
+    t.name = Fn::name;
+    t.prompt = t.decode = Fn::reads_v   ? evidence::keys_values
+                          : Fn::reads_k ? evidence::keys
+                                        : evidence::none;
+    t.comparable = Fn::reads_k || Fn::reads_v;
+    return t;
+  }
+  state_spec state(cache_shape const&) const { return {1, 0, 0}; }
+
+  template <class Ctx>
+  status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
+    return evaluate(ctx, in, {}, in_rows(in), true, ws);
+  }
+  template <class Ctx>
+  status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
+    return evaluate(ctx, in, in.fresh, in_rows(in), true, ws);
+  }
+  template <class Ctx>
+  status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+               workspace& ws) const {
+    if (in.newest_row == nullptr) return evaluate(ctx, in, {}, out, false, ws);
+    op::reduce_rows<space_of<Ctx>> copy{in.batch, in.layer.slots, in.rows, true};
+    copy.out = out;
+    return run(ctx, copy, ws);
+  }
+
+ private:
+  template <class Space>
+  static score_map<Space> in_rows(score_input<Space> const& in) noexcept {
+    score_map<Space> m;
+    m.data = in.rows.data;
+    int const axis[] = {0, 1, 3};
+    for (int a = 0; a < 3; ++a) {
+      m.extent[a] = in.rows.extent[axis[a]];
+      m.stride[a] = in.rows.stride[axis[a]];
+    }
+    return m;
+  }
+  template <class Ctx>
+  status evaluate(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                  tensor_ref<index_t const, 2, space_of<Ctx>> only, score_map<space_of<Ctx>> out,
+                  bool by_id, workspace& ws) const {
+    op::score_slots<Fn, space_of<Ctx>> o{in.batch, in.layer, fn, in.seen};
+    o.only = only;
+    o.out = out;
+    o.out_by_id = by_id;
+    return run(ctx, o, ws);
+  }
+};
+
+}  // namespace kvkeep
