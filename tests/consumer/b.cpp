@@ -1,4 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include <kvkeep/engine/policy_table.hpp>
 #include <kvkeep/kvkeep.hpp>
 
-int version_in_b() { return KVKEEP_VERSION; }
+#include <vector>
+
+/// The same with the policy chosen by name.
+int kept_in_b() {
+  using namespace kvkeep;
+  cache_shape const shape{1, 2, 1, 4, 4, 12};
+  std::vector<float> k(12 * 4, 0.5F), v = k;
+  layer_spec<> const layers[] = {contiguous_view(k.data(), v.data(), shape)};
+  cpu::context ctx;
+  policy_options options;
+  options.capacity = 8;
+  options.window = 0;
+  auto s = bind_session(ctx, make_policy<cpu::context>("knorm", options),
+                        std::span<layer_spec<> const>(layers), limits{});
+  index_t id = 0;
+  if (s.begin(id) != status::ok || s.observe(0, id, tokens_only(12)) != status::ok ||
+      s.end_prompt(id) != status::ok)
+    return -1;
+  return s.lengths(0)(id, 0);
+}

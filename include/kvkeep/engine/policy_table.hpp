@@ -76,7 +76,9 @@ struct policy_info {
   bool chunk_invariant;
   bool prefix_safe;
   bool draft_safe;
-  bool whole_layer;  ///< one set for all KV heads
+  bool per_head;      ///< granularities: one set per KV head ...
+  bool per_layer;     ///< ... per layer ...
+  bool per_sequence;  ///< ... per sequence
   std::span<parameter_info const> parameters;
 };
 
@@ -148,10 +150,12 @@ void list_policies(F&& f) {
   detail::each_policy({}, [&](auto const& p, char const* source,
                               std::span<parameter_info const> parameters) {
     scorer_traits const t = p.score.traits();
+    budget_traits const b = p.budget.traits();
     bool const cuts = p.score.least_tokens() != std::numeric_limits<index_t>::max();
     f(policy_info{p.name, source, cuts && t.at_prompt, detail::cuts_while_decoding(p.score),
                   t.prompt, t.decode, t.chunk_invariant, t.prefix_safe, t.draft_safe,
-                  t.whole_layer, parameters});
+                  !t.whole_layer, !b.varies_over_heads,
+                  !b.varies_over_heads && !b.varies_over_layers, parameters});
   });
 }
 

@@ -134,6 +134,13 @@ class session {
   KVKEEP_COLD session(Ctx& ctx, Prompt const& p, Decode const& d, std::span<layer_spec<space> const> layers,
           limits const& lim);
 
+  /// A batch as two lists in scratch.
+  struct entries {
+    index_t n = 0;
+    index_t* ids = nullptr;
+    index_t* rows = nullptr;
+  };
+
   // set-up (setup.hpp)
   KVKEEP_COLD void check_setup(std::span<layer_spec<space> const> layers) const;
   KVKEEP_COLD void check_evidence() const;
@@ -150,6 +157,7 @@ class session {
   // shared by both phases (common.hpp)
   bool alive(index_t id) const noexcept;
   status check_batch(batch const& b) const noexcept;
+  entries list(batch const& b, workspace& w) const noexcept;
   status check_blocks(layer_data const& l, index_t row, index_t id, index_t more) const noexcept;
   index_t managed(index_t layer) const noexcept;
   template <class F>
@@ -161,11 +169,9 @@ class session {
   score_input<space> input(layer_data const& l, source const& s, bool prompt,
                            index_t const* newest) const noexcept;
   guard_ref<space> guard_of(bool prompt, index_t id0) const noexcept;
-  /// Calls f(policy, is_prompt_policy) for the policy that decides at the given phase.
-  template <class F>
-  decltype(auto) with_policy(bool prompt, F&& f) const;
+  void next_generation(index_t id) const noexcept;
 
-  // prompt_phase.hpp
+  // prompt_evidence.hpp, prompt_cut.hpp
   status take_staging(layer_data const& l, index_t id, index_t p0, index_t n) noexcept;
   status check_prompt_view(kv_ref<space> const& v, index_t row, index_t tokens) const noexcept;
   status keep_scores(layer_data const& l, source const& s, score_map<space> m,
@@ -181,16 +187,17 @@ class session {
   status cut_prompt(layer_data& l, source const& from, source const& to,
                     tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
   status decide_sequence_prompt(source const& at, workspace& w) noexcept;
+  status hand_over(layer_data& l, source const& to, workspace& w) noexcept;
   status fix_decode_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept;
 
-  // decode_phase.hpp
+  // decode_slots.hpp, decode_evidence.hpp, decide.hpp
   status check_append(layer_data const& l, batch const& b) const noexcept;
   status take_slots(layer_data& l, batch const& b, index_t* slots, workspace& w) noexcept;
   status check_token(layer_data const& l, batch const& b) const noexcept;
   status weigh(layer_data& l, batch const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
-  status settle_tokens(index_t const* ids, index_t const* rows, index_t n, index_t confirmed,
-                       workspace& w) noexcept;
+  status token_done(layer_data& l, entries const& e, workspace& w) noexcept;
+  status settle_tokens(entries const& e, index_t confirmed, workspace& w) noexcept;
   status after_token(layer_data& l, index_t const* ids, index_t const* rows, index_t n,
                      workspace& w) noexcept;
   status fold(layer_data& l, index_t const* ids, index_t const* rows, index_t n, index_t draft,
@@ -203,7 +210,7 @@ class session {
                       workspace& w) noexcept;
   status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
                index_t extra, workspace& w) noexcept;
-  status attend_special(layer_data& l, batch const& b, source const& s, op::attend<space>& a,
+  status attend_special(layer_data& l, source const& s, op::attend<space>& a,
                         workspace& w) noexcept;
   index_t list_due(layer_data const& l, index_t const* ids, index_t const* rows, index_t n,
                    index_t extra, index_t* due_ids, index_t* due_rows) const noexcept;

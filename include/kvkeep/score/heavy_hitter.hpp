@@ -77,6 +77,16 @@ struct last_row_score : scorer_base {
   }
   state_spec state(cache_shape const&) const { return {0, 1, 1}; }
 
+  /// The last prompt token's row stands in until the first decoded token has one.
+  template <class Ctx>
+  status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
+    query_rows<space_of<Ctx>> q;
+    KVKEEP_TRY(last_queries(ctx, in, 1, q, ws));
+    return run(ctx,
+               op::row_weights<space_of<Ctx>>{in.batch, in.layer, q, in.weights, in.weight_sum,
+                                              in.weight_stride, in.weight_ring},
+               ws);
+  }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
                workspace& ws) const {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// What both phases of a session share: memory, batches, scorer inputs, life cycle.
+/// What both phases of a session share: memory, batches, scorer inputs.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "../session.hpp"
 
@@ -112,6 +113,19 @@ status session<Ctx, P, D>::check_batch(batch const& b) const noexcept {
   return status::ok;
 }
 
+/// Ids and rows of a batch in scratch; the largest batch while measuring.
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::list(batch const& b, workspace& w) const noexcept -> entries {
+  std::size_t const n =
+      w.measuring() ? static_cast<std::size_t>(limits_.max_batch) : b.ids.size();
+  entries const e{static_cast<index_t>(n), w.take<index_t>(n), w.take<index_t>(n)};
+  for (std::size_t i = 0; i < n && e.ids != nullptr && e.rows != nullptr; ++i) {
+    e.ids[i] = b.ids[i];
+    e.rows[i] = b.rows.empty() ? b.ids[i] : b.rows[i];
+  }
+  return e;
+}
+
 /// Room for `more` slots behind those in use, and block table entries in range for all of them.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::check_blocks(layer_data const& l, index_t row, index_t id,
@@ -155,10 +169,10 @@ auto session<Ctx, P, D>::guard_of(bool prompt, index_t id0) const noexcept
   return {g.sinks, g.recent, shared_.frozen == nullptr ? nullptr : shared_.frozen + id0};
 }
 
+/// Slots moved or changed hands: plans made before are stale. Layers may do so at the same time.
 template <backend Ctx, class P, class D>
-template <class F>
-decltype(auto) session<Ctx, P, D>::with_policy(bool prompt, F&& f) const {
-  return prompt ? f(prompt_) : f(decode_);
+void session<Ctx, P, D>::next_generation(index_t id) const noexcept {
+  std::atomic_ref<std::uint32_t>(shared_.generation[id]).fetch_add(1, std::memory_order_relaxed);
 }
 
 /// What a scorer of the given role sees of a cache. `newest` `[entry]` is null at the end of a prompt.
@@ -194,96 +208,6 @@ auto session<Ctx, P, D>::input(layer_data const& l, source const& s, bool prompt
   return in;
 }
 
-// -- life cycle -------------------------------------------------------------------------------------
-
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
-  index_t at = o.id;
-  if (at < 0)
-    for (at = 0; at < limits_.max_sequences && shared_.alive[at] != 0; ++at) {
-    }
-  if (at >= limits_.max_sequences)
-    return o.id < 0 ? status::capacity_exceeded : status::bad_sequence;
-  if (shared_.alive[at] != 0) return status::bad_sequence;
-  if (o.frozen < 0) return status::bad_argument;
-  if (o.frozen > 0 && (limits_.max_prompt > 0 || !prompt_.score.traits().prefix_safe ||
-                       !decode_.score.traits().prefix_safe))
-    return status::unsupported;
-  for (auto const& l : layers_)
-    if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
-  workspace w = scratch();
-  for (auto& l : layers_) {
-    index_t const heads = shape_.cache.n_kv_heads;
-    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
-    // The shared prefix is in the cache already: slots and positions 0 .. frozen - 1.
-    KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
-    KVKEEP_TRY(fix_decode_budget(l, at, 0, w));
-    l.seen[at] = l.ring_from[at] = l.appended[at] = l.attended[at] = o.frozen;
-    l.has_lse[at] = 1;
-    l.prompt_done[at] = 0;
-    for (index_t h = 0; h < heads; ++h) {
-      plan_.held(l.number, at, h) = plan_.n_gone(l.number, at, h) = 0;
-      plan_.n_kept(l.number, at, h) = -1;
-    }
-  }
-  shared_.frozen[at] = o.frozen;
-  shared_.confirmed[at] = o.frozen;
-  shared_.alive[at] = 1;
-  ++shared_.generation[at];
-  id = at;
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::end(index_t id) noexcept {
-  if (!alive(id)) return status::bad_sequence;
-  shared_.alive[id] = 0;
-  ++shared_.generation[id];
-  if (shared_.prompt_owner == id) shared_.prompt_owner = -1;
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-auto session<Ctx, P, D>::lengths(index_t layer) const noexcept
-    -> tensor_ref<index_t const, 2, space> {
-  index_t const m = managed(layer);
-  if (m < 0) return {};
-  return layers_[static_cast<std::size_t>(m)].slots.lengths;
-}
-
-template <backend Ctx, class P, class D>
-auto session<Ctx, P, D>::positions(index_t layer) const noexcept
-    -> tensor_ref<index_t const, 3, space> {
-  index_t const m = managed(layer);
-  if (m < 0) return {};
-  return layers_[static_cast<std::size_t>(m)].slots.positions;
-}
-
-template <backend Ctx, class P, class D>
-auto session<Ctx, P, D>::free_slots(index_t layer) const noexcept
-    -> tensor_ref<index_t const, 2, space> {
-  index_t const m = managed(layer);
-  if (m < 0) return {};
-  return layers_[static_cast<std::size_t>(m)].victim;
-}
-
-template <backend Ctx, class P, class D>
-counters session<Ctx, P, D>::count() const noexcept {
-  counters c;
-  for (auto const& l : layers_) {
-    c.tokens += l.count.tokens;
-    c.evicted += l.count.evicted;
-    c.cuts += l.count.cuts;
-    c.victims += l.count.victims;
-    c.moved_bytes += l.count.moved_bytes;
-    c.freed_bytes += l.count.freed_bytes;
-    c.scratch_peak = std::max(c.scratch_peak, l.count.scratch_peak);
-  }
-  c.state_bytes = state_bytes_;
-  c.scratch_bytes = scratch_bytes_;
-  return c;
-}
-
 }  // namespace kvkeep
 
-#include "prompt_phase.hpp"
+#include "life_cycle.hpp"

@@ -99,7 +99,7 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
                     detail::drop_idle_victims<space>{l.slots, keep, l.victim, s.batch.id, heads},
                     w));
     if (!measuring) {
-      for (index_t i = 0; i < n; ++i) ++shared_.generation[s.batch.id[i]];
+      for (index_t i = 0; i < n; ++i) next_generation(s.batch.id[i]);
       note_victims(l, s.batch);
       return status::ok;
     }
@@ -112,7 +112,7 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
   KVKEEP_TRY(decode_.select.select(*ctx_, s.batch, s.layer.slots, scores, keep, guard, plan, w));
   if (!measuring) {
     note_cut(l, s, plan);
-    for (index_t i = 0; i < n; ++i) ++shared_.generation[s.batch.id[i]];
+    for (index_t i = 0; i < n; ++i) next_generation(s.batch.id[i]);
   }
   op::compact<space> move{s.batch, s.layer, s.batch, s.layer, plan, op::move_kind::fill_holes};
   return run(*ctx_, move, w);
@@ -177,10 +177,9 @@ status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* r
 /// Decisions that precede the attention of their own token (MorphKV's include_current and the official
 /// per-query-head attention). Slots hold C + 2 tokens; C + 1 of them stay.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::attend_special(layer_data& l, batch const& b, source const& s,
-                                          op::attend<space>& a, workspace& w) noexcept {
+status session<Ctx, P, D>::attend_special(layer_data& l, source const& s, op::attend<space>& a,
+                                          workspace& w) noexcept {
   if constexpr (detail::scores_directly<typename D::score_type, Ctx>) {
-    (void)b;
     workspace::frame const frame(w);
     bool const measuring = w.measuring();
     index_t const n = s.batch.n, hq = shape_.cache.n_q_heads, slots = l.kv.shape.max_slots;
@@ -226,7 +225,7 @@ status session<Ctx, P, D>::attend_special(layer_data& l, batch const& b, source 
     a.visible = visible;
     return run(*ctx_, a, w);
   } else {
-    (void)l, (void)b, (void)s, (void)a, (void)w;
+    (void)l, (void)s, (void)a, (void)w;
     return status::unsupported;
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// verify, fork, save and load.
+/// Saving, loading and verifying sequences.
 #pragma once
 
 #include <algorithm>
@@ -11,45 +11,6 @@
 namespace kvkeep {
 
 namespace detail {
-
-/// Calls f(pointer, bytes) for every piece of one sequence's state in one layer. Positions and rows beyond
-/// the slots in use are included: a ring of weights may be read there once a slot is reused.
-template <class Space, class F>
-void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
-  auto const tensor = [&](auto const& t, index_t row) {
-    std::size_t bytes = sizeof(*t.data);
-    for (int a = 1; a < static_cast<int>(std::extent_v<decltype(t.extent)>); ++a)
-      bytes *= static_cast<std::size_t>(t.extent[a]);
-    if (bytes > 0 && t.data != nullptr) f(t.data + row * t.stride[0], bytes);
-  };
-  tensor(l.slots.lengths, id);
-  tensor(l.slots.positions, id);
-  tensor(l.slots.rows, id);
-  tensor(l.k, id);
-  tensor(l.victim, id);
-  tensor(l.ring_q, id);
-  tensor(l.ring_lse, id);
-  tensor(l.weight_sum, id);
-  for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
-    f(l.fresh.at(draft, id), sizeof(index_t) * static_cast<std::size_t>(l.fresh.extent[2]));
-  for (index_t* p : {l.seen, l.ring_from, l.appended, l.attended}) f(p + id, sizeof(index_t));
-  f(l.has_lse + id, sizeof(std::uint8_t));
-  f(l.prompt_done + id, sizeof(std::uint8_t));
-}
-
-/// each_piece of two sequences side by side: f(piece of `to`, piece of `from`, bytes).
-template <class Space, class F>
-void each_piece_pair(layer_state<Space> const& l, index_t from, index_t to, F&& f) {
-  constexpr int most = 64;
-  void* src[most];
-  int n = 0, i = 0;
-  each_piece(l, from, [&](auto* p, std::size_t) {
-    if (n < most) src[n++] = p;
-  });
-  each_piece(l, to, [&](auto* p, std::size_t bytes) {
-    if (i < n) f(static_cast<void*>(p), src[i++], bytes);
-  });
-}
 
 struct saved_header {
   char magic[8];
@@ -123,30 +84,7 @@ status session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexc
   }
   shared_.frozen[id] = h.frozen;
   shared_.confirmed[id] = h.confirmed;
-  ++shared_.generation[id];
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::fork(index_t from, index_t& id, sequence_options const& o) noexcept {
-  if (!alive(from)) return status::bad_sequence;
-  if (o.frozen < 0) return status::bad_argument;
-  for (auto const& l : layers_)
-    if (l.appended[from] != l.attended[from] && limits_.decode != decode_offer::nothing)
-      return status::bad_order;
-  index_t to = -1;
-  KVKEEP_TRY(begin(to, {o.id, 0}));
-  for (auto const& l : layers_) {
-    // Both sequences walk the same list of pieces; the pieces of one layer have equal sizes.
-    detail::each_piece_pair(l, from, to, [](auto* dst, auto* src, std::size_t bytes) {
-      std::memcpy(dst, src, bytes);
-    });
-    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h)
-      plan_.held(l.number, to, h) = plan_.held(l.number, from, h);
-  }
-  shared_.frozen[to] = std::max(o.frozen, shared_.frozen[from]);
-  shared_.confirmed[to] = shared_.confirmed[from];
-  id = to;
+  next_generation(id);
   return status::ok;
 }
 
@@ -173,7 +111,7 @@ status session<Ctx, P, D>::verify_head(layer_data const& l, index_t id, index_t 
     if (i >= live || sorted[i] != i) return status::lost_token;
   if (l.prompt_done[id] == 0) return live == tokens ? status::ok : status::lost_token;
   // Newest tokens stay: those that both guards protect, and all unconfirmed ones.
-  index_t const pending = tokens - shared_.confirmed[id];
+  index_t const pending = tokens - l.seen[id];
   bool const cuts = decode_.score.traits().at_decode;
   index_t recent = std::min(prompt_.keep.recent, cuts ? decode_.keep.recent : prompt_.keep.recent);
   recent = std::min(tokens, std::max(recent, pending));
@@ -194,10 +132,12 @@ status session<Ctx, P, D>::verify_budget(layer_data const& l, index_t id, index_
   if (decode_.score.least_tokens() > live) return status::ok;
   bool const special = decode_.when.before_attention || decode_.when.per_head_mask;
   // Before its first decision a special policy still holds the whole prompt.
-  if (special && l.attended[id] == shared_.confirmed[id] && l.seen[id] == live) return status::ok;
-  index_t const pending = l.appended[id] - shared_.confirmed[id];
+  if (special && l.seen[id] == live) return status::ok;
+  index_t const pending = l.appended[id] - l.seen[id];
   index_t const k = l.k(id, h);
-  index_t const most = std::max(detail::trigger(k, decode_.when.evict_after) - 1, 0) + pending +
+  // Confirmed drafts stay until no token is left unconfirmed.
+  index_t const drafts = pending > 0 ? shape_.drafts : 0;
+  index_t const most = std::max(detail::trigger(k, decode_.when.evict_after) - 1, 0) + drafts +
                        (special ? 1 : 0);
   index_t const guarded = std::min(
       live, shared_.frozen[id] + decode_.keep.sinks + decode_.keep.recent + pending);

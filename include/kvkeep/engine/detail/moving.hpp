@@ -189,7 +189,7 @@ status session<Ctx, P, D>::commit(plan_type const& p) noexcept {
     move.how = moves ? op::move_kind::fill_holes : op::move_kind::renumber;
     KVKEEP_TRY(run(*ctx_, move, w));
   }
-  for (index_t i = 0; i < p.n; ++i) ++shared_.generation[p.id[i]];
+  for (index_t i = 0; i < p.n; ++i) next_generation(p.id[i]);
   plan_.n = 0;
   return status::ok;
 }

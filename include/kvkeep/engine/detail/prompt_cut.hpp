@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// A session during prompts: evidence in chunks, scores, budgets, the first cut.
+/// A session at the end of a prompt: scores, budgets, the first cut.
 #pragma once
 
 #include <algorithm>
@@ -8,135 +8,6 @@
 #include "../session.hpp"
 
 namespace kvkeep {
-
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
-                                   kv_ref<space> const* prompt, index_t row) noexcept {
-  index_t const m = managed(layer);
-  if (m == -1) return status::ok;
-  if (m < 0) return status::bad_argument;
-  if (!alive(id)) return status::bad_sequence;
-  layer_data& l = layers_[static_cast<std::size_t>(m)];
-  if (l.prompt_done[id] != 0) return status::bad_order;
-  index_t const n = q.n_tokens();
-  if (q.n_rows < 0 || q.n_rows > n || (q.n_rows > 0 && q.data == nullptr))
-    return status::bad_argument;
-  bool const all = prompt_.score.traits().prompt == evidence::all_queries ||
-                   (decode_.score.traits().at_decode &&
-                    decode_.score.traits().prompt == evidence::all_queries);
-  if (all && q.n_rows != n) return status::bad_argument;
-  index_t const p0 = l.appended[id];
-  index_t const zero = 0;
-  index_t const at = row >= 0 ? row : limits_.max_prompt > 0 ? 0 : id;
-  source from = pool(l, &id, &at, 1);
-  if (limits_.max_prompt > 0) {
-    if (all && prompt == nullptr) return status::bad_argument;
-    KVKEEP_TRY(take_staging(l, id, p0, n));
-    from = transient(l, id, prompt != nullptr ? *prompt : l.kv, &zero, &at);
-    if (prompt != nullptr) KVKEEP_TRY(check_prompt_view(*prompt, at, p0 + n));
-  } else {
-    if (prompt != nullptr || at >= l.kv.shape.n_seq) return status::bad_argument;
-    KVKEEP_TRY(check_blocks(l, at, id, n));
-  }
-  workspace w = scratch(m);
-  index_t const state_row = limits_.max_prompt > 0 ? 0 : id;
-  KVKEEP_TRY(each(shape_.cache.n_kv_heads,
-                  detail::extend_head<space>{from.layer.slots, state_row, p0, n,
-                                             shape_.rows.weights_at},
-                  w));
-  l.appended[id] = l.seen[id] = l.attended[id] = p0 + n;
-  l.count.tokens += n;
-  KVKEEP_TRY(push_ring(l, id, q, 0, p0 + n - q.n_rows, w));
-  if (q.n_rows > 0) KVKEEP_TRY(feed_scorers(l, id, from, q, p0, w));
-  note_scratch(l, w);
-  return status::ok;
-}
-
-/// One transient prompt is under way at a time, layer after layer.
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::take_staging(layer_data const& l, index_t id, index_t p0,
-                                        index_t n) noexcept {
-  if (p0 > 0 && (shared_.staging_layer != l.number || shared_.staging_id != id))
-    return status::bad_order;
-  if (p0 + n > limits_.max_prompt) return status::capacity_exceeded;
-  if (p0 == 0) {
-    shared_.staging_layer = l.number;
-    shared_.staging_id = id;
-    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) shared_.staging.slots.lengths(0, h) = 0;
-  }
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::check_prompt_view(kv_ref<space> const& v, index_t row,
-                                             index_t tokens) const noexcept {
-  cache_shape const& want = shape_.cache;
-  bool const same = v.shape.n_q_heads == want.n_q_heads && v.shape.n_kv_heads == want.n_kv_heads &&
-                    v.shape.dim_k == want.dim_k && v.shape.dim_v == want.dim_v;
-  if (!same || row < 0 || row >= v.shape.n_seq) return status::bad_argument;
-  if (v.shape.max_slots < tokens || v.shape.max_slots > limits_.max_prompt)
-    return v.shape.max_slots < tokens ? status::capacity_exceeded : status::bad_argument;
-  return status::ok;
-}
-
-/// Stores the newest query rows; the last row of q belongs to position `first + n_rows - 1`.
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::push_ring(layer_data& l, index_t id, queries const& q, index_t entry,
-                                     index_t first, workspace& w) noexcept {
-  index_t const ring = shape_.rows.query_ring;
-  if (ring == 0) return status::ok;
-  index_t const end = first + q.n_rows;
-  bool const gap = q.n_rows < q.n_tokens();
-  if (gap) {
-    l.ring_from[id] = first;
-    l.has_lse[id] = 1;
-  }
-  if (q.n_rows == 0) return status::ok;
-  if (q.lse == nullptr) l.has_lse[id] = 0;
-  index_t const count = std::min(q.n_rows, ring);
-  detail::push_queries<space> const push{
-      q, entry, id, q.n_rows - count, count, end - count, shape_.cache.dim_k, l.ring_q, l.ring_lse};
-  return each(shape_.cache.n_q_heads * count, push, w);
-}
-
-/// Hands prompt queries to the scorers that want all of them, `max_chunk` rows at a time.
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::feed_scorers(layer_data& l, index_t id, source const& s,
-                                        queries const& q, index_t p0, workspace& w) noexcept {
-  index_t const heads = shape_.cache.n_q_heads, dim = shape_.cache.dim_k;
-  auto const feed = [&](auto const& policy, bool role) -> status {
-    if (policy.score.traits().prompt != evidence::all_queries) return status::ok;
-    for (index_t first = 0; first < q.n_rows; first += limits_.max_chunk) {
-      workspace::frame const frame(w);
-      index_t const n = std::min(limits_.max_chunk, q.n_rows - first);
-      auto const size = static_cast<std::size_t>(heads) * n;
-      bool const lse = q.lse != nullptr || w.measuring();
-      float* rows = w.take<float>(size * dim);
-      float* row_lse = lse ? w.take<float>(size) : nullptr;
-      index_t* position = w.take<index_t>(static_cast<std::size_t>(n));
-      if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-      KVKEEP_TRY(each(heads * n,
-                      detail::copy_queries<space>{q, 0, first, n, p0 + first, dim, rows, row_lse,
-                                                  position},
-                      w));
-      query_rows<space> block;
-      block.q = row_major<space>(static_cast<float const*>(rows), 1, heads, n, dim);
-      block.position = row_major<space>(static_cast<index_t const*>(position), 1, n);
-      block.lse = row_major<space>(static_cast<float const*>(row_lse), 1, heads, n);
-      KVKEEP_TRY(policy.score.observe_prompt(*ctx_, input(l, s, role, nullptr), block, w));
-      // Without log-sum-exp the op needs more scratch: measure that form as well.
-      if (w.measuring()) {
-        block.lse = {};
-        KVKEEP_TRY(policy.score.observe_prompt(*ctx_, input(l, s, role, nullptr), block, w));
-      }
-    }
-    return status::ok;
-  };
-  (void)id;
-  KVKEEP_TRY(feed(prompt_, true));
-  if (!one_policy_ && decode_.score.traits().at_decode) KVKEEP_TRY(feed(decode_, false));
-  return status::ok;
-}
 
 template <backend Ctx, class P, class D>
 layer_range session<Ctx, P, D>::due(index_t layer) const noexcept {
@@ -269,9 +140,21 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
     }
   }
   KVKEEP_TRY(fix_decode_budget(l, id, tokens, w));
+  return hand_over(l, to, w);
+}
+
+/// The decode policy takes over what the prompt's policy left: its per-slot state, and its own first
+/// decision where it keeps less.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::hand_over(layer_data& l, source const& to, workspace& w) noexcept {
   if (!decode_.score.traits().at_decode) return status::ok;
   workspace::frame const frame(w);
-  return decode_.score.settle(*ctx_, input(l, to, false, nullptr), w);
+  KVKEEP_TRY(decode_.score.settle(*ctx_, input(l, to, false, nullptr), w));
+  bool const late = decode_.when.before_attention || decode_.when.per_head_mask;
+  if (one_policy_ || late || limits_.engine_commits) return status::ok;
+  if (decode_.width() != scope::sequence) return decide(l, to.batch.id, to.batch.row, 1, 0, w);
+  bool const last = l.number + 1 == static_cast<index_t>(layers_.size());
+  return last || w.measuring() ? decide_sequences(to.batch.id, to.batch.row, 1, w) : status::ok;
 }
 
 /// Copies a layer's scores beside its slots, where coupled layers are cut again later.
@@ -330,7 +213,7 @@ status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source 
     KVKEEP_TRY(room_for_plan(l, plan, from.batch, to.batch));
     note_cut(l, from, plan);
     if (!prompt_.select.traits().moves_tokens) record_blocks(l, from.batch, plan);
-    ++shared_.generation[to.batch.id[0]];
+    next_generation(to.batch.id[0]);
   }
   op::compact<space> move{from.batch, from.layer, to.batch, to.layer, plan};
   if (!prompt_.select.traits().moves_tokens) move.how = op::move_kind::renumber;
@@ -371,4 +254,4 @@ status session<Ctx, P, D>::fix_decode_budget(layer_data& l, index_t id, index_t 
 
 }  // namespace kvkeep
 
-#include "decode_phase.hpp"
+#include "decode_slots.hpp"

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// A session while decoding: slots for new tokens, drafts, confirmation.
+#pragma once
+
+#include <algorithm>
+
+#include "../session.hpp"
+
+namespace kvkeep {
+
+// -- slots ------------------------------------------------------------------------------------------
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::check_append(layer_data const& l, batch const& b) const noexcept {
+  for (std::size_t i = 0; i < b.ids.size(); ++i) {
+    index_t const id = b.ids[i];
+    index_t const row = b.rows.empty() ? id : b.rows[i];
+    index_t const pending = l.appended[id] - shared_.confirmed[id];
+    if (l.prompt_done[id] == 0 && l.appended[id] > shared_.confirmed[id]) return status::bad_order;
+    if (l.attended[id] != l.appended[id] && limits_.decode != decode_offer::nothing)
+      return status::bad_order;
+    if (pending >= shape_.drafts) return status::capacity_exceeded;
+    bool tail = false;
+    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) tail = tail || l.victim(id, h) < 0;
+    KVKEEP_TRY(check_blocks(l, row, id, tail ? 1 : 0));
+  }
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::take_slots(layer_data& l, batch const& b, index_t* slots,
+                                      workspace& w) noexcept {
+  auto const n = static_cast<index_t>(b.ids.size());
+  workspace::frame const frame(w);
+  index_t* ids = w.take<index_t>(b.ids.size());
+  index_t* position = w.take<index_t>(b.ids.size());
+  index_t* pending = w.take<index_t>(b.ids.size());
+  if (!w.ok()) return status::workspace_too_small;
+  for (index_t i = 0; i < n; ++i) {
+    index_t const id = b.ids[static_cast<std::size_t>(i)];
+    ids[i] = id;
+    position[i] = l.appended[id];
+    pending[i] = l.appended[id] - shared_.confirmed[id];
+  }
+  index_t const heads = shape_.cache.n_kv_heads;
+  KVKEEP_TRY(each(n * heads,
+                  detail::append_token<space>{l, shape_.rows, ids, position, pending, heads, slots},
+                  w));
+  for (index_t i = 0; i < n; ++i) ++l.appended[ids[i]];
+  l.count.tokens += n;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::append(index_t layer, batch const& b, index_t* slots) noexcept {
+  index_t const m = managed(layer);
+  if (m == -1) return status::ok;
+  if (m < 0) return status::bad_argument;
+  KVKEEP_TRY(check_batch(b));
+  layer_data& l = layers_[static_cast<std::size_t>(m)];
+  KVKEEP_TRY(check_append(l, b));
+  workspace w = scratch(m);
+  return take_slots(l, b, slots, w);
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::append_at(batch const& b, std::int64_t const* slot_mapping) noexcept {
+  KVKEEP_TRY(check_batch(b));
+  for (auto const& l : layers_) {
+    KVKEEP_TRY(check_append(l, b));
+    for (std::size_t i = 0; i < b.ids.size(); ++i) {
+      index_t const id = b.ids[i], row = b.rows.empty() ? id : b.rows[i];
+      for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
+        if (l.victim(id, h) >= 0) return status::bad_order;  // the tail is not the next slot
+        auto const& layout = l.kv.k.layout;
+        if (slot_mapping == nullptr || layout.kind != layout_kind::paged) continue;
+        index_t const slot = l.slots.lengths(id, h), block = layout.paged.block_size;
+        std::int64_t const at = static_cast<std::int64_t>(layout.paged.entry(row, h, slot / block)) *
+                                    block + slot % block;
+        if (at != slot_mapping[i]) return status::bad_argument;
+      }
+    }
+  }
+  for (auto& l : layers_) {
+    workspace w = scratch(l.number);
+    KVKEEP_TRY(take_slots(l, b, nullptr, w));
+  }
+  return status::ok;
+}
+
+// -- drafts -----------------------------------------------------------------------------------------
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::confirm(batch const& b, index_t n) noexcept {
+  KVKEEP_TRY(check_batch(b));
+  if (n < 1) return status::bad_argument;
+  for (auto const& l : layers_)
+    for (index_t const id : b.ids) {
+      index_t const have = limits_.decode == decode_offer::nothing ? l.appended[id] : l.attended[id];
+      if (have - shared_.confirmed[id] < n || have != l.appended[id]) return status::bad_order;
+    }
+  workspace w = scratch();
+  entries const e = list(b, w);
+  if (!w.ok()) return status::workspace_too_small;
+  if (limits_.max_draft > 0 || limits_.decode == decode_offer::nothing)
+    for (auto& l : layers_)
+      for (index_t t = 0; t < n; ++t) KVKEEP_TRY(fold(l, e.ids, e.rows, e.n, t, w));
+  for (index_t const id : b.ids) shared_.confirmed[id] += n;
+  return settle_tokens(e, n, w);
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::rollback(batch const& b, index_t n) noexcept {
+  KVKEEP_TRY(check_batch(b));
+  if (limits_.max_draft == 0) return status::unsupported;
+  if (n < 1) return status::bad_argument;
+  for (auto const& l : layers_)
+    for (index_t const id : b.ids)
+      if (l.appended[id] - shared_.confirmed[id] < n) return status::bad_order;
+  workspace w = scratch();
+  entries const e = list(b, w);
+  if (!w.ok()) return status::workspace_too_small;
+  for (auto& l : layers_)
+    for (index_t const id : b.ids)
+      for (index_t t = 0; t < n; ++t) {
+        index_t const pending = --l.appended[id] - shared_.confirmed[id];
+        KVKEEP_TRY(each(shape_.cache.n_kv_heads, detail::drop_token<space>{l, id, pending}, w));
+        l.attended[id] = std::min(l.attended[id], l.appended[id]);
+      }
+  return settle_tokens(e, 0, w);
+}
+
+/// After confirm or rollback: moves leftover drafts to the front of their list, and decides for the
+/// sequences without unconfirmed tokens.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::settle_tokens(entries const& e, index_t confirmed,
+                                         workspace& w) noexcept {
+  index_t* free_ids = w.take<index_t>(static_cast<std::size_t>(e.n));
+  index_t* free_rows = w.take<index_t>(static_cast<std::size_t>(e.n));
+  if (!w.ok()) return status::workspace_too_small;
+  index_t count = 0;
+  for (index_t i = 0; i < e.n; ++i) {
+    index_t const id = e.ids[i], pending = layers_[0].appended[id] - shared_.confirmed[id];
+    if (pending == 0) {
+      free_ids[count] = id;
+      free_rows[count++] = e.rows[i];
+    } else if (confirmed > 0) {
+      for (auto& l : layers_)
+        KVKEEP_TRY(each(shape_.cache.n_kv_heads,
+                        detail::shift_drafts<space>{l.fresh, id, confirmed, pending}, w));
+    }
+  }
+  if (count == 0 || limits_.engine_commits) return status::ok;
+  if (decode_.width() == scope::sequence) return decide_sequences(free_ids, free_rows, count, w);
+  if (limits_.max_draft == 0 && limits_.decode != decode_offer::nothing) return status::ok;
+  for (auto& l : layers_) KVKEEP_TRY(decide(l, free_ids, free_rows, count, 0, w));
+  return status::ok;
+}
+
+/// Confirms one token in one layer: `draft` is its index among the unconfirmed ones.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::fold(layer_data& l, index_t const* ids, index_t const* rows, index_t n,
+                                index_t draft, workspace& w) noexcept {
+  workspace::frame const frame(w);
+  index_t* newest = w.take<index_t>(static_cast<std::size_t>(n));
+  if (!w.measuring()) {
+    if (!w.ok()) return status::workspace_too_small;
+    index_t const ring = std::max(1, shape_.rows.weight_ring);
+    for (index_t i = 0; i < n; ++i) newest[i] = l.seen[ids[i]]++ % ring;
+  }
+  if (!decode_.score.traits().at_decode) return status::ok;
+  auto in = input(l, pool(l, ids, rows, n), false, newest);
+  if (w.measuring()) in.newest_row = &n;  // any pointer: the decode form is measured
+  if (in.fresh.data != nullptr) in.fresh.data += draft * l.fresh.stride[0];
+  return decode_.score.fold(*ctx_, in, w);
+}
+
+}  // namespace kvkeep
+
+#include "decode_evidence.hpp"

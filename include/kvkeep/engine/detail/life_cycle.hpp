@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Begin, fork and end of sequences, and what can be read of them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "../session.hpp"
+
+namespace kvkeep {
+
+namespace detail {
+
+/// Calls f(pointer, bytes) for every piece of one sequence's state in one layer. Positions and rows beyond
+/// the slots in use are included: a ring of weights may be read there once a slot is reused.
+template <class Space, class F>
+void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
+  auto const tensor = [&](auto const& t, index_t row) {
+    std::size_t bytes = sizeof(*t.data);
+    for (int a = 1; a < static_cast<int>(std::extent_v<decltype(t.extent)>); ++a)
+      bytes *= static_cast<std::size_t>(t.extent[a]);
+    if (bytes > 0 && t.data != nullptr) f(t.data + row * t.stride[0], bytes);
+  };
+  tensor(l.slots.lengths, id);
+  tensor(l.slots.positions, id);
+  tensor(l.slots.rows, id);
+  tensor(l.k, id);
+  tensor(l.victim, id);
+  tensor(l.ring_q, id);
+  tensor(l.ring_lse, id);
+  tensor(l.weight_sum, id);
+  for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
+    f(l.fresh.at(draft, id), sizeof(index_t) * static_cast<std::size_t>(l.fresh.extent[2]));
+  for (index_t* p : {l.seen, l.ring_from, l.appended, l.attended}) f(p + id, sizeof(index_t));
+  f(l.has_lse + id, sizeof(std::uint8_t));
+  f(l.prompt_done + id, sizeof(std::uint8_t));
+}
+
+/// each_piece of two sequences side by side: f(piece of `to`, piece of `from`, bytes).
+template <class Space, class F>
+void each_piece_pair(layer_state<Space> const& l, index_t from, index_t to, F&& f) {
+  constexpr int most = 64;
+  void* src[most];
+  int n = 0, i = 0;
+  each_piece(l, from, [&](auto* p, std::size_t) {
+    if (n < most) src[n++] = p;
+  });
+  each_piece(l, to, [&](auto* p, std::size_t bytes) {
+    if (i < n) f(static_cast<void*>(p), src[i++], bytes);
+  });
+}
+
+}  // namespace detail
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
+  index_t at = o.id;
+  if (at < 0)
+    for (at = 0; at < limits_.max_sequences && shared_.alive[at] != 0; ++at) {
+    }
+  if (at >= limits_.max_sequences)
+    return o.id < 0 ? status::capacity_exceeded : status::bad_sequence;
+  if (shared_.alive[at] != 0) return status::bad_sequence;
+  if (o.frozen < 0) return status::bad_argument;
+  if (o.frozen > 0 && (limits_.max_prompt > 0 || !prompt_.score.traits().prefix_safe ||
+                       !decode_.score.traits().prefix_safe))
+    return status::unsupported;
+  for (auto const& l : layers_)
+    if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
+  workspace w = scratch();
+  for (auto& l : layers_) {
+    index_t const heads = shape_.cache.n_kv_heads;
+    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
+    // The shared prefix is in the cache already: slots and positions 0 .. frozen - 1.
+    KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
+    KVKEEP_TRY(fix_decode_budget(l, at, 0, w));
+    l.seen[at] = l.ring_from[at] = l.appended[at] = l.attended[at] = o.frozen;
+    l.has_lse[at] = 1;
+    l.prompt_done[at] = 0;
+    for (index_t h = 0; h < heads; ++h) {
+      plan_.held(l.number, at, h) = plan_.n_gone(l.number, at, h) = 0;
+      plan_.n_kept(l.number, at, h) = -1;
+    }
+  }
+  shared_.frozen[at] = o.frozen;
+  shared_.confirmed[at] = o.frozen;
+  shared_.alive[at] = 1;
+  next_generation(at);
+  id = at;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::end(index_t id) noexcept {
+  if (!alive(id)) return status::bad_sequence;
+  shared_.alive[id] = 0;
+  next_generation(id);
+  if (shared_.prompt_owner == id) shared_.prompt_owner = -1;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::lengths(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 2, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].slots.lengths;
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::positions(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 3, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].slots.positions;
+}
+
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::free_slots(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 2, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].victim;
+}
+
+template <backend Ctx, class P, class D>
+counters session<Ctx, P, D>::count() const noexcept {
+  counters c;
+  for (auto const& l : layers_) {
+    c.tokens += l.count.tokens;
+    c.evicted += l.count.evicted;
+    c.cuts += l.count.cuts;
+    c.victims += l.count.victims;
+    c.moved_bytes += l.count.moved_bytes;
+    c.freed_bytes += l.count.freed_bytes;
+    c.scratch_peak = std::max(c.scratch_peak, l.count.scratch_peak);
+  }
+  c.state_bytes = state_bytes_;
+  c.scratch_bytes = scratch_bytes_;
+  return c;
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::fork(index_t from, index_t& id, sequence_options const& o) noexcept {
+  if (!alive(from)) return status::bad_sequence;
+  if (o.frozen < 0) return status::bad_argument;
+  for (auto const& l : layers_)
+    if (l.appended[from] != l.attended[from] && limits_.decode != decode_offer::nothing)
+      return status::bad_order;
+  index_t to = -1;
+  KVKEEP_TRY(begin(to, {o.id, 0}));
+  for (auto const& l : layers_) {
+    // Both sequences walk the same list of pieces; the pieces of one layer have equal sizes.
+    detail::each_piece_pair(l, from, to, [](auto* dst, auto* src, std::size_t bytes) {
+      std::memcpy(dst, src, bytes);
+    });
+    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h)
+      plan_.held(l.number, to, h) = plan_.held(l.number, from, h);
+  }
+  shared_.frozen[to] = std::max(o.frozen, shared_.frozen[from]);
+  shared_.confirmed[to] = shared_.confirmed[from];
+  id = to;
+  return status::ok;
+}
+
+}  // namespace kvkeep
+
+#include "prompt_evidence.hpp"
