@@ -95,13 +95,12 @@ inline void invert_sums(float const* z, index_t n, float* inverse) noexcept {
   for (index_t i = 0; i < n; ++i) inverse[i] = z[i] > 0 ? 1.0f / z[i] : 0.0f;
 }
 
-/// Row r joins N vectors of `f` from slot j on (`width` slots where N is 1). `Heads` > 0: a known
-/// number.
-template <row_fold Fold, int N, int Heads>
-inline void fuse_row(cached_rows const& c, float const* inverse, index_t r, index_t j,
-                     index_t width, float* f) noexcept {
+/// The group's maximum of row r for N vectors of slots from j on (`width` slots where N is 1).
+/// `Heads` > 0: a known number.
+template <int N, int Heads>
+inline void group_top(cached_rows const& c, float const* inverse, index_t r, index_t j,
+                      index_t width, vf* top) noexcept {
   float const* e = c.row(0, r) + j;
-  vf top[N];
   KVKEEP_CPU_UNROLL
   for (int i = 0; i < N; ++i) top[i] = splat(0.0f);
   index_t const heads = Heads > 0 ? Heads : c.n_heads;
@@ -112,17 +111,15 @@ inline void fuse_row(cached_rows const& c, float const* inverse, index_t r, inde
     for (int i = 0; i < N; ++i)
       top[i] = max(top[i], scale * (N == 1 ? load_some(e, width) : load(e + i * lanes)));
   }
-  KVKEEP_CPU_UNROLL
-  for (int i = 0; i < N; ++i) {
-    index_t const count = N == 1 ? width : lanes;
-    vf const before = load_some(f + j + i * lanes, count);
-    store_some(f + j + i * lanes, Fold == row_fold::sum ? before + top[i] : max(before, top[i]),
-               count);
-  }
+}
+
+template <row_fold Fold>
+inline vf fold_top(vf before, vf top) noexcept {
+  return Fold == row_fold::sum ? before + top : max(before, top);
 }
 
 /// Blocks of slots outside, so that f stays in the first-level cache and rows are read in long
-/// runs.
+/// runs. The last few vectors stay in registers instead: a partial store would stall the next load.
 template <row_fold Fold, int Heads>
 inline void fuse_all_slots(cached_rows const& c, float const* inverse, std::int32_t const* old,
                            float* f) noexcept {
@@ -130,13 +127,24 @@ inline void fuse_all_slots(cached_rows const& c, float const* inverse, std::int3
   vf const never = float_of_bits(splat(std::int32_t{0x7f800000}));
   for (index_t begin = 0; begin < c.n_slots; begin += block) {
     index_t const end = c.n_slots - begin < block ? c.n_slots : begin + block;
-    for (index_t j = begin; j < end; ++j) f[j] = 0;
-    for (index_t r = 0; r < c.n_rows; ++r) {
-      index_t j = begin;
-      for (; j + wide * lanes <= end; j += wide * lanes)
-        fuse_row<Fold, wide, Heads>(c, inverse, r, j, lanes, f);
-      for (; j < end; j += lanes)
-        fuse_row<Fold, 1, Heads>(c, inverse, r, j, end - j < lanes ? end - j : lanes, f);
+    index_t const whole = begin + (end - begin) / (wide * lanes) * (wide * lanes);
+    for (index_t j = begin; j < whole; ++j) f[j] = 0;
+    for (index_t r = 0; r < c.n_rows; ++r)
+      for (index_t j = begin; j < whole; j += wide * lanes) {
+        vf top[wide];
+        group_top<wide, Heads>(c, inverse, r, j, lanes, top);
+        KVKEEP_CPU_UNROLL
+        for (int i = 0; i < wide; ++i)
+          store(f + j + i * lanes, fold_top<Fold>(load(f + j + i * lanes), top[i]));
+      }
+    for (index_t j = whole; j < end; j += lanes) {
+      index_t const width = end - j < lanes ? end - j : lanes;
+      vf sum = splat(0.0f), top[1];
+      for (index_t r = 0; r < c.n_rows; ++r) {
+        group_top<1, Heads>(c, inverse, r, j, width, top);
+        sum = fold_top<Fold>(sum, top[0]);
+      }
+      store_some(f + j, sum, width);
     }
     for (index_t j = begin; j < end; j += lanes)
       store_some(f + j, select(load_some(old + j, end - j), load_some(f + j, end - j), never),
