@@ -11,16 +11,6 @@ macro(kvkeep_fetch name repository tag)
   FetchContent_MakeAvailable(${name})
 endmacro()
 
-# Eigen: the general matrix path of the CPU backend and the oracles of the tests.
-find_package(Eigen3 QUIET NO_MODULE)
-if(NOT TARGET Eigen3::Eigen AND KVKEEP_FETCH_DEPENDENCIES)
-  # No SOURCE_SUBDIR of that name exists: the headers are used, Eigen's own build is not.
-  kvkeep_fetch(eigen https://gitlab.com/libeigen/eigen.git 3.4.0 SOURCE_SUBDIR headers-only)
-  add_library(kvkeep_eigen INTERFACE)
-  add_library(Eigen3::Eigen ALIAS kvkeep_eigen)
-  target_include_directories(kvkeep_eigen SYSTEM INTERFACE "${eigen_SOURCE_DIR}")
-endif()
-
 if(KVKEEP_TESTS)
   find_package(Catch2 QUIET CONFIG)
   if(NOT TARGET Catch2::Catch2 AND KVKEEP_FETCH_DEPENDENCIES)

@@ -19,6 +19,17 @@ struct tensor_ref {
   index_t extent[R] = {};
   offset_t stride[R] = {};
 
+  tensor_ref() = default;
+  /// A reference to constant elements.
+  template <class U>
+    requires(!std::is_const_v<U> && std::is_same_v<U const, T>)
+  KVKEEP_HD tensor_ref(tensor_ref<U, R, Space> const& other) noexcept : data(other.data) {
+    for (int a = 0; a < R; ++a) {
+      extent[a] = other.extent[a];
+      stride[a] = other.stride[a];
+    }
+  }
+
   template <class... I>
   KVKEEP_HD offset_t offset(I... i) const noexcept {
     static_assert(sizeof...(I) <= R);
@@ -39,18 +50,6 @@ struct tensor_ref {
     return data + offset(i...);
   }
   KVKEEP_HD explicit operator bool() const noexcept { return data != nullptr; }
-
-  KVKEEP_HD operator tensor_ref<T const, R, Space>() const noexcept
-    requires(!std::is_const_v<T>)
-  {
-    tensor_ref<T const, R, Space> r;
-    r.data = data;
-    for (int a = 0; a < R; ++a) {
-      r.extent[a] = extent[a];
-      r.stride[a] = stride[a];
-    }
-    return r;
-  }
 };
 
 /// Row-major reference: the last extent is contiguous.

@@ -20,7 +20,7 @@
 
 /// In front of a short loop over an array of vectors: the array must live in registers, also at
 /// -O2.
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define KVKEEP_CPU_UNROLL _Pragma("GCC unroll 16")
 #else
 #define KVKEEP_CPU_UNROLL
@@ -81,12 +81,16 @@ inline vi min(vi a, vi b) noexcept { return {_mm256_min_epi32(a.v, b.v)}; }
 inline vi max(vi a, vi b) noexcept { return {_mm256_max_epi32(a.v, b.v)}; }
 template <int N>
 inline vi shift_left(vi a) noexcept {
-  return {_mm256_slli_epi32(a.v, N)};
+  vi r;  // nvcc cannot read a braced intrinsic in a template
+  r.v = _mm256_slli_epi32(a.v, N);
+  return r;
 }
 /// Arithmetic: the sign fills in.
 template <int N>
 inline vi shift_right(vi a) noexcept {
-  return {_mm256_srai_epi32(a.v, N)};
+  vi r;
+  r.v = _mm256_srai_epi32(a.v, N);
+  return r;
 }
 inline vi greater(vi a, vi b) noexcept { return {_mm256_cmpgt_epi32(a.v, b.v)}; }
 inline vi equal(vi a, vi b) noexcept { return {_mm256_cmpeq_epi32(a.v, b.v)}; }
