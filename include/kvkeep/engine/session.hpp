@@ -187,6 +187,11 @@ class session {
   status cut_prompt(layer_data& l, source const& from, source const& to,
                     tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
   status decide_sequence_prompt(source const& at, workspace& w) noexcept;
+  status join_layers(layer_data& l, source const& to, score_map<space> scores,
+                     workspace& w) noexcept;
+  status cut_earlier(layer_data const& l, index_t id, source const& to, index_t tokens,
+                     workspace& w) noexcept;
+  status settle(layer_data& l, source const& to, workspace& w) noexcept;
   status hand_over(layer_data& l, source const& to, workspace& w) noexcept;
   status fix_decode_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept;
 

@@ -59,13 +59,17 @@ struct staging_state {
   tensor_ref<float, 4, Space> weight_sum{};
 };
 
+/// Per-slot rows begin a cache line apart, so that kernels may take whole vectors.
 template <class Space>
 void carve_slots(workspace& w, slot_state<Space>& s, index_t n, index_t heads, index_t rows,
                  index_t slots) {
   auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
+  index_t const padded = (slots + 15) / 16 * 16;
   s.lengths = row_major<Space>(w.take<index_t>(size(n, heads)), n, heads);
-  s.positions = row_major<Space>(w.take<index_t>(size(n, heads, slots)), n, heads, slots);
-  s.rows = row_major<Space>(w.take<float>(size(n, heads, rows, slots)), n, heads, rows, slots);
+  s.positions =
+      row_major<Space>(w.take<index_t>(size(n, heads, padded)), n, heads, padded);
+  s.rows = row_major<Space>(w.take<float>(size(n, heads, rows, padded)), n, heads, rows, padded);
+  s.positions.extent[2] = s.rows.extent[3] = slots;
 }
 
 /// Takes one layer's arrays. The same code measures and places.

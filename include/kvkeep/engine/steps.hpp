@@ -32,7 +32,7 @@ struct reset_head {
     l.k(id, h) = 0;
     l.victim(id, h) = -1;
     float* const rows = l.slots.rows.at(id, h);
-    offset_t const n = static_cast<offset_t>(l.slots.rows.extent[2]) * l.slots.rows.extent[3];
+    offset_t const n = l.slots.rows.extent[2] * l.slots.rows.stride[2];
     for (offset_t i = 0; i < n; ++i) rows[i] = 0;
     index_t const sums = l.weight_sum.extent[2] * l.weight_sum.extent[3];
     for (index_t i = 0; i < sums; ++i) l.weight_sum.at(id, h)[i] = 0;

@@ -47,7 +47,10 @@ status session<Ctx, P, D>::take_slots(layer_data& l, batch const& b, index_t* sl
   KVKEEP_TRY(each(n * heads,
                   detail::append_token<space>{l, shape_.rows, ids, position, pending, heads, slots},
                   w));
-  for (index_t i = 0; i < n; ++i) ++l.appended[ids[i]];
+  for (index_t i = 0; i < n; ++i) {
+    ++l.appended[ids[i]];
+    next_generation(ids[i]);
+  }
   l.count.tokens += n;
   return status::ok;
 }

@@ -17,9 +17,7 @@ namespace detail {
 template <class Space, class F>
 void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
   auto const tensor = [&](auto const& t, index_t row) {
-    std::size_t bytes = sizeof(*t.data);
-    for (int a = 1; a < static_cast<int>(std::extent_v<decltype(t.extent)>); ++a)
-      bytes *= static_cast<std::size_t>(t.extent[a]);
+    std::size_t const bytes = sizeof(*t.data) * static_cast<std::size_t>(t.stride[0]);
     if (bytes > 0 && t.data != nullptr) f(t.data + row * t.stride[0], bytes);
   };
   tensor(l.slots.lengths, id);
@@ -32,7 +30,8 @@ void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
   tensor(l.weight_sum, id);
   for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
     f(l.fresh.at(draft, id), sizeof(index_t) * static_cast<std::size_t>(l.fresh.extent[2]));
-  for (index_t* p : {l.seen, l.ring_from, l.appended, l.attended}) f(p + id, sizeof(index_t));
+  index_t* const lists[] = {l.seen, l.ring_from, l.appended, l.attended};
+  for (index_t* const list : lists) f(list + id, sizeof(index_t));
   f(l.has_lse + id, sizeof(std::uint8_t));
   f(l.prompt_done + id, sizeof(std::uint8_t));
 }

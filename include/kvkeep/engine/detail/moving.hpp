@@ -220,9 +220,9 @@ status session<Ctx, P, D>::report(index_t id, report_buffer const& out, index_t 
   index_t const heads = shape_.cache.n_kv_heads;
   std::size_t const all = layers_.size() * static_cast<std::size_t>(heads);
   if (!out.lengths.empty() && out.lengths.size() < all) return status::bad_argument;
-  std::size_t n_tables = 0, n_freed = 0;
+  std::size_t n_tables = 0, n_freed = 0, table_entries = 0;
   for (bool const writing : {false, true}) {  // sizes first: a report that does not fit changes nothing
-    n_tables = n_freed = 0;
+    n_tables = n_freed = table_entries = 0;
     each_table(id, [&](layer_data const& l, index_t h, bool first) {
       index_t const at = l.number * heads + h;
       if (writing && !out.lengths.empty())
@@ -253,10 +253,12 @@ status session<Ctx, P, D>::report(index_t id, report_buffer const& out, index_t 
       for (index_t i = 0; i < needed && writing; ++i)
         if (from + static_cast<std::size_t>(i) < out.tables.size())
           out.tables[from + static_cast<std::size_t>(i)] = whole ? kept[i] : pages.entry(row, h, i);
+      table_entries = from + static_cast<std::size_t>(needed);
       ++n_tables;
     });
     bool const fits = (out.freed.empty() || out.freed.size() >= n_freed) &&
                       (out.freed_of.empty() || out.freed_of.size() >= n_tables) &&
+                      (out.tables.empty() || out.tables.size() >= table_entries) &&
                       (out.table_sizes.empty() || out.table_sizes.size() >= n_tables);
     if (!fits) return status::bad_argument;
   }

@@ -90,12 +90,12 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
                                          source const& to, workspace& w) noexcept {
   bool const measuring = w.measuring();
   index_t const heads = shape_.cache.n_kv_heads;
-  auto const n_layers = static_cast<index_t>(layers_.size());
   index_t const tokens = measuring ? 0 : from.layer.slots.lengths(from.batch.id[0], 0);
   bool const whole = prompt_.score.least_tokens() == std::numeric_limits<index_t>::max();
+  bool const wide = prompt_.width() == scope::sequence;
   auto const bt = prompt_.budget.traits();
-  budget_input<space> b{n_layers, l.number,        heads, tokens, prompt_.keep.sinks,
-                        prompt_.keep.recent, {},    shared_.prompt_k};
+  budget_input<space> b{static_cast<index_t>(layers_.size()), l.number, heads, tokens,
+                        prompt_.keep.sinks, prompt_.keep.recent, {}, shared_.prompt_k};
   if (bt.needs_scores) b.scores = shared_.prompt_scores;
 
   bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
@@ -105,7 +105,6 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
   else if (!bt.needs_scores)
     KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
 
-  bool const wide = prompt_.width() == scope::sequence;
   bool const scored = !whole && (measuring || bt.couples_layers || wide ||
                                  (bt.needs_scores ? !short_prompt : cuts_at_prompt(l, from)));
   index_t const slots = from.layer.kv.shape.max_slots;
@@ -118,40 +117,64 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
     scores.stride[1] = shared_.prompt_scores.stride[2];
   }
   if (scored) KVKEEP_TRY(score_prompt(l, from, scores, w));
+  // Whole blocks leave the table, which the engine adopts later: read the keys before.
+  if (!prompt_.select.traits().moves_tokens) KVKEEP_TRY(settle(l, to, w));
   if (wide) {
-    bool const last = l.number + 1 == n_layers;
-    KVKEEP_TRY(run(*ctx_,
-                   op::mean_layers<space>{from.batch, from.layer.slots, scores, l.number == 0,
-                                          last, n_layers, shared_.sequence_scores},
-                   w));
-    if (last || measuring) KVKEEP_TRY(decide_sequence_prompt(to, w));
+    KVKEEP_TRY(join_layers(l, to, scores, w));
   } else {
     if (bt.couples_layers && !measuring) KVKEEP_TRY(keep_scores(l, from, scores, w));
     if (bt.needs_scores && (measuring || !short_prompt))
       KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
     KVKEEP_TRY(cut_prompt(l, from, to, scores, w));
-    layer_range const r = prompt_.budget.due(l.number, n_layers);
-    for (index_t j = r.first; j < l.number && !measuring && !short_prompt; ++j) {
-      layer_data& earlier = layers_[static_cast<std::size_t>(j)];
-      source const s = pool(earlier, to.batch.id, to.batch.row, 1);
-      auto const row = detail::row_as_map(earlier.slots.rows, shape_.rows.score_at);
-      KVKEEP_TRY(cut_prompt(earlier, s, s, detail::rebase(row, id), w));
-      KVKEEP_TRY(fix_decode_budget(earlier, id, tokens, w));
-    }
+    if (!measuring && !short_prompt) KVKEEP_TRY(cut_earlier(l, id, to, tokens, w));
   }
   KVKEEP_TRY(fix_decode_budget(l, id, tokens, w));
   return hand_over(l, to, w);
 }
 
-/// The decode policy takes over what the prompt's policy left: its per-slot state, and its own first
-/// decision where it keeps less.
+/// Adds a layer's scores to the sequence's; the last layer's decide for all.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::hand_over(layer_data& l, source const& to, workspace& w) noexcept {
+status session<Ctx, P, D>::join_layers(layer_data& l, source const& to, score_map<space> scores,
+                                       workspace& w) noexcept {
+  auto const n_layers = static_cast<index_t>(layers_.size());
+  bool const last = l.number + 1 == n_layers;
+  KVKEEP_TRY(run(*ctx_,
+                 op::mean_layers<space>{to.batch, to.layer.slots, scores, l.number == 0, last,
+                                        n_layers, shared_.sequence_scores},
+                 w));
+  return last || w.measuring() ? decide_sequence_prompt(to, w) : status::ok;
+}
+
+/// Smaller cuts of the layers before `l` that are due with it.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::cut_earlier(layer_data const& l, index_t id, source const& to,
+                                       index_t tokens, workspace& w) noexcept {
+  layer_range const r = prompt_.budget.due(l.number, static_cast<index_t>(layers_.size()));
+  for (index_t j = r.first; j < l.number; ++j) {
+    layer_data& earlier = layers_[static_cast<std::size_t>(j)];
+    source const s = pool(earlier, to.batch.id, to.batch.row, 1);
+    auto const row = detail::row_as_map(earlier.slots.rows, shape_.rows.score_at);
+    KVKEEP_TRY(cut_prompt(earlier, s, s, detail::rebase(row, id), w));
+    KVKEEP_TRY(fix_decode_budget(earlier, id, tokens, w));
+  }
+  return status::ok;
+}
+
+/// Builds the decode scorer's per-slot state of a prompt's slots.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::settle(layer_data& l, source const& to, workspace& w) noexcept {
   if (!decode_.score.traits().at_decode) return status::ok;
   workspace::frame const frame(w);
-  KVKEEP_TRY(decode_.score.settle(*ctx_, input(l, to, false, nullptr), w));
+  return decode_.score.settle(*ctx_, input(l, to, false, nullptr), w);
+}
+
+/// The decode policy takes over what the prompt's policy left, and decides where it keeps less.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::hand_over(layer_data& l, source const& to, workspace& w) noexcept {
+  bool const moved = prompt_.select.traits().moves_tokens;
+  if (moved) KVKEEP_TRY(settle(l, to, w));
   bool const late = decode_.when.before_attention || decode_.when.per_head_mask;
-  if (one_policy_ || late || limits_.engine_commits) return status::ok;
+  if (one_policy_ || late || limits_.engine_commits || !moved) return status::ok;
   if (decode_.width() != scope::sequence) return decide(l, to.batch.id, to.batch.row, 1, 0, w);
   bool const last = l.number + 1 == static_cast<index_t>(layers_.size());
   return last || w.measuring() ? decide_sequences(to.batch.id, to.batch.row, 1, w) : status::ok;
