@@ -87,9 +87,9 @@ struct dynamic_layers {
     KVKEEP_TRY(detail::fill_layer(ctx, in, in.layer,
                                   cap(base, in.candidates()) + in.protect(), ws));
     index_t const n = in.layer + 1;
-    index_t* counts = ws.take<index_t>(static_cast<std::size_t>(n) * in.n_kv_heads);
+    index_t* counts = ws.take<index_t>(product(n, in.n_kv_heads));
     index_t* candidates = ws.take<index_t>(static_cast<std::size_t>(in.n_kv_heads));
-    auto* scratch = ws.take<offset_t>(static_cast<std::size_t>(n) * 3);
+    auto* scratch = ws.take<offset_t>(product(n, 3));
     if (!ws.measuring()) {
       if (!ws.ok()) return status::workspace_too_small;
       if (!checkpoint(in.layer, in.n_layers)) return status::ok;

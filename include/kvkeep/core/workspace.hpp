@@ -11,6 +11,12 @@
 
 namespace kvkeep {
 
+/// Number of elements of an array with these extents.
+template <class... E>
+constexpr std::size_t product(E... extents) noexcept {
+  return (static_cast<std::size_t>(extents) * ... * std::size_t{1});
+}
+
 /// Hands out 64-byte aligned pieces of one block, last in first out. A default-constructed workspace
 /// measures: `take` returns null and only counts, and operations return before they touch memory. Run
 /// once to measure, allocate `peak()` bytes, run again to place.

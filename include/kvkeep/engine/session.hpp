@@ -115,10 +115,11 @@ class session {
   session& operator=(session&&) noexcept = default;
 
  private:
-  template <backend C, class P, class D>
-  friend session<C, P, D> bind_session(C&, P const&, D const&, std::span<layer_spec<space_of<C>> const>,
-                               limits const&, std::span<std::byte>);
-  template <backend C, class P, class D>
+  template <backend C, policy_on<C> P, policy_on<C> D>
+  friend session<C, P, D> bind_session(C&, P const&, D const&,
+                                       std::span<layer_spec<space_of<C>> const>, limits const&,
+                                       std::span<std::byte>);
+  template <backend C, policy_on<C> P, policy_on<C> D>
   friend std::size_t session_bytes(C&, P const&, D const&,
                                    std::span<layer_spec<space_of<C>> const>, limits const&);
 

@@ -63,37 +63,35 @@ struct staging_state {
 template <class Space>
 void carve_slots(workspace& w, slot_state<Space>& s, index_t n, index_t heads, index_t rows,
                  index_t slots) {
-  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
   index_t const padded = (slots + 15) / 16 * 16;
-  s.lengths = row_major<Space>(w.take<index_t>(size(n, heads)), n, heads);
+  s.lengths = row_major<Space>(w.take<index_t>(product(n, heads)), n, heads);
   s.positions =
-      row_major<Space>(w.take<index_t>(size(n, heads, padded)), n, heads, padded);
-  s.rows = row_major<Space>(w.take<float>(size(n, heads, rows, padded)), n, heads, rows, padded);
+      row_major<Space>(w.take<index_t>(product(n, heads, padded)), n, heads, padded);
+  s.rows = row_major<Space>(w.take<float>(product(n, heads, rows, padded)), n, heads, rows, padded);
   s.positions.extent[2] = s.rows.extent[3] = slots;
 }
 
 /// Takes one layer's arrays. The same code measures and places.
 template <class Space>
 void carve_layer(workspace& w, layer_state<Space>& l, state_shape const& s) {
-  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
   index_t const n = s.n_sequences, h = s.cache.n_kv_heads, hq = s.cache.n_q_heads;
   carve_slots(w, l.slots, n, h, s.rows.total, s.cache.max_slots);
-  l.k = row_major<Space>(w.take<index_t>(size(n, h)), n, h);
-  l.victim = row_major<Space>(w.take<index_t>(size(n, h)), n, h);
-  l.fresh = row_major<Space>(w.take<index_t>(size(s.drafts, n, h)), s.drafts, n, h);
+  l.k = row_major<Space>(w.take<index_t>(product(n, h)), n, h);
+  l.victim = row_major<Space>(w.take<index_t>(product(n, h)), n, h);
+  l.fresh = row_major<Space>(w.take<index_t>(product(s.drafts, n, h)), s.drafts, n, h);
   index_t const ring = s.rows.query_ring;
-  l.ring_q = row_major<Space>(w.take<float>(size(n, hq, ring, s.cache.dim_k)), n, hq, ring,
+  l.ring_q = row_major<Space>(w.take<float>(product(n, hq, ring, s.cache.dim_k)), n, hq, ring,
                               s.cache.dim_k);
-  l.ring_lse = row_major<Space>(w.take<float>(size(n, hq, ring)), n, hq, ring);
+  l.ring_lse = row_major<Space>(w.take<float>(product(n, hq, ring)), n, hq, ring);
   index_t const g = s.cache.group();
-  l.weight_sum = row_major<Space>(w.take<float>(size(n, hq, s.rows.weight_ring)), n, h, g,
+  l.weight_sum = row_major<Space>(w.take<float>(product(n, hq, s.rows.weight_ring)), n, h, g,
                                   s.rows.weight_ring);
-  l.seen = w.take<index_t>(size(n));
-  l.ring_from = w.take<index_t>(size(n));
-  l.appended = w.take<index_t>(size(n));
-  l.attended = w.take<index_t>(size(n));
-  l.has_lse = w.take<std::uint8_t>(size(n));
-  l.prompt_done = w.take<std::uint8_t>(size(n));
+  l.seen = w.take<index_t>(product(n));
+  l.ring_from = w.take<index_t>(product(n));
+  l.appended = w.take<index_t>(product(n));
+  l.attended = w.take<index_t>(product(n));
+  l.has_lse = w.take<std::uint8_t>(product(n));
+  l.prompt_done = w.take<std::uint8_t>(product(n));
 }
 
 /// Session-wide arrays.
@@ -115,23 +113,22 @@ struct shared_state {
 template <class Space>
 void carve_shared(workspace& w, shared_state<Space>& s, state_shape const& shape, index_t n_layers,
                   index_t score_layers, index_t sequence_entries) {
-  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
   index_t const n = shape.n_sequences, h = shape.cache.n_kv_heads;
   index_t const slots =
       shape.max_prompt > shape.cache.max_slots ? shape.max_prompt : shape.cache.max_slots;
-  s.frozen = w.take<index_t>(size(n));
-  s.confirmed = w.take<index_t>(size(n));
-  s.alive = w.take<std::uint8_t>(size(n));
-  s.generation = w.take<std::uint32_t>(size(n));
-  s.prompt_k = row_major<Space>(w.take<index_t>(size(n_layers, h)), n_layers, h);
-  s.prompt_scores = row_major<Space>(w.take<float>(size(score_layers, h, slots)), score_layers, 1,
+  s.frozen = w.take<index_t>(product(n));
+  s.confirmed = w.take<index_t>(product(n));
+  s.alive = w.take<std::uint8_t>(product(n));
+  s.generation = w.take<std::uint32_t>(product(n));
+  s.prompt_k = row_major<Space>(w.take<index_t>(product(n_layers, h)), n_layers, h);
+  s.prompt_scores = row_major<Space>(w.take<float>(product(score_layers, h, slots)), score_layers, 1,
                                      h, slots);
-  s.sequence_scores = row_major<Space>(w.take<float>(size(sequence_entries, h, slots)),
+  s.sequence_scores = row_major<Space>(w.take<float>(product(sequence_entries, h, slots)),
                                        sequence_entries, h, slots);
   if (shape.max_prompt > 0) {
     carve_slots(w, s.staging.slots, 1, h, shape.rows.total, shape.max_prompt);
     s.staging.weight_sum =
-        row_major<Space>(w.take<float>(size(shape.cache.n_q_heads, shape.rows.weight_ring)), 1, h,
+        row_major<Space>(w.take<float>(product(shape.cache.n_q_heads, shape.rows.weight_ring)), 1, h,
                          shape.cache.group(), shape.rows.weight_ring);
   }
 }

@@ -69,12 +69,22 @@ struct policy {
   }
 };
 
+/// A policy whose parts run on a backend.
+template <class P, class Ctx>
+concept policy_on = backend<Ctx> && scorer<typename P::score_type, Ctx> &&
+                    budget_rule<typename P::budget_type, Ctx> &&
+                    selector<typename P::select_type, Ctx>;
+
+/// Bound of capacities, windows and the like: sums and products of two stay in range.
+inline constexpr index_t most_tokens = 1 << 28;
+
 namespace detail {
 
 /// Slots in use at which a cut is due, when `k` tokens are kept: max(k + 1, ceil((1 + k) x) - 1).
 KVKEEP_HD inline index_t trigger(index_t k, double evict_after) noexcept {
   double const burst = std::ceil((1.0 + k) * evict_after) - 1;
-  return burst > k + 1 ? static_cast<index_t>(burst) : k + 1;
+  constexpr double most = 1 << 30;  // beyond any cache
+  return burst > k + 1 ? static_cast<index_t>(burst < most ? burst : most) : k + 1;
 }
 
 /// Most slots per head that a decode policy needs besides drafts (DESIGN contract 6).
@@ -92,8 +102,12 @@ KVKEEP_COLD void check_policy(P const& p, index_t n_layers, cache_shape const& s
   check_shape(shape);
   auto const s = p.score.traits();
   auto const b = p.budget.traits();
-  KVKEEP_EXPECTS(p.keep.sinks >= 0, "sinks", p.keep.sinks, ">= 0");
-  KVKEEP_EXPECTS(p.keep.recent >= 0, "window", p.keep.recent, ">= 0");
+  std::string const range = "0.." + std::to_string(most_tokens);
+  KVKEEP_EXPECTS(p.keep.sinks >= 0 && p.keep.sinks <= most_tokens, "sinks", p.keep.sinks, range);
+  KVKEEP_EXPECTS(p.keep.recent >= 0 && p.keep.recent <= most_tokens, "window", p.keep.recent,
+                 range);
+  KVKEEP_EXPECTS(p.budget.capacity() >= 0 && p.budget.capacity() <= most_tokens, "capacity",
+                 p.budget.capacity(), range);
   KVKEEP_EXPECTS(p.when.evict_after >= 1 && p.when.evict_after <= 1024, "evict_after",
                  p.when.evict_after, "1..1024");
   KVKEEP_EXPECTS(p.when.room == 0 || p.when.room == 1, "room", p.when.room, "0 or 1");

@@ -38,7 +38,7 @@ struct recent_fused_score : scorer_base {
   }
   void check(cache_shape const&) const {
     KVKEEP_EXPECTS(window >= 1, "window", window, ">= 1");
-    KVKEEP_EXPECTS(n_rows >= 0 && row_count() >= 1, "n_rows", n_rows > 0 ? n_rows : row_count(),
+    KVKEEP_EXPECTS(n_rows >= 0 && row_count() >= 1, "n_rows", n_rows != 0 ? n_rows : row_count(),
                    ">= 1 (0 means window - 1, so window >= 2)");
     KVKEEP_EXPECTS(row_count() <= window, "n_rows", n_rows, "<= window, so that every row is newer "
                    "than every old token");

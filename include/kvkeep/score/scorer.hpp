@@ -151,10 +151,10 @@ status last_queries(Ctx& ctx, score_input<space_of<Ctx>> const& in, index_t n,
                     query_rows<space_of<Ctx>>& out, workspace& ws) {
   using space = space_of<Ctx>;
   auto const& shape = in.layer.kv.shape;
-  std::size_t const rows = static_cast<std::size_t>(in.batch.n) * shape.n_q_heads * n;
-  float* q = ws.take<float>(rows * shape.dim_k);
+  std::size_t const rows = product(in.batch.n, shape.n_q_heads, n);
+  float* q = ws.take<float>(product(rows, shape.dim_k));
   float* lse = in.has_lse ? ws.take<float>(rows) : nullptr;
-  index_t* position = ws.take<index_t>(static_cast<std::size_t>(in.batch.n) * n);
+  index_t* position = ws.take<index_t>(product(in.batch.n, n));
   out.q = row_major<space>(static_cast<float const*>(q), in.batch.n, shape.n_q_heads, n,
                            shape.dim_k);
   out.position = row_major<space>(static_cast<index_t const*>(position), in.batch.n, n);

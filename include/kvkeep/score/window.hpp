@@ -45,7 +45,7 @@ struct window_score : scorer_base {
     index_t const g = shape.group();
     query_rows<space> q;
     KVKEEP_TRY(last_queries(ctx, in, window, q, ws));
-    std::size_t const n = static_cast<std::size_t>(in.batch.n) * shape.n_q_heads * shape.max_slots;
+    std::size_t const n = product(in.batch.n, shape.n_q_heads, shape.max_slots);
     auto const sums = row_major<space>(ws.take<float>(n), in.batch.n, shape.n_kv_heads, g,
                                        shape.max_slots);
     KVKEEP_TRY(run(ctx, op::column_sums<space>{in.batch, in.layer, q, sums, false, true, true}, ws));

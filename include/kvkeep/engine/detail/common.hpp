@@ -64,7 +64,8 @@ void session<Ctx, P, D>::measure() {
     }
     take([&](workspace& w) { return feed_scorers(l, 0, from, q, 0, w); });
     take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
-    take([&](workspace& w) { return weigh(l, largest, q, nullptr, nullptr, w); });
+    if (limits_.decode == decode_offer::attend)
+      take([&](workspace& w) { return weigh(l, largest, q, nullptr, nullptr, w); });
     take([&](workspace& w) {  // confirm and rollback
       for (int i = 0; i < 4; ++i) w.take<index_t>(static_cast<std::size_t>(n));
       KVKEEP_TRY(after_token(l, nullptr, nullptr, n, w));

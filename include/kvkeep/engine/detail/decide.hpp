@@ -85,7 +85,7 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
   for (index_t i = 0; i < n && !measuring; ++i)
     most = std::max(most, excess(l, s.batch.id[i], extra));
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto keep = row_major<space>(w.take<index_t>(ids * heads), shape_.n_sequences, heads);
+  auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
   if (!measuring && !w.ok()) return status::workspace_too_small;
   auto const t = decode_.select.traits();
   detail::resolve_keep<space> const resolve{l.k, s.layer.slots, s.batch.id, s.batch.id, heads,
@@ -104,9 +104,9 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
       return status::ok;
     }
   }
-  auto const size = static_cast<std::size_t>(n) * heads;
+  auto const size = product(n, heads);
   index_t const slots = l.kv.shape.max_slots;
-  keep_plan<space> const plan{row_major<space>(w.take<index_t>(size * slots), n, heads, slots),
+  keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
                               row_major<space>(w.take<index_t>(size), n, heads)};
   if (!measuring && !w.ok()) return status::workspace_too_small;
   KVKEEP_TRY(decode_.select.select(*ctx_, s.batch, s.layer.slots, scores, keep, guard, plan, w));
@@ -135,7 +135,7 @@ status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t con
   source const s = pool(l, due_ids, due_rows, n);
   index_t const heads = shape_.cache.n_kv_heads, slots = l.kv.shape.max_slots;
   auto const scores = row_major<space>(
-      w.take<float>(static_cast<std::size_t>(n) * heads * slots), n, heads, slots);
+      w.take<float>(product(n, heads, slots)), n, heads, slots);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   KVKEEP_TRY(score_tokens(l, s, extra, scores, w));
   return apply(l, s, scores, extra, w);
@@ -157,7 +157,7 @@ status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* r
   }
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   auto const scores = row_major<space>(
-      w.take<float>(static_cast<std::size_t>(n) * heads * slots), n, heads, slots);
+      w.take<float>(product(n, heads, slots)), n, heads, slots);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   auto const n_layers = static_cast<index_t>(layers_.size());
   for (auto& l : layers_) {
@@ -184,12 +184,12 @@ status session<Ctx, P, D>::attend_special(layer_data& l, source const& s, op::at
     bool const measuring = w.measuring();
     index_t const n = s.batch.n, hq = shape_.cache.n_q_heads, slots = l.kv.shape.max_slots;
     index_t const heads = shape_.cache.n_kv_heads;
-    auto const size = static_cast<std::size_t>(n) * hq * slots;
+    auto const size = product(n, hq, slots);
     auto const visible =
         row_major<space>(w.take<std::uint8_t>(size), n, hq, slots);
     float* own = decode_.when.per_head_mask ? w.take<float>(size) : nullptr;
     auto const scores = row_major<space>(
-        w.take<float>(static_cast<std::size_t>(n) * heads * slots), n, heads, slots);
+        w.take<float>(product(n, heads, slots)), n, heads, slots);
     index_t* seen = w.take<index_t>(static_cast<std::size_t>(shape_.n_sequences));
     if (!measuring && !w.ok()) return status::workspace_too_small;
     auto in = input(l, s, false, nullptr);
@@ -253,9 +253,9 @@ status session<Ctx, P, D>::mask_heads(layer_data& l, source const& s,
   index_t const n = s.batch.n, heads = shape_.cache.n_kv_heads, group = shape_.cache.group();
   index_t const slots = l.kv.shape.max_slots;
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto keep = row_major<space>(w.take<index_t>(ids * heads), shape_.n_sequences, heads);
-  auto const size = static_cast<std::size_t>(n) * heads;
-  keep_plan<space> const plan{row_major<space>(w.take<index_t>(size * slots), n, heads, slots),
+  auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
+  auto const size = product(n, heads);
+  keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
                               row_major<space>(w.take<index_t>(size), n, heads)};
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   detail::resolve_keep<space> const resolve{l.k, s.layer.slots, s.batch.id, s.batch.id, heads,

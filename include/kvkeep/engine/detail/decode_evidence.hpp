@@ -61,7 +61,7 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
   index_t const hq = shape_.cache.n_q_heads, dim = shape_.cache.dim_k;
   index_t* ring_row = w.take<index_t>(size);
   index_t* position = w.take<index_t>(size);
-  float* dense = w.take<float>(size * hq * dim);
+  float* dense = w.take<float>(product(size, hq, dim));
   if (!measuring && !w.ok()) return status::workspace_too_small;
   for (index_t i = 0; i < e.n && !measuring; ++i) {
     index_t const p = l.appended[e.ids[i]] - 1;

@@ -133,9 +133,9 @@ status session<Ctx, P, D>::choose_layers(index_t n, workspace& w) noexcept {
   bool const wide = decode_.width() == scope::sequence;
   auto const n_layers = static_cast<index_t>(layers_.size());
   auto const scores = row_major<space>(
-      w.take<float>(static_cast<std::size_t>(n) * heads * slots), n, heads, slots);
+      w.take<float>(product(n, heads, slots)), n, heads, slots);
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto keep = row_major<space>(w.take<index_t>(ids * heads), shape_.n_sequences, heads);
+  auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   auto const score = [&](layer_data& l, source const& s) {
     return score_tokens(l, s, 0, scores, w);

@@ -109,7 +109,7 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
                                  (bt.needs_scores ? !short_prompt : cuts_at_prompt(l, from)));
   index_t const slots = from.layer.kv.shape.max_slots;
   score_map<space> scores = row_major<space>(
-      bt.needs_scores ? nullptr : w.take<float>(static_cast<std::size_t>(heads) * slots), 1, heads,
+      bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)), 1, heads,
       slots);
   if (bt.needs_scores) {
     scores.data = shared_.prompt_scores.at(measuring ? 0 : l.number);
@@ -219,9 +219,9 @@ status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source 
   bool const measuring = w.measuring();
   if (!measuring && in_place && !cuts_at_prompt(l, from)) return status::ok;
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto keep = row_major<space>(w.take<index_t>(ids * heads), shape_.n_sequences, heads);
+  auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
   auto const size = static_cast<std::size_t>(heads);
-  keep_plan<space> const plan{row_major<space>(w.take<index_t>(size * slots), 1, heads, slots),
+  keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), 1, heads, slots),
                               row_major<space>(w.take<index_t>(size), 1, heads)};
   if (!measuring && !w.ok()) return status::workspace_too_small;
   bool const cuts = measuring || cuts_at_prompt(l, from);

@@ -109,9 +109,9 @@ status session<Ctx, P, D>::feed_scorers(layer_data& l, index_t id, source const&
     for (index_t first = 0; first < q.n_rows; first += limits_.max_chunk) {
       workspace::frame const frame(w);
       index_t const n = std::min(limits_.max_chunk, q.n_rows - first);
-      auto const size = static_cast<std::size_t>(heads) * n;
+      auto const size = product(heads, n);
       bool const lse = q.lse != nullptr || w.measuring();
-      float* rows = w.take<float>(size * dim);
+      float* rows = w.take<float>(product(size, dim));
       float* row_lse = lse ? w.take<float>(size) : nullptr;
       index_t* position = w.take<index_t>(static_cast<std::size_t>(n));
       if (!w.measuring() && !w.ok()) return status::workspace_too_small;

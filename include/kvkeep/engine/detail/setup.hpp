@@ -51,12 +51,15 @@ concept scores_directly =
     };
 
 KVKEEP_COLD inline void check_limits(limits const& l) {
-  KVKEEP_EXPECTS(l.max_sequences >= 1, "limits.max_sequences", l.max_sequences, ">= 1");
-  KVKEEP_EXPECTS(l.max_batch >= 1 && l.max_batch <= l.max_sequences, "limits.max_batch",
-                 l.max_batch, "1..max_sequences = " + std::to_string(l.max_sequences));
-  KVKEEP_EXPECTS(l.max_prompt >= 0, "limits.max_prompt", l.max_prompt, ">= 0");
-  KVKEEP_EXPECTS(l.max_chunk >= 1, "limits.max_chunk", l.max_chunk, ">= 1");
-  KVKEEP_EXPECTS(l.max_draft >= 0, "limits.max_draft", l.max_draft, ">= 0");
+  auto const within = [](char const* field, index_t v, index_t least, index_t most) {
+    KVKEEP_EXPECTS(v >= least && v <= most, field, v,
+                   std::to_string(least) + ".." + std::to_string(most));
+  };
+  within("limits.max_sequences", l.max_sequences, 1, 1 << 20);
+  within("limits.max_batch", l.max_batch, 1, l.max_sequences);
+  within("limits.max_prompt", l.max_prompt, 0, most_tokens);
+  within("limits.max_chunk", l.max_chunk, 1, 1 << 20);
+  within("limits.max_draft", l.max_draft, 0, 1 << 16);
 }
 
 /// Whole blocks leave tables, so everything that shares a table shares a kept set.
@@ -86,6 +89,7 @@ void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) 
       KVKEEP_EXPECTS(v == want, (name + ".shape." + field).c_str(), v,
                      std::to_string(want) + ", as in the first layer");
     };
+    same("n_seq", l.kv.shape.n_seq, first.n_seq);
     same("n_q_heads", l.kv.shape.n_q_heads, first.n_q_heads);
     same("n_kv_heads", l.kv.shape.n_kv_heads, first.n_kv_heads);
     same("dim_k", l.kv.shape.dim_k, first.dim_k);
@@ -199,19 +203,18 @@ void session<Ctx, P, D>::carve(workspace& w) {
                        wide ? limits_.max_batch : 0);
   index_t const heads = shape_.cache.n_kv_heads;
   index_t const b = limits_.engine_commits ? limits_.max_batch : 0;
-  auto const size = [](auto... e) { return (static_cast<std::size_t>(e) * ...); };
-  plan_.id = w.take<index_t>(size(b));
-  plan_.row = w.take<index_t>(size(b));
-  plan_.generation = w.take<std::uint32_t>(size(b));
+  plan_.id = w.take<index_t>(product(b));
+  plan_.row = w.take<index_t>(product(b));
+  plan_.generation = w.take<std::uint32_t>(product(b));
   index_t const slots = shape_.cache.max_slots;
   plan_.slots =
-      row_major<space>(w.take<index_t>(size(n_layers, b, heads, slots)), n_layers * b, heads, slots);
-  plan_.count = row_major<space>(w.take<index_t>(size(n_layers, b, heads)), n_layers * b, heads);
+      row_major<space>(w.take<index_t>(product(n_layers, b, heads, slots)), n_layers * b, heads, slots);
+  plan_.count = row_major<space>(w.take<index_t>(product(n_layers, b, heads)), n_layers * b, heads);
   index_t const s = limits_.max_sequences;
   bool const whole = !prompt_.select.traits().moves_tokens || !decode_.select.traits().moves_tokens;
   index_t const blocks = whole ? layers_[0].kv.k.layout.paged.blocks_per_table * heads : 0;
   auto const lists = [&](index_t extent) {
-    return row_major<space>(w.take<index_t>(size(n_layers, s, extent)), n_layers, s, extent);
+    return row_major<space>(w.take<index_t>(product(n_layers, s, extent)), n_layers, s, extent);
   };
   plan_.held = lists(heads);
   plan_.kept = lists(blocks);
@@ -224,25 +227,25 @@ void session<Ctx, P, D>::carve(workspace& w) {
 /// @param layers  one entry per layer; views of the pool that all sequences share
 /// @param memory  `session_bytes` bytes in the backend's memory space, or empty: allocated here (host)
 /// @throws std::invalid_argument naming field, value and allowed range
-template <backend Ctx, class P, class D>
+template <backend Ctx, policy_on<Ctx> P, policy_on<Ctx> D>
 session<Ctx, P, D> bind_session(Ctx& ctx, P const& prompt, D const& decode,
-                        std::span<layer_spec<space_of<Ctx>> const> layers, limits const& lim,
-                        std::span<std::byte> memory = {}) {
+                                std::span<layer_spec<space_of<Ctx>> const> layers,
+                                limits const& lim, std::span<std::byte> memory = {}) {
   session<Ctx, P, D> s(ctx, prompt, decode, layers, lim);
   s.place(memory);
   return s;
 }
 
 /// One policy for the prompt and for decoding.
-template <backend Ctx, class P>
+template <backend Ctx, policy_on<Ctx> P>
 session<Ctx, P, P> bind_session(Ctx& ctx, P const& policy,
-                        std::span<layer_spec<space_of<Ctx>> const> layers, limits const& lim,
-                        std::span<std::byte> memory = {}) {
+                                std::span<layer_spec<space_of<Ctx>> const> layers,
+                                limits const& lim, std::span<std::byte> memory = {}) {
   return bind_session(ctx, policy, policy, layers, lim, memory);
 }
 
-/// Bytes of memory that `bind` with the same arguments needs.
-template <backend Ctx, class P, class D>
+/// Bytes of memory that `bind_session` with the same arguments needs.
+template <backend Ctx, policy_on<Ctx> P, policy_on<Ctx> D>
 std::size_t session_bytes(Ctx& ctx, P const& prompt, D const& decode,
                           std::span<layer_spec<space_of<Ctx>> const> layers, limits const& lim) {
   return session<Ctx, P, D>(ctx, prompt, decode, layers, lim).bytes();
