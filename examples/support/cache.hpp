@@ -25,8 +25,8 @@ inline void shuffle(std::vector<index_t>& v) {
   }
 }
 
-/// Owns K and V of one layer for all sequence rows; zeros at first. May be moved, not copied: the view
-/// points into its arrays, which stay where they are.
+/// Owns K and V of one layer for all sequence rows; zeros at first. May be moved, not copied: the
+/// view points into its arrays, which stay where they are.
 class kv_cache {
  public:
   static constexpr index_t block_size = 16;

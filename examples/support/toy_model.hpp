@@ -44,7 +44,7 @@ inline void write_token(float* k, float* v, index_t layer, index_t head, index_t
 
 /// Queries `[q_head, n, dim]` of positions first .. first + n.
 inline std::vector<float> make_queries(index_t layer, index_t first, index_t n) {
-  std::vector<float> q(static_cast<std::size_t>(n_q_heads) * n * dim);
+  std::vector<float> q(kvkeep::product(n_q_heads, n, dim));
   for (index_t h = 0; h < n_q_heads; ++h)
     for (index_t t = 0; t < n; ++t)
       fill(q.data() + (static_cast<std::ptrdiff_t>(h) * n + t) * dim, 0, layer, h, first + t);
