@@ -187,10 +187,10 @@ class session {
                        workspace& w) noexcept;
   status cut_prompt(layer_data& l, source const& from, source const& to,
                     tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
-  status decide_sequence_prompt(source const& at, workspace& w) noexcept;
-  status join_layers(layer_data& l, source const& to, score_map<space> scores,
+  KVKEEP_COLD status decide_sequence_prompt(source const& at, workspace& w) noexcept;
+  KVKEEP_COLD status join_layers(layer_data& l, source const& to, score_map<space> scores,
                      workspace& w) noexcept;
-  status cut_earlier(layer_data const& l, index_t id, source const& to, index_t tokens,
+  KVKEEP_COLD status cut_earlier(layer_data const& l, index_t id, source const& to, index_t tokens,
                      workspace& w) noexcept;
   status settle(layer_data& l, source const& to, workspace& w) noexcept;
   status hand_over(layer_data& l, source const& to, workspace& w) noexcept;
@@ -210,20 +210,20 @@ class session {
               workspace& w) noexcept;
   status decide(layer_data& l, index_t const* ids, index_t const* rows, index_t n, index_t extra,
                 workspace& w) noexcept;
-  status decide_sequences(index_t const* ids, index_t const* rows, index_t n,
+  KVKEEP_COLD status decide_sequences(index_t const* ids, index_t const* rows, index_t n,
                           workspace& w) noexcept;
   status score_tokens(layer_data& l, source const& s, index_t extra, score_map<space> out,
                       workspace& w) noexcept;
   status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
                index_t extra, workspace& w) noexcept;
-  status attend_special(layer_data& l, source const& s, op::attend<space>& a,
+  KVKEEP_COLD status attend_special(layer_data& l, source const& s, op::attend<space>& a,
                         workspace& w) noexcept;
   index_t list_due(layer_data const& l, index_t const* ids, index_t const* rows, index_t n,
                    index_t extra, index_t* due_ids, index_t* due_rows) const noexcept;
   index_t excess(layer_data const& l, index_t id, index_t extra) const noexcept;
 
-  status let_go(layer_data& l, source const& s, score_map<space> scores, workspace& w) noexcept;
-  status mask_heads(layer_data& l, source const& s, tensor_ref<float, 3, space> own,
+  KVKEEP_COLD status let_go(layer_data& l, source const& s, score_map<space> scores, workspace& w) noexcept;
+  KVKEEP_COLD status mask_heads(layer_data& l, source const& s, tensor_ref<float, 3, space> own,
                     tensor_ref<std::uint8_t, 3, space> visible, workspace& w) noexcept;
 
   // inspect.hpp
@@ -232,7 +232,7 @@ class session {
   status verify_budget(layer_data const& l, index_t id, index_t h, index_t live) const noexcept;
 
   // moving.hpp
-  status choose_layers(index_t n, workspace& w) noexcept;
+  KVKEEP_COLD status choose_layers(index_t n, workspace& w) noexcept;
   template <class F>
   void each_table(index_t id, F&& f) const;
   void note_victims(layer_data& l, batch_ref<space> const& b) noexcept;

@@ -157,13 +157,13 @@ inline void transpose8(vf (&r)[8]) noexcept {
 
 /// The first `n` < 8 elements; the other lanes are zero.
 template <class T>
-inline auto load_part(T const* p, index_t n) noexcept {
+[[gnu::noinline]] auto load_part(T const* p, index_t n) noexcept {
   T part[8] = {};
   std::memcpy(part, p, static_cast<std::size_t>(n) * sizeof(T));
   return load(part);
 }
 template <class T, class V>
-inline void store_part(T* p, V const& a, index_t n) noexcept {
+[[gnu::noinline]] void store_part(T* p, V const& a, index_t n) noexcept {
   T part[8];
   store(part, a);
   std::memcpy(p, part, static_cast<std::size_t>(n) * sizeof(T));

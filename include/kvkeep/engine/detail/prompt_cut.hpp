@@ -175,9 +175,17 @@ status session<Ctx, P, D>::hand_over(layer_data& l, source const& to, workspace&
   if (moved) KVKEEP_TRY(settle(l, to, w));
   bool const late = decode_.when.before_attention || decode_.when.per_head_mask;
   if (one_policy_ || late || limits_.engine_commits || !moved) return status::ok;
-  if (decode_.width() != scope::sequence) return decide(l, to.batch.id, to.batch.row, 1, 0, w);
-  bool const last = l.number + 1 == static_cast<index_t>(layers_.size());
-  return last || w.measuring() ? decide_sequences(to.batch.id, to.batch.row, 1, w) : status::ok;
+  index_t const* const id = to.batch.id;
+  index_t const* const row = to.batch.row;
+  bool const wide = decode_.width() == scope::sequence;
+  bool const coupled = prompt_.budget.traits().couples_layers;
+  if (w.measuring()) KVKEEP_TRY(decide(l, id, row, 1, 0, w));
+  if (!wide && !coupled) return decide(l, id, row, 1, 0, w);
+  // Coupled layers are final once the last one has ended.
+  if (l.number + 1 != static_cast<index_t>(layers_.size())) return status::ok;
+  if (wide) return decide_sequences(id, row, 1, w);
+  for (auto& each_layer : layers_) KVKEEP_TRY(decide(each_layer, id, row, 1, 0, w));
+  return status::ok;
 }
 
 /// Copies a layer's scores beside its slots, where coupled layers are cut again later.

@@ -95,21 +95,28 @@ inline void invert_sums(float const* z, index_t n, float* inverse) noexcept {
   for (index_t i = 0; i < n; ++i) inverse[i] = z[i] > 0 ? 1.0f / z[i] : 0.0f;
 }
 
-/// The group's maximum of row r for N vectors of slots from j on (`width` slots where N is 1).
-/// `Heads` > 0: a known number.
+/// Query head g's row r joins the group's maximum of N vectors of slots (`width` slots where N is 1).
+template <int N>
+inline void join_head(cached_rows const& c, float const* inverse, index_t g, index_t r, index_t j,
+                      index_t width, vf* top) noexcept {
+  float const* const e = c.row(g, r) + j;
+  vf const scale = splat(inverse[g * c.n_rows + r]);
+  KVKEEP_CPU_UNROLL
+  for (int i = 0; i < N; ++i)
+    top[i] = max(top[i], scale * (N == 1 ? load_some(e, width) : load(e + i * lanes)));
+}
+
+/// The group's maximum of row r for N vectors of slots from j on. `Heads` > 0: a known number.
 template <int N, int Heads>
 inline void group_top(cached_rows const& c, float const* inverse, index_t r, index_t j,
                       index_t width, vf* top) noexcept {
-  float const* e = c.row(0, r) + j;
   KVKEEP_CPU_UNROLL
   for (int i = 0; i < N; ++i) top[i] = splat(0.0f);
-  index_t const heads = Heads > 0 ? Heads : c.n_heads;
-  KVKEEP_CPU_UNROLL
-  for (index_t g = 0; g < heads; ++g, e += c.stride_head) {
-    vf const scale = splat(inverse[g * c.n_rows + r]);
+  if constexpr (Heads > 0) {
     KVKEEP_CPU_UNROLL
-    for (int i = 0; i < N; ++i)
-      top[i] = max(top[i], scale * (N == 1 ? load_some(e, width) : load(e + i * lanes)));
+    for (index_t g = 0; g < Heads; ++g) join_head<N>(c, inverse, g, r, j, width, top);
+  } else {
+    for (index_t g = 0; g < c.n_heads; ++g) join_head<N>(c, inverse, g, r, j, width, top);
   }
 }
 
