@@ -83,7 +83,7 @@ void check_selection(sample const& s, index_t k) {
   CHECK(scratch.front() == 77);
   CHECK(scratch.back() == 77);
   std::vector<index_t> slots(uz(wanted) + 1, -5);
-  CHECK(cpu::kept_slots(keep.data(), c.n, slots.data()) == wanted);
+  CHECK(cpu::kept_slots(keep.data(), c.n, wanted, slots.data()) == wanted);
   CHECK(std::is_sorted(slots.begin(), slots.end() - 1));
   for (index_t i = 0; i < wanted; ++i) CHECK(keep[uz(slots[uz(i)])] == 1);
   CHECK(slots.back() == -5);

@@ -187,6 +187,14 @@ bool close(double a, double b, double tolerance = 3e-5) {
   return std::abs(a - b) <= tolerance * (1 + std::abs(b));
 }
 
+/// Ring row 0 of weights `[id, kv_head, g, ring row, slot]` as `[id, kv_head, g, slot]`.
+tensor_ref<float, 4> ring_rows(float* data, index_t n_first, index_t heads, index_t in_group,
+                               index_t ring, index_t row) {
+  auto t = row_major(data, n_first, heads, in_group, row);
+  for (int axis = 0; axis < 3; ++axis) t.stride[axis] *= ring;
+  return t;
+}
+
 template <class T>
 void check_attend(bench<T>& t) {
   constexpr index_t ring = 2;
@@ -202,9 +210,7 @@ void check_attend(bench<T>& t) {
     o.q = row_major(t.q.data(), 2, hq, dk);
     o.out = row_major(out.data(), 2, hq, dv);
     o.lse = row_major(lse.data(), 2, hq);
-    o.weights = {w.data(),
-                 {n_id, hkv, group, slots},
-                 {hq * ring * slots, group * ring * slots, ring * slots, 1}};
+    o.weights = ring_rows(w.data(), n_id, hkv, group, ring, slots);
     o.weight_sum = row_major(sum.data(), n_id, hkv, group, ring);
     o.weight_row = ring_row;
     o.ring_stride = slots;
@@ -342,9 +348,7 @@ void check_fused(bench<T>& t, reduction fuse) {
   fill.rows = o.rows;
   for (index_t b = 0; b < 2; ++b)  // absent rows come first here
     for (index_t r = 0; r < n_rows; ++r) t.row_position[uz(b * n_rows + r)] = r == 0 ? -1 : 10 + r;
-  fill.weights = {w.data(),
-                  {n_id, hkv, group, slots},
-                  {hq * ring * slots, group * ring * slots, ring * slots, 1}};
+  fill.weights = ring_rows(w.data(), n_id, hkv, group, ring, slots);
   fill.weight_sum = row_major(sum.data(), n_id, hkv, group, ring);
   fill.ring_stride = slots;
   fill.ring = ring;

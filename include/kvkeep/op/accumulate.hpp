@@ -38,7 +38,7 @@ struct ring_score {
   batch_ref<Space> batch{};
   layer_ref<Space> layer{};
   /// [entry, row] positions of the window's rows, ascending; negative: absent (present rows come last).
-  /// A row's queries and weights lie in ring row `position % ring`.
+  /// A row's weights lie in ring row `position % ring`, its queries in row `position % q.extent[2]`.
   tensor_ref<index_t const, 2, Space> positions{};
   tensor_ref<float const, 4, Space> q{};        ///< [id, q_head, ring row, dim_k], for the direct form
   tensor_ref<float const, 4, Space> weights{};  ///< [id, kv_head, g, slot] of ring row 0

@@ -20,17 +20,35 @@ struct weight_rows {
   float factor = 1;
 };
 
+/// Term of eight slots from `j` on, or of the `width` there are.
+inline vf folded_term(weight_rows const& w, index_t j, index_t width) noexcept {
+  vf sum = load_some(w.e + j, width) * splat(w.inverse[0]);
+  for (index_t g = 1; g < w.n_rows; ++g)
+    sum = fma(load_some(w.e + g * w.stride + j, width), splat(w.inverse[g]), sum);
+  return sum * splat(w.factor);
+}
+
 /// out[j] = (add ? out[j] : 0) + term[j].
 inline void fold_weights(weight_rows const& w, index_t n, bool add, float* out) noexcept {
-  vf const factor = splat(w.factor);
-  for (index_t j = 0; j < n; j += lanes) {
-    index_t const width = n - j;
-    vf sum = load_some(w.e + j, width) * splat(w.inverse[0]);
-    for (index_t g = 1; g < w.n_rows; ++g)
-      sum = fma(load_some(w.e + g * w.stride + j, width), splat(w.inverse[g]), sum);
-    vf const term = sum * factor;
-    store_some(out + j, add ? load_some(out + j, width) + term : term, width);
+  index_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    vf const term = folded_term(w, j, lanes);
+    store(out + j, add ? load(out + j) + term : term);
   }
+  if (j == n) return;
+  vf const term = folded_term(w, j, n - j);
+  store_part(out + j, add ? load_part(out + j, n - j) + term : term, n - j);
+}
+
+/// Fetches what a later head will read.
+inline void prefetch_accumulate(op::accumulate<host_space> const& o, index_t b,
+                                index_t h) noexcept {
+  index_t const id = o.batch.id_of(b), n = o.slots.lengths(id, h);
+  index_t const ring = o.ring_row != nullptr ? o.ring_row[b] : 0;
+  for (index_t g = 0; g < o.weights.extent[2]; ++g)
+    prefetch_slots(o.weights.at(id, h, g, 0) + ring * o.ring_stride, n);
+  for (index_t r = 0; !o.clear && r < (o.per_query_head ? o.weights.extent[2] : 1); ++r)
+    prefetch_slots(o.out.at(o.out_by_id ? id : b, h, r, 0), n);
 }
 
 inline void accumulate_head(op::accumulate<host_space> const& o, float* inverse, index_t b,
@@ -60,8 +78,11 @@ inline status enqueue(context& c, op::accumulate<host_space> const& o, workspace
   auto const inverse =
       take_each<float>(ws, c.workers(o.batch.n * heads), size_of(o.weights.extent[2]));
   if (!placed(ws)) return not_placed(ws);
-  for_heads(c, o.batch.n, heads,
-            [&](index_t b, index_t h, int worker) { accumulate_head(o, inverse(worker), b, h); });
+  for_heads(c, o.batch.n, heads, [&](index_t b, index_t h, int worker) {
+    index_t const next = b * heads + h + 1;
+    if (next < o.batch.n * heads) prefetch_accumulate(o, next / heads, next % heads);
+    accumulate_head(o, inverse(worker), b, h);
+  });
   return status::ok;
 }
 
@@ -128,8 +149,10 @@ inline void ring_score_head(op::ring_score<host_space> const& o, ring_scratch co
   }
   query_block block(scratch.direct, worker);
   block.form = form_of(kv);
-  fused_direct(block, scratch.direct.capacity, job, count,
-               [&](index_t i, index_t g) { return o.q.at(id, h * group + g, ring[i], 0); });
+  fused_direct(block, scratch.direct.capacity, job, count, [&](index_t i, index_t g) {
+    index_t const position = o.positions(b, n_rows - count + i);  // absent rows come first
+    return o.q.at(id, h * group + g, position % o.q.extent[2], 0);
+  });
 }
 
 /// MorphKV's scores from cached weights. Cost as the op says.

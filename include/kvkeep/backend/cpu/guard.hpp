@@ -12,6 +12,14 @@
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
 
+/// Fetches a row of slots that the next head will read. Rows are about a page long, where the
+/// processor's own prefetching ends.
+template <class T>
+inline void prefetch_slots(T const* row, index_t n) noexcept {
+  constexpr index_t most = 2048, line = 64 / static_cast<index_t>(sizeof(T));
+  for (index_t j = 0; j < n && j < most; j += line) prefetch(row + j);
+}
+
 /// A slot is open to eviction if its position lies in [from, to).
 struct open_range {
   index_t from = 0;
@@ -20,7 +28,7 @@ struct open_range {
   bool has(index_t position) const noexcept { return position >= from && position < to; }
 };
 
-/// Smallest and largest position, and how many lie in a range.
+/// Smallest and largest position.
 struct position_bounds {
   index_t low = 0;
   index_t high = 0;
@@ -28,14 +36,20 @@ struct position_bounds {
 
 inline position_bounds bounds_of(index_t const* positions, index_t n) noexcept {
   vi low = splat(std::int32_t{INT32_MAX}), high = splat(std::int32_t{INT32_MIN});
+  vi low2 = low, high2 = high;
   index_t j = 0;
+  for (; j + 2 * lanes <= n; j += 2 * lanes) {
+    vi const a = load(positions + j), b = load(positions + j + lanes);
+    low = min(low, a), low2 = min(low2, b);
+    high = max(high, a), high2 = max(high2, b);
+  }
   for (; j + lanes <= n; j += lanes) {
     low = min(low, load(positions + j));
     high = max(high, load(positions + j));
   }
   std::int32_t a[8], b[8];
-  store(a, low);
-  store(b, high);
+  store(a, min(low, low2));
+  store(b, max(high, high2));
   position_bounds r{*std::min_element(a, a + 8), *std::max_element(b, b + 8)};
   for (; j < n; ++j) r = {std::min(r.low, positions[j]), std::max(r.high, positions[j])};
   return r;
@@ -49,9 +63,18 @@ inline unsigned open_bits(open_range const& range, index_t const* positions, ind
 }
 
 inline index_t count_open(open_range const& range, index_t const* positions, index_t n) noexcept {
+  vi const below = splat(range.from - 1), to = splat(range.to);
+  vi open = splat(std::int32_t{0});
+  index_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    vi const p = load(positions + j);
+    open = open - (greater(p, below) & greater(to, p));
+  }
+  std::int32_t each[8];
+  store(each, open);
   index_t count = 0;
-  for (index_t j = 0; j < n; j += lanes)
-    count += __builtin_popcount(open_bits(range, positions + j, n - j));
+  for (std::int32_t x : each) count += x;
+  for (; j < n; ++j) count += range.has(positions[j]) ? 1 : 0;
   return count;
 }
 

@@ -21,6 +21,14 @@ inline vf reduce_at(float const* in, offset_t stride, index_t n_rows, reduction 
   return how == reduction::mean ? sum / splat(static_cast<float>(n_rows)) : sum;
 }
 
+/// out[j] = scale * in[j]. One row is the common case while decoding.
+inline void scale_row(float const* in, index_t n, float scale, float* out) noexcept {
+  vf const factor = splat(scale);
+  index_t j = 0;
+  for (; j + lanes <= n; j += lanes) store(out + j, load(in + j) * factor);
+  if (j < n) store_part(out + j, load_part(in + j, n - j) * factor, n - j);
+}
+
 /// Reduces rows. Cost: 4 bytes per input, 4 per output.
 inline status enqueue(context& c, op::reduce_rows<host_space> const& o, workspace& ws) noexcept {
   if (!slots_contiguous(o.in) || !slots_contiguous(o.out) ||
@@ -28,12 +36,19 @@ inline status enqueue(context& c, op::reduce_rows<host_space> const& o, workspac
     return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);
   vf const scale = splat(o.scale);
-  for_heads(c, o.batch.n, o.slots.lengths.extent[1], [&](index_t b, index_t h, int) {
+  index_t const heads = o.slots.lengths.extent[1];
+  for_heads(c, o.batch.n, heads, [&](index_t b, index_t h, int) {
     index_t const id = o.batch.id_of(b), n = o.slots.lengths(id, h);
+    index_t const from = o.in_by_id ? id : b;
+    if (o.in.extent[2] == 1 && !o.by_age) {
+      if (h + 1 < heads) prefetch_slots(o.in.at(from, h + 1, 0, 0), n);
+      scale_row(o.in.at(from, h, 0, 0), n, o.scale, o.out.at(b, h, 0));
+      return;
+    }
     vi const seen = splat(o.by_age ? o.seen[id] : 0);
     for (index_t j = 0; j < n; j += lanes) {
       index_t const width = n - j;
-      float const* const in = o.in.at(o.in_by_id ? id : b, h, 0, j);
+      float const* const in = o.in.at(from, h, 0, j);
       vf x = reduce_at(in, o.in.stride[2], o.in.extent[2], o.how, width) * scale;
       if (o.by_age) x = x / convert(seen - load_some(o.slots.positions.at(id, h, j), width));
       store_some(o.out.at(b, h, j), x, width);

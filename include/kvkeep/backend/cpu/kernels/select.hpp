@@ -1,96 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Selection by score descending, position ascending. Scores compare as integer keys, so that ties,
-/// -0, NaN and fast-math builds cannot change a kept set.
+/// The k best slots: score descending, position ascending.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <functional>
 
-#include "../simd.hpp"
+#include "candidates.hpp"
 
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
-
-/// Key of a slot that is no candidate: below every key of a score.
-inline constexpr std::int32_t no_key = INT32_MIN;
-
-/// Monotone integer key of a score: -0 equals +0, NaN is lowest, below -infinity.
-inline std::int32_t order_key(float x) noexcept {
-  std::int32_t const u = bit_copy<std::int32_t>(x);
-  std::int32_t const magnitude = u & 0x7fffffff;
-  if (magnitude > 0x7f800000) return INT32_MIN + 1;
-  return u < 0 ? -magnitude : magnitude;
-}
-inline vi order_key(vf x) noexcept {
-  vi const u = bits_of(x), magnitude = u & splat(std::int32_t{0x7fffffff});
-  vi const sign = shift_right<31>(u), key = (magnitude ^ sign) - sign;
-  vi const nan = greater(magnitude, splat(std::int32_t{0x7f800000}));
-  return select(nan, splat(std::int32_t{INT32_MIN + 1}), key);
-}
-
-/// Slots to choose from.
-struct candidates {
-  float const* scores = nullptr;  ///< [n], host
-  index_t const* positions =
-      nullptr;  ///< [n], host, distinct, >= 0, any order; null: the slot number
-  std::uint8_t const* allowed =
-      nullptr;  ///< [n], host: 0 for slots that are no candidates; null: all are
-  index_t n = 0;
-
-  index_t position(index_t j) const noexcept { return positions == nullptr ? j : positions[j]; }
-};
-
-/// Keys of eight slots from `j` on.
-inline vi full_candidate_keys(candidates const& c, index_t j) noexcept {
-  vi const key = order_key(load(c.scores + j));
-  if (c.allowed == nullptr) return key;
-  return select(equal(load_bytes(c.allowed + j), splat(std::int32_t{0})), splat(no_key), key);
-}
-
-/// The same where there may be fewer: `no_key` in the lanes behind the end.
-inline vi candidate_keys(candidates const& c, index_t j) noexcept {
-  index_t const width = c.n - j;
-  if (width >= lanes) return full_candidate_keys(c, j);
-  float scores[8] = {};
-  std::uint8_t allowed[8] = {};
-  for (index_t i = 0; i < width; ++i) {
-    scores[i] = c.scores[j + i];
-    allowed[i] = c.allowed == nullptr || c.allowed[j + i] != 0 ? 1 : 0;
-  }
-  return full_candidate_keys({scores, nullptr, allowed, lanes}, 0);
-}
-
-/// Positions of up to eight slots from `j` on.
-inline vi candidate_positions(candidates const& c, index_t j) noexcept {
-  constexpr std::int32_t numbers[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-  return c.positions == nullptr ? splat(j) + load(numbers) : load_some(c.positions + j, c.n - j);
-}
-
-/// The candidate to evict: lowest score, of equal ones the highest position. -1 without candidates.
-/// Cost: 8 bytes (9 with `allowed`) read per slot, no branch on data.
-inline index_t evict_index(candidates const& c) noexcept {
-  vi const none = splat(no_key), top = splat(std::int32_t{INT32_MAX});
-  vi best = top, best_position = splat(std::int32_t{-1}), best_first = splat(std::int32_t{0});
-  for (index_t j = 0; j < c.n; j += lanes) {
-    vi key = candidate_keys(c, j);
-    key = select(equal(key, none), top, key);
-    vi const p = candidate_positions(c, j);
-    vi const better = greater(best, key) | (equal(best, key) & greater(p, best_position));
-    best = select(better, key, best);
-    best_position = select(better, p, best_position);
-    best_first = select(better, splat(j), best_first);
-  }
-  std::int32_t key[8], position[8], first[8];
-  store(key, best);
-  store(position, best_position);
-  store(first, best_first);
-  int at = 0;
-  for (int i = 1; i < 8; ++i)
-    if (key[i] < key[at] || (key[i] == key[at] && position[i] > position[at])) at = i;
-  return key[at] == INT32_MAX ? -1 : first[at] + at;
-}
 
 inline constexpr index_t select_radix_from = 512;  ///< slots from which counting beats partitioning
 inline constexpr index_t select_bins = 2048;
@@ -100,27 +20,52 @@ inline constexpr index_t select_copies =
 /// Bytes of scratch that select_top needs for n slots.
 constexpr std::size_t select_scratch_bytes(index_t n) noexcept {
   std::size_t const tables = select_bins * select_copies * sizeof(std::uint32_t);
-  return (n < select_radix_from ? 0 : tables) + static_cast<std::size_t>(n) * 8 + 64;
+  auto const slots = static_cast<std::size_t>(n < 0 ? 0 : n);
+  return (n < select_radix_from ? slots * 12 : slots * 8 + tables) + 128;
 }
 
-/// What is kept: keys above `key`, and of those equal to it positions up to `position`.
+/// What is kept: keys above `key`, and of those equal to it positions up to `position`. Keys are
+/// unsigned here, 0 where a slot is no candidate.
 struct select_limit {
-  std::int32_t key = 0;
+  std::uint32_t key = 0;
   index_t position = 0;
 };
 
+/// Writes unsigned keys and counts slots that are no candidates, per lane.
+struct key_writer {
+  std::uint32_t* keys = nullptr;
+  index_t n = 0;
+  vi others = splat(std::int32_t{0});
+
+  void operator()(vi key, vi, index_t j) noexcept {
+    vi const flip = splat(no_key);
+    others = others - equal(key, flip);
+    store_some(reinterpret_cast<std::int32_t*>(keys) + j, key ^ flip, n - j);
+  }
+};
+
+/// Writes the unsigned keys of all slots. @param keys [n] @return the number of candidates
+inline index_t write_keys(candidates const& c, std::uint32_t* keys) noexcept {
+  key_writer const start{keys, c.n};
+  auto const [a, b] = each_key(c, no_key, start, start);
+  std::int32_t count[8];
+  store(count, a.others + b.others);
+  index_t n = (c.n + lanes - 1) / lanes * lanes;  // the lanes behind the end are no candidates
+  for (std::int32_t x : count) n -= x;
+  return n;
+}
+
 /// Threshold of the k best by partitioning composite keys. @param list [n] words of scratch
-inline select_limit limit_by_partition(candidates const& c, index_t k,
+inline select_limit limit_by_partition(candidates const& c, index_t k, std::uint32_t const* keys,
                                        std::uint64_t* list) noexcept {
   index_t m = 0;
   for (index_t j = 0; j < c.n; ++j) {
-    std::uint32_t const key = static_cast<std::uint32_t>(order_key(c.scores[j])) ^ 0x80000000u;
-    list[m] = (std::uint64_t{key} << 32) | static_cast<std::uint32_t>(~c.position(j));
-    m += c.allowed == nullptr || c.allowed[j] != 0 ? 1 : 0;
+    list[m] = (std::uint64_t{keys[j]} << 32) | static_cast<std::uint32_t>(~c.position(j));
+    m += keys[j] != 0 ? 1 : 0;
   }
   std::nth_element(list, list + (k - 1), list + m, std::greater<>{});
   std::uint64_t const last = list[k - 1];
-  return {static_cast<std::int32_t>(static_cast<std::uint32_t>(last >> 32) ^ 0x80000000u),
+  return {static_cast<std::uint32_t>(last >> 32),
           static_cast<index_t>(~static_cast<std::uint32_t>(last))};
 }
 
@@ -139,7 +84,7 @@ inline std::uint32_t bin_of_rank(std::uint32_t const* table, index_t& k) noexcep
 /// left.
 inline index_t narrow(std::uint32_t const* in, index_t n, int shift, index_t& k,
                       std::uint32_t* table, std::uint32_t* out) noexcept {
-  std::fill_n(table, select_bins * select_copies, 0u);
+  std::memset(table, 0, select_bins * select_copies * sizeof *table);
   auto const digit = [=](std::uint32_t key) { return (key >> shift) & (select_bins - 1u); };
   index_t i = 0;
   for (; i + 4 <= n; i += 4) {
@@ -159,40 +104,62 @@ inline index_t narrow(std::uint32_t const* in, index_t n, int shift, index_t& k,
   return m;
 }
 
+/// Whether all keys are the same: sparse or flat scores fall into one bin for good.
+inline bool all_equal(std::uint32_t const* keys, index_t n) noexcept {
+  vi const first = splat(static_cast<std::int32_t>(keys[0]));
+  vi differ = splat(std::int32_t{0});
+  index_t j = 0;
+  for (; j + lanes <= n; j += lanes)
+    differ = differ | (load(reinterpret_cast<std::int32_t const*>(keys) + j) ^ first);
+  bool same = lane_bits(equal(differ, splat(std::int32_t{0}))) == 0xffu;
+  for (; j < n; ++j) same = same && keys[j] == keys[0];
+  return same;
+}
+
 /// Position up to which `need` of the slots with this key are kept.
 inline index_t tie_position(candidates const& c, std::uint32_t const* keys, std::uint32_t key,
                             index_t need, index_t* list) noexcept {
   bool const ascending = c.positions == nullptr || std::is_sorted(c.positions, c.positions + c.n);
+  vi const wanted = splat(static_cast<std::int32_t>(key));
   index_t m = 0;
-  for (index_t j = 0; j < c.n; ++j) {
-    if (keys[j] != key) continue;
-    if (ascending && --need == 0) return c.position(j);
-    list[m++] = c.position(j);
+  for (index_t j = 0; j < c.n; j += lanes) {
+    index_t const width = c.n - j;
+    vi const x = load_some(reinterpret_cast<std::int32_t const*>(keys) + j, width);
+    unsigned bits = lane_bits(equal(x, wanted)) & (width >= lanes ? 0xffu : (1u << width) - 1u);
+    if (ascending && m + std::popcount(bits) < need) {
+      m += std::popcount(bits);
+      continue;
+    }
+    for (; bits != 0; bits &= bits - 1) {
+      index_t const at = c.position(j + std::countr_zero(bits));
+      if (!ascending) list[m] = at;
+      if (++m == need && ascending) return at;
+    }
   }
   std::nth_element(list, list + (need - 1), list + m);
   return list[need - 1];
 }
 
 /// Threshold of the k best by counting 11-bit digits of the keys.
-/// @param words [2 n + 4 * 2048] of scratch
-inline select_limit limit_by_radix(candidates const& c, index_t k, std::uint32_t* words) noexcept {
-  std::uint32_t* const keys = words;
-  std::uint32_t* const list = keys + c.n;
-  std::uint32_t* const table = list + c.n;
-  vi const flip = splat(no_key);
-  for (index_t j = 0; j < c.n; j += lanes)
-    store_some(reinterpret_cast<std::int32_t*>(keys) + j, candidate_keys(c, j) ^ flip, c.n - j);
+/// @param keys [n]  @param list [n] scratch  @param table [4 * 2048] scratch
+inline select_limit limit_by_radix(candidates const& c, index_t k, std::uint32_t const* keys,
+                                   std::uint32_t* list, std::uint32_t* table) noexcept {
   index_t m = narrow(keys, c.n, 21, k, table, list);
-  for (int shift = 10; shift >= 0 && m > 512; shift -= 10)
+  for (int shift = 10; shift >= 0 && m > 512 && !all_equal(list, m); shift -= 10)
     m = narrow(list, m, shift, k, table, list);
-  std::nth_element(list, list + (k - 1), list + m, std::greater<>{});
+  index_t above = 0, equals = m;  // k is the rank among the listed keys
+  if (!all_equal(list, m)) {
+    std::nth_element(list, list + (k - 1), list + m, std::greater<>{});
+    std::uint32_t const last = list[k - 1];
+    equals = 0;
+    for (index_t i = 0; i < m; ++i)
+      above += list[i] > last ? 1 : 0, equals += list[i] == last ? 1 : 0;
+  }
   std::uint32_t const key = list[k - 1];
-  index_t above = 0, equals = 0;  // k is the rank among the listed keys
-  for (index_t i = 0; i < m; ++i) above += list[i] > key ? 1 : 0, equals += list[i] == key ? 1 : 0;
   index_t position = INT32_MAX;
   if (k - above < equals)
     position = tie_position(c, keys, key, k - above, reinterpret_cast<index_t*>(list));
-  return {static_cast<std::int32_t>(key ^ 0x80000000u), position};
+  return {key, position};
 }
 
 /// keep[i] = bit i of `bits`, for the first `width` of eight bytes.
@@ -208,56 +175,59 @@ inline void store_keep(std::uint8_t* keep, unsigned bits, index_t width) noexcep
   }
 }
 
-inline void mark_kept(candidates const& c, select_limit const& limit, std::uint8_t* keep) noexcept {
-  vi const key = splat(limit.key), position = splat(limit.position);
+/// Marks what the limit keeps, and with `protect` the slots that are no candidates.
+inline void mark_kept(candidates const& c, std::uint32_t const* keys, select_limit const& limit,
+                      bool protect, std::uint8_t* keep) noexcept {
+  vi const flip = splat(no_key), position = splat(limit.position);
+  vi const key = splat(static_cast<std::int32_t>(limit.key)) ^ flip;
+  unsigned const others = protect ? 0xffu : 0u;
   for (index_t j = 0; j < c.n; j += lanes) {
-    vi const x = candidate_keys(c, j), p = candidate_positions(c, j);
+    vi const x = load_some(reinterpret_cast<std::int32_t const*>(keys) + j, c.n - j) ^ flip;
+    vi const p = candidate_positions(c, j);
     unsigned const above = lane_bits(greater(x, key));
     unsigned const tied = lane_bits(equal(x, key)) & ~lane_bits(greater(p, position));
-    store_keep(keep + j, above | tied, c.n - j);
+    store_keep(keep + j, above | tied | (lane_bits(equal(x, flip)) & others), c.n - j);
   }
 }
 
-/// Number of candidates.
-inline index_t count_candidates(candidates const& c) noexcept {
-  if (c.allowed == nullptr) return c.n;
-  index_t count = 0;
-  for (index_t j = 0; j < c.n; ++j) count += c.allowed[j] != 0 ? 1 : 0;
-  return count;
-}
-
-/// keep[j] = 1 for the k best candidates by (score descending, position ascending), else 0.
+/// keep[j] = 1 for the k best candidates by (score descending, position ascending), else 0. With
+/// `protect` the slots that are no candidates are kept too and count among the k.
 /// @param keep [n] bytes, host
 /// @param scratch select_scratch_bytes(n) bytes, host, any alignment
-/// @return how many are kept: min(k, candidates)
-/// Cost: about 20 bytes read and 5 written per slot, and the keys of the boundary's digit again.
-inline index_t select_top(candidates const& c, index_t k, std::uint8_t* keep,
-                          void* scratch) noexcept {
-  index_t const count = count_candidates(c);
-  if (k <= 0 || k >= count) {
-    for (index_t j = 0; j < c.n; ++j)
-      keep[j] = k > 0 && (c.allowed == nullptr || c.allowed[j] != 0) ? 1 : 0;
-    return k > 0 ? count : 0;
-  }
+/// @return how many are kept
+/// Cost: about 24 bytes read and 9 written per slot, and the keys of the boundary's digit again.
+inline index_t select_top(candidates const& c, index_t k, std::uint8_t* keep, void* scratch,
+                          bool protect = false) noexcept {
   auto const address = (reinterpret_cast<std::uintptr_t>(scratch) + 63) & ~std::uintptr_t{63};
+  auto const n_keys = (static_cast<std::size_t>(c.n) + 15) / 16 * 16;
+  // Composite keys come first: they need the larger alignment.
+  bool const partition = c.n < select_radix_from;
+  auto* const words = reinterpret_cast<std::uint32_t*>(address);
+  std::uint32_t* const keys = words + (partition ? 2 * static_cast<std::size_t>(c.n) : 0);
+  index_t const count = write_keys(c, keys), others = protect ? c.n - count : 0;
+  index_t const wanted = k - others;
+  if (wanted <= 0 || wanted >= count) {  // no key is above the largest one, none below 1
+    select_limit const all{wanted > 0 ? 1u : 0xffffffffu, wanted > 0 ? INT32_MAX : -1};
+    mark_kept(c, keys, all, protect, keep);
+    return others + (wanted > 0 ? count : 0);
+  }
   select_limit const limit =
-      c.n < select_radix_from ? limit_by_partition(c, k, reinterpret_cast<std::uint64_t*>(address))
-                              : limit_by_radix(c, k, reinterpret_cast<std::uint32_t*>(address));
-  mark_kept(c, limit, keep);
-  return k;
+      partition ? limit_by_partition(c, wanted, keys, reinterpret_cast<std::uint64_t*>(address))
+                : limit_by_radix(c, wanted, keys, keys + n_keys,
+                                 keys + n_keys + static_cast<std::size_t>(c.n));
+  mark_kept(c, keys, limit, protect, keep);
+  return others + wanted;
 }
 
-/// Slots whose keep byte is 1, ascending. @param slots room for all of them, host @return their
-/// number
-inline index_t kept_slots(std::uint8_t const* keep, index_t n, index_t* slots) noexcept {
-  index_t count = 0, j = 0;
-  for (; std::endian::native == std::endian::little && j + 8 <= n; j += 8) {
-    std::uint64_t word;
-    std::memcpy(&word, keep + j, sizeof word);
-    for (; word != 0; word &= word - 1) slots[count++] = j + std::countr_zero(word) / 8;
+/// Slots whose keep byte is 1, ascending, no branch on data. @param n_kept their number
+/// @param slots [n_kept], host @return their number, or n_kept where there are more
+inline index_t kept_slots(std::uint8_t const* keep, index_t n, index_t n_kept,
+                          index_t* slots) noexcept {
+  index_t count = 0;
+  for (index_t j = 0; j < n && count < n_kept; ++j) {
+    slots[count] = j;
+    count += keep[j];
   }
-  for (; j < n; ++j)
-    if (keep[j] != 0) slots[count++] = j;
   return count;
 }
 
