@@ -8,11 +8,17 @@
 
 namespace kvkeep::detail {
 
-KVKEEP_HD inline float load_element(void const* data, dtype type, offset_t i) noexcept {
-  switch (type) {
-    case dtype::f16: return to_float(static_cast<fp16 const*>(data)[i]);
-    case dtype::bf16: return to_float(static_cast<bf16 const*>(data)[i]);
-    default: return static_cast<float const*>(data)[i];
+template <class T>
+KVKEEP_HD void load_row(T const* from, index_t dim, float* to) noexcept {
+  for (index_t d = 0; d < dim; ++d) to[d] = to_float(from[d]);
+}
+
+/// One query row as fp32.
+KVKEEP_HD inline void load_row(queries const& q, offset_t at, index_t dim, float* to) noexcept {
+  switch (q.type) {
+    case dtype::f16: return load_row(static_cast<fp16 const*>(q.data) + at, dim, to);
+    case dtype::bf16: return load_row(static_cast<bf16 const*>(q.data) + at, dim, to);
+    default: return load_row(static_cast<float const*>(q.data) + at, dim, to);
   }
 }
 
@@ -73,8 +79,7 @@ struct push_queries {
     index_t const row = first + i % count;
     index_t const at = (position + i % count) % ring_q.extent[2];
     offset_t const src = entry * q.entry_stride + head * q.head_stride + row * q.row_stride;
-    float* const dst = ring_q.at(id, head, at);
-    for (index_t d = 0; d < dim; ++d) dst[d] = load_element(q.data, q.type, src + d);
+    load_row(q, src, dim, ring_q.at(id, head, at));
     if (q.lse != nullptr) ring_lse(id, head, at) = natural_lse(q, entry, head, row);
   }
 };
@@ -95,8 +100,7 @@ struct copy_queries {
     index_t const head = i / count;
     index_t const row = first + i % count;
     offset_t const src = entry * q.entry_stride + head * q.head_stride + row * q.row_stride;
-    for (index_t d = 0; d < dim; ++d)
-      out[static_cast<offset_t>(i) * dim + d] = load_element(q.data, q.type, src + d);
+    load_row(q, src, dim, out + static_cast<offset_t>(i) * dim);
     if (lse != nullptr) lse[i] = natural_lse(q, entry, head, row);
     if (head == 0) out_position[i % count] = position + i % count;
   }

@@ -66,16 +66,22 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
   for (index_t i = 0; i < e.n && !measuring; ++i) {
     index_t const p = l.appended[e.ids[i]] - 1;
     ring_row[i] = shape_.rows.weight_ring > 0 ? p % shape_.rows.weight_ring : 0;
-    KVKEEP_TRY(each(hq,
-                    detail::copy_queries<space>{q, i, 0, 1, p, dim,
-                                                dense + static_cast<offset_t>(i) * hq * dim,
-                                                nullptr, position + i},
-                    w));
+    if (q.type != dtype::f32)
+      KVKEEP_TRY(each(hq,
+                      detail::copy_queries<space>{q, i, 0, 1, p, dim,
+                                                  dense + static_cast<offset_t>(i) * hq * dim,
+                                                  nullptr, position + i},
+                      w));
     KVKEEP_TRY(push_ring(l, e.ids[i], q, i, p, w));
   }
   source const s = pool(l, e.ids, e.rows, e.n);
   op::attend<space> a{s.batch, s.layer};
   a.q = row_major<space>(static_cast<float const*>(dense), e.n, hq, dim);
+  if (q.type == dtype::f32 && !measuring) {  // read in place
+    a.q.data = static_cast<float const*>(q.data);
+    a.q.stride[0] = q.entry_stride;
+    a.q.stride[1] = q.head_stride;
+  }
   if (out != nullptr || measuring) a.out = row_major<space>(out, e.n, hq, shape_.cache.dim_v);
   if (lse != nullptr) a.lse = row_major<space>(lse, e.n, hq);
   if (shape_.rows.weight_ring > 0) {
