@@ -8,7 +8,8 @@ using namespace kvkeep::test;
 
 namespace {
 
-/// Drafts `n` tokens of which the first `good` belong to the text, then confirms those and drops the rest.
+/// Drafts `n` tokens of which the first `good` belong to the text, then confirms those and drops
+/// the rest.
 /// Returns the records of the good ones.
 std::vector<std::vector<token_record>> round_of(engine& e, stream& s, text const& wrong, index_t n,
                                                 index_t good, bool confirm_first) {

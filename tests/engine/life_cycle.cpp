@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Sequences: begin and end between steps, ids used again, fork, frozen prefixes, saved state, transient
+// Sequences: begin and end between steps, ids used again, fork, frozen prefixes, saved state,
+// transient
 // prompts, budgets and pools per layer, skipped layers.
 #include <cstring>
 
@@ -12,8 +13,8 @@ using namespace kvkeep::test;
 namespace {
 
 /// The records of one sequence alone in its own engine.
-std::vector<std::vector<token_record>> alone(decode_case const& c, world const& w, text const& words,
-                                             index_t steps) {
+std::vector<std::vector<token_record>> alone(decode_case const& c, world const& w,
+                                             text const& words, index_t steps) {
   engine e(w.options(c.policy), c.policy);
   stream s = e.begin(words);
   e.prompt(s, w.prompt);
@@ -159,7 +160,8 @@ TEST_CASE("saved state continues elsewhere; other configurations and damaged byt
     CHECK(other.session().load(2, bytes) == status::bad_sequence);
     for (std::size_t const n : {std::size_t{0}, std::size_t{7}, bytes.size() - 1})
       CHECK(other.session().load(to.id, std::span(bytes).first(n)) == status::bad_argument);
-    for (std::size_t const at : {0U, 8U, 12U, 16U, 24U}) {  // magic, byte order, version, hash, size
+    for (std::size_t const at :
+         {0U, 8U, 12U, 16U, 24U}) {  // magic, byte order, version, hash, size
       auto damaged = bytes;
       damaged[at] ^= std::byte{1};
       CHECK(other.session().load(to.id, damaged) == status::bad_argument);
@@ -292,8 +294,6 @@ TEST_CASE("an empty sequence may decode, alone and in a batch") {
     INFO(c.name);
     world w;
     text const words = w.words(), more = w.words(1);
-    world none = w;
-    none.prompt = 0;
     engine e(w.options(c.policy), c.policy), e0(w.options(c.policy), c.policy);
     stream a = e.begin(words), b = e.begin(more), only = e0.begin(more);
     e.prompt(a, w.prompt);

@@ -41,11 +41,13 @@ struct run_context {
   static std::vector<text> make_texts(run_options const& o) {
     std::vector<text> t;
     generator g(o.seed);
-    for (index_t n : o.prompts) t.push_back(make_text(g, o.shape, o.n_layers, n + o.n_steps, o.type));
+    for (index_t n : o.prompts)
+      t.push_back(make_text(g, o.shape, o.n_layers, n + o.n_steps, o.type));
     return t;
   }
   run_context(run_options const& o, any const& p)
-      : texts(make_texts(o)), e(options(o, p, *std::max_element(o.prompts.begin(), o.prompts.end())), p) {}
+      : texts(make_texts(o)),
+        e(options(o, p, *std::max_element(o.prompts.begin(), o.prompts.end())), p) {}
 
   /// Prompts, then steps of both streams; every ninth step leaves the last stream out.
   template <class F, class G>
@@ -124,18 +126,19 @@ index_t against_oracle(decode_case const& c, run_options const& o, trace* record
 void against_trace(decode_case const& c, run_options const& o, trace const& want) {
   run_context r(o, c.policy);
   std::size_t step = 0;
-  r.run(o, [](std::size_t) {},
-        [&](std::vector<token_record> const& records, index_t) {
-          INFO("step " << step);
-          for (std::size_t i = 0; i < records.size(); ++i) {
-            bool const same = records[i].appended == want[step][i].appended &&
-                              records[i].done == want[step][i].done;
-            if (!same) CHECK(records[i].done == want[step][i].done);
-            REQUIRE(same);
-            REQUIRE(near_out(records[i].out, want[step][i].out));
-          }
-          ++step;
-        });
+  r.run(
+      o, [](std::size_t) {},
+      [&](std::vector<token_record> const& records, index_t) {
+        INFO("step " << step);
+        for (std::size_t i = 0; i < records.size(); ++i) {
+          bool const same = records[i].appended == want[step][i].appended &&
+                            records[i].done == want[step][i].done;
+          if (!same) CHECK(records[i].done == want[step][i].done);
+          REQUIRE(same);
+          REQUIRE(near_out(records[i].out, want[step][i].out));
+        }
+        ++step;
+      });
 }
 
 }  // namespace
@@ -173,8 +176,8 @@ TEST_CASE("decode traces equal the oracle for random shapes, capacities and prom
     z.capacity = z.window + z.sinks + g.integer(1, 14);
     o.n_layers = g.integer(1, 2);
     o.n_steps = 60;
-    index_t const near_capacity[] = {1, z.window, z.capacity - 1, z.capacity, z.capacity + 1,
-                                     z.capacity + 2, g.integer(1, 60)};
+    index_t const near_capacity[] = {
+        1, z.window, z.capacity - 1, z.capacity, z.capacity + 1, z.capacity + 2, g.integer(1, 60)};
     o.prompts = {g.one_of(near_capacity), g.one_of(near_capacity)};
     o.seed = g.next();
     o.type = g.one_of(all_dtypes());

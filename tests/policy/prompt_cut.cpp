@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// What every policy keeps of a prompt: budgets, scopes, chunks, layouts, short prompts, transient views.
+// What every policy keeps of a prompt: budgets, scopes, chunks, layouts, short prompts, transient
+// views.
 #include "../support/catch.hpp"
 #include "../support/prompt_reference.hpp"
 
@@ -16,7 +17,7 @@ struct setting {
   index_t n_layers = 2;
   std::vector<index_t> prompts{};
   bool transient = false;
-  int chunks = 0;       ///< 0: one; else the largest size
+  int chunks = 0;  ///< 0: one; else the largest size
   bool lse = false;
   bool last_rows = false;
   cpu::context* ctx = nullptr;
@@ -67,7 +68,8 @@ index_t check_prompt(setting const& s, std::uint64_t seed) {
     how.lse = s.lse;
     how.queries = !needs_no_queries(s.rule.name) || g.chance(0.3F);
     how.base = g.chance(0.5F) ? log_base::two : log_base::natural;
-    if (s.last_rows && !needs_all_queries(s.rule.name)) how.last_rows = std::max(s.rule.o.window, 1);
+    if (s.last_rows && !needs_all_queries(s.rule.name))
+      how.last_rows = std::max(s.rule.o.window, 1);
     for (index_t left = s.prompts[i]; s.chunks > 0 && left > 0; left -= how.chunks.back())
       how.chunks.push_back(std::min(left, g.integer(1, s.chunks)));
     e.prompt(streams[i], s.prompts[i], how);
@@ -130,14 +132,21 @@ policy_options sizes(generator& g) {
 }
 
 index_t some_prompt(generator& g, policy_options const& o) {
-  index_t const special[] = {1, std::max(o.window - 1, 1), o.capacity - 1, o.capacity, o.capacity + 1,
-                             2 * o.capacity, g.integer(1, 70), g.integer(1, 70), g.integer(30, 70)};
+  index_t const special[] = {1,
+                             std::max(o.window - 1, 1),
+                             o.capacity - 1,
+                             o.capacity,
+                             o.capacity + 1,
+                             2 * o.capacity,
+                             g.integer(1, 70),
+                             g.integer(1, 70),
+                             g.integer(30, 70)};
   return std::max<index_t>(g.one_of(special), 1);
 }
 
-std::vector<std::string> const names{"snapkv", "pyramidkv", "dynamickv", "adakv",
-                                     "h2o",    "tova",      "knorm",     "keydiff",
-                                     "lagkv",  "streamingllm", "observed_attention", "fullkv"};
+std::vector<std::string> const names{
+    "snapkv", "pyramidkv",    "dynamickv",          "adakv", "h2o", "tova", "knorm", "keydiff",
+    "lagkv",  "streamingllm", "observed_attention", "fullkv"};
 
 setting random_setting(generator& g, std::string const& name) {
   policy_options o = sizes(g);
@@ -162,7 +171,9 @@ setting random_setting(generator& g, std::string const& name) {
 std::string describe(setting const& s) {
   auto const& o = s.rule.o;
   std::string t = s.rule.name;
-  auto const add = [&](char const* n, auto v) { t += std::string(" ") + n + " " + std::to_string(v); };
+  auto const add = [&](char const* n, auto v) {
+    t += std::string(" ") + n + " " + std::to_string(v);
+  };
   add("C", o.capacity), add("W", o.window), add("S", o.sinks), add("kernel", o.kernel);
   add("pool", static_cast<int>(o.pooling)), add("group", static_cast<int>(o.group));
   add("before", o.group_before_pool), add("beta", o.beta), add("exact", o.exact_total);
@@ -171,7 +182,8 @@ std::string describe(setting const& s) {
   add("cross", o.cross_scoring), add("per", static_cast<int>(o.per));
   add("L", s.n_layers), add("Hq", s.shape.n_q_heads), add("Hkv", s.shape.n_kv_heads);
   add("D", s.shape.dim_k), add("T0", s.prompts[0]), add("T1", s.prompts[1]);
-  add("transient", s.transient), add("chunks", s.chunks), add("lse", s.lse), add("last", s.last_rows);
+  add("transient", s.transient), add("chunks", s.chunks), add("lse", s.lse),
+      add("last", s.last_rows);
   return t + " " + to_string(s.layout) + " " + to_string(s.type) + " budget " + s.rule.budget;
 }
 
@@ -217,8 +229,9 @@ TEST_CASE("every budget with every comparable scorer and scope") {
           s.rule = prompt_reference(name, o);
           s.transient = s.transient && per != scope::sequence;
           bool const whole = per != scope::head || name == "tova";
-          bool const refused = (budget == "ada" && whole) ||
-                               ((budget == "pyramid" || budget == "dynamic") && per == scope::sequence);
+          bool const refused =
+              (budget == "ada" && whole) ||
+              ((budget == "pyramid" || budget == "dynamic") && per == scope::sequence);
           INFO(describe(s));
           if (!refused) {
             ties += check_prompt(s, g.next());

@@ -9,7 +9,8 @@
 
 namespace kvkeep::test {
 
-/// An oracle simulator that shows the scores of its last cut, and can follow the library after a near-tie.
+/// An oracle simulator that shows the scores of its last cut, and can follow the library after a
+/// near-tie.
 class reference {
  public:
   virtual ~reference() = default;
@@ -18,7 +19,8 @@ class reference {
   virtual oracle::kept_sets const& live() const = 0;
   virtual void follow(oracle::kept_sets const& sets) = 0;
 
-  /// Whether `got` is the oracle's set, or differs by tokens whose scores are within 1e-5 of each other.
+  /// Whether `got` is the oracle's set, or differs by tokens whose scores are within 1e-5 of each
+  /// other.
   bool agrees(oracle::kept_sets const& got, index_t& near_ties) {
     if (got == live()) return true;
     for (std::size_t c = 0; c < got.size(); ++c) {
@@ -50,7 +52,8 @@ template <class Sim>
 class reference_of final : public reference {
  public:
   template <class... A>
-  explicit reference_of(bool cuts_prompt, A&&... a) : cuts_prompt_(cuts_prompt), sim_(*this, std::forward<A>(a)...) {}
+  explicit reference_of(bool cuts_prompt, A&&... a)
+      : cuts_prompt_(cuts_prompt), sim_(*this, std::forward<A>(a)...) {}
   void end_prompt(index_t last) override {
     if (cuts_prompt_) sim_.cut(last);
   }
@@ -115,8 +118,8 @@ inline decode_case morph_case(std::string name, policy_options const& o, index_t
             m.include_current = o.include_current;
             m.per_head_mask = o.per_head_mask;
             m.first_query = frozen;
-            return make_reference<oracle::morph_decode>(false, t, decode_rule_of(o, {0, 0, frozen}, rule), m,
-                                                        oracle::full_cache(t, n));
+            return make_reference<oracle::morph_decode>(
+                false, t, decode_rule_of(o, {0, 0, frozen}, rule), m, oracle::full_cache(t, n));
           }};
 }
 
@@ -165,50 +168,63 @@ inline std::vector<decode_case> other_cases(decode_sizes const& z) {
   std::vector<decode_case> cases;
   policy_options o;
   o.capacity = z.capacity;
-  auto const add = [&](std::string name, char const* policy, policy_options const& x, bool at_append,
-                       auto&& f) { cases.push_back({std::move(name), make(policy, x), at_append, f}); };
+  auto const add = [&](std::string name, char const* policy, policy_options const& x,
+                       bool at_append, auto&& f) {
+    cases.push_back({std::move(name), make(policy, x), at_append, f});
+  };
   using oracle::full_cache;
   policy_options s = o;
   s.sinks = z.sinks;
-  add("streamingllm room first", "streamingllm", s, true, [s, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::streaming_decode>(false, t, decode_rule_of(s, {s.sinks, 0, z.frozen}, r), full_cache(t, n), true);
-  });
+  add("streamingllm room first", "streamingllm", s, true,
+      [s, z](auto const& t, index_t n, auto const& r) {
+        return make_reference<oracle::streaming_decode>(
+            false, t, decode_rule_of(s, {s.sinks, 0, z.frozen}, r), full_cache(t, n), true);
+      });
   s.make_room_first = false;
-  add("streamingllm after", "streamingllm", s, false, [s, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::streaming_decode>(true, t, decode_rule_of(s, {s.sinks, 0, z.frozen}, r), full_cache(t, n), false);
-  });
+  add("streamingllm after", "streamingllm", s, false,
+      [s, z](auto const& t, index_t n, auto const& r) {
+        return make_reference<oracle::streaming_decode>(
+            true, t, decode_rule_of(s, {s.sinks, 0, z.frozen}, r), full_cache(t, n), false);
+      });
   policy_options h = o;
   h.window = z.window;
   add("h2o", "h2o", h, false, [h, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::h2o_decode>(true, t, decode_rule_of(h, {0, h.window, z.frozen}, r), full_cache(t, n),
-                                              oracle::h2o_decode::prompt_acc(t, n, oracle::reduction::mean, r));
+    return make_reference<oracle::h2o_decode>(
+        true, t, decode_rule_of(h, {0, h.window, z.frozen}, r), full_cache(t, n),
+        oracle::h2o_decode::prompt_acc(t, n, oracle::reduction::mean, r));
   });
   policy_options v = o;
   v.window = 0;
   add("tova", "tova", v, false, [v, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::tova_decode>(true, t, decode_rule_of(v, {0, 0, z.frozen}, r), full_cache(t, n));
+    return make_reference<oracle::tova_decode>(true, t, decode_rule_of(v, {0, 0, z.frozen}, r),
+                                               full_cache(t, n));
   });
   v.window = 1;
   add("tova protect_last", "tova", v, false, [v, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::tova_decode>(true, t, decode_rule_of(v, {0, 1, z.frozen}, r), full_cache(t, n));
+    return make_reference<oracle::tova_decode>(true, t, decode_rule_of(v, {0, 1, z.frozen}, r),
+                                               full_cache(t, n));
   });
   policy_options k = o;
   k.window = 0;
   add("knorm", "knorm", k, false, [k, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::knorm_decode>(true, t, decode_rule_of(k, {0, 0, z.frozen}, r), full_cache(t, n));
+    return make_reference<oracle::knorm_decode>(true, t, decode_rule_of(k, {0, 0, z.frozen}, r),
+                                                full_cache(t, n));
   });
   k.window = z.window;
   k.sinks = z.sinks;
   add("knorm guarded", "knorm", k, false, [k, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::knorm_decode>(true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));
+    return make_reference<oracle::knorm_decode>(
+        true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));
   });
   add("keydiff guarded", "keydiff", k, false, [k, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::keydiff_decode>(true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));
+    return make_reference<oracle::keydiff_decode>(
+        true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));
   });
   k.window = k.sinks = 0;
   k.evict_after = 1.3;
   add("keydiff burst", "keydiff", k, false, [k, z](auto const& t, index_t n, auto const& r) {
-    return make_reference<oracle::keydiff_decode>(true, t, decode_rule_of(k, {0, 0, z.frozen}, r), full_cache(t, n));
+    return make_reference<oracle::keydiff_decode>(true, t, decode_rule_of(k, {0, 0, z.frozen}, r),
+                                                  full_cache(t, n));
   });
   return cases;
 }

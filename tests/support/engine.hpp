@@ -1,63 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// A small engine around a session: caches in any layout, prompts in chunks or from a transient view,
+/// A small engine around a session: caches in any layout, prompts in chunks or from a transient
+/// view,
 /// decoding, and the state as sets of positions.
 #pragma once
 
 #include <memory>
 #include <optional>
-#include <ostream>
-#include <string>
 
-#include <kvkeep/engine/policy_table.hpp>
-#include <kvkeep/kvkeep.hpp>
+#include "engine_types.hpp"
 
-#include "text.hpp"
+namespace kvkeep::test {
 
-namespace kvkeep {
-
-inline std::ostream& operator<<(std::ostream& out, status s) { return out << to_string(s); }
-
-namespace test {
-
-using any = any_policy<cpu::context>;
-using any_session = session<cpu::context, any, any>;
-
-inline any make(std::string_view name, policy_options const& o = {}) {
-  return make_policy<cpu::context>(name, o);
-}
-
-struct engine_options {
-  cache_options cache{};            ///< of every layer
-  index_t n_layers = 1;
-  std::vector<index_t> slots{};     ///< max_slots per layer, where they differ
-  std::vector<bool> skip{};         ///< layers that the session leaves alone
-  limits lim{};
-  cpu::context* ctx = nullptr;      ///< null: one thread
-};
-
-struct token_record {
-  oracle::kept_sets appended;  ///< live positions per head when the token has its slot
-  oracle::kept_sets done;      ///< after confirm
-  std::vector<float> out;      ///< [q_head, dim_v]
-};
-
-/// One sequence of the engine.
-struct stream {
-  text const* words = nullptr;
-  index_t id = -1, row = 0;
-  index_t tokens = 0;  ///< appended
-};
-
-/// How a prompt reaches the session.
-struct prompt_options {
-  std::vector<index_t> chunks{};  ///< tokens per observe; empty: one chunk
-  bool lse = false;
-  bool queries = true;
-  index_t last_rows = -1;  ///< >= 0: only so many queries of each chunk
-  log_base base = log_base::natural;
-};
-
+/// Caches of all layers and one session over them.
 class engine {
  public:
   engine(engine_options o, any const& prompt, std::optional<any> const& decode = {})
@@ -107,7 +62,8 @@ class engine {
     std::vector<float> q;
     for (index_t h = 0; h < shape_.n_q_heads; ++h)
       for (index_t r = 0; r < n; ++r)
-        for (double x : s.words->layer[uz(l)].q.row(h, first + r)) q.push_back(static_cast<float>(x));
+        for (double x : s.words->layer[uz(l)].q.row(h, first + r))
+          q.push_back(static_cast<float>(x));
     return q;
   }
   /// Log-sum-exp of causal rows over all earlier tokens, `[q_head, n]`.
@@ -133,7 +89,8 @@ class engine {
     kv_ref<> const view = to.ref();
     for (index_t size : chunks) {
       for (index_t h = 0; h < shape_.n_kv_heads; ++h)
-        for (index_t t = first; t < first + size; ++t) write(to, s, transient ? 1 : s.row, l, h, t, t);
+        for (index_t t = first; t < first + size; ++t)
+          write(to, s, transient ? 1 : s.row, l, h, t, t);
       index_t const rows = !o.queries ? 0 : o.last_rows < 0 ? size : std::min(size, o.last_rows);
       auto const q = query_rows(s, l, first + size - rows, rows);
       auto lse = o.lse ? log_sums(s, l, first + size - rows, rows) : std::vector<float>{};
@@ -141,8 +98,8 @@ class engine {
         for (float& x : lse) x *= 1.4426950408889634F;
       queries e = tokens_only(size);
       if (rows > 0)
-        e = make_queries(q.data(), shape_.n_q_heads, rows, shape_.dim_k, o.lse ? lse.data() : nullptr,
-                         o.base);
+        e = make_queries(q.data(), shape_.n_q_heads, rows, shape_.dim_k,
+                         o.lse ? lse.data() : nullptr, o.base);
       e.tokens = size;
       REQUIRE(session_->observe(l, s.id, e, transient ? &view : nullptr, transient ? 1 : s.row) ==
               status::ok);
@@ -229,7 +186,8 @@ class engine {
     return sets;
   }
 
-  /// Every live slot holds the K and V of its position, nothing else was written, and the session agrees.
+  /// Every live slot holds the K and V of its position, nothing else was written, and the session
+  /// agrees.
   void check(std::vector<stream const*> const& who) {
     REQUIRE(session_->verify() == status::ok);
     for (index_t l = 0; l < options_.n_layers; ++l) {
@@ -240,8 +198,7 @@ class engine {
           for (index_t t = 0; t < session_->lengths(l)(s->id, h); ++t)
             if (t != hole && !holds(*s, l, h, t, session_->positions(l)(s->id, h, t)))
               FAIL("layer " << l << " id " << s->id << " head " << h << " slot " << t
-                            << " does not hold position "
-                            << session_->positions(l)(s->id, h, t));
+                            << " does not hold position " << session_->positions(l)(s->id, h, t));
         }
     }
     counters const c = session_->count();
@@ -262,6 +219,7 @@ class engine {
     oracle::attention_rule r;
     r.scale = static_cast<double>(kv.scale);
     r.softcap = static_cast<double>(kv.softcap);
+    if (kv.sink_logits) r.sinks.assign(kv.sink_logits, kv.sink_logits + kv.shape.n_q_heads);
     return r;
   }
   oracle::attention_rule rule() const { return rule_of(specs_[0].kv); }
@@ -307,5 +265,4 @@ class engine {
   std::optional<any_session> session_;
 };
 
-}  // namespace test
-}  // namespace kvkeep
+}  // namespace kvkeep::test

@@ -35,11 +35,13 @@ struct prompt_reference {
   std::string name;
   policy_options o;
   scope width = scope::head;
-  oracle::guard keep;     ///< that the policy declares
-  std::string budget;     ///< uniform, pyramid, dynamic or ada
+  oracle::guard keep;  ///< that the policy declares
+  std::string budget;  ///< uniform, pyramid, dynamic or ada
 
-  prompt_reference(std::string n, policy_options const& x) : name(std::move(n)), o(x), width(x.per) {
-    bool const windowed = name == "snapkv" || name == "pyramidkv" || name == "dynamickv" || name == "adakv";
+  prompt_reference(std::string n, policy_options const& x)
+      : name(std::move(n)), o(x), width(x.per) {
+    bool const windowed =
+        name == "snapkv" || name == "pyramidkv" || name == "dynamickv" || name == "adakv";
     if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks, o.window, 0};
     if (name == "h2o" || name == "morphkv") keep.recent = o.window;
     if (name == "tova") keep = {o.sinks, o.window > 0 ? 1 : 0, 0};
@@ -53,7 +55,8 @@ struct prompt_reference {
   }
 
   /// {Hkv, T}; protected columns of windowed policies are 0.
-  oracle::array scores(oracle::tokens const& t, index_t n, oracle::attention_rule const& rule) const {
+  oracle::array scores(oracle::tokens const& t, index_t n,
+                       oracle::attention_rule const& rule) const {
     auto const q = first_rows(t.q, n), k = first_rows(t.k, n);
     oracle::array s;
     if (name == "h2o") s = oracle::h2o_scores(q, k, 0, to_oracle(o.group), rule);
@@ -72,9 +75,9 @@ struct prompt_reference {
       oracle::window_rule w;
       w.window = o.window;
       w.kernel = o.kernel;
-      w.pool = o.pooling == op::pooling::average ? oracle::pooling::avg
-               : o.pooling == op::pooling::maximum   ? oracle::pooling::max
-                                                 : oracle::pooling::none;
+      w.pool = o.pooling == op::pooling::average   ? oracle::pooling::avg
+               : o.pooling == op::pooling::maximum ? oracle::pooling::max
+                                                   : oracle::pooling::none;
       w.group = to_oracle(o.group);
       w.rows = to_oracle(o.rows);
       w.gqa_before_pool = o.group_before_pool;
@@ -141,7 +144,8 @@ struct prompt_reference {
     oracle::counts b;
     if (o.form == ada_form::safeguard) {
       auto const safe = std::max<index_t>(static_cast<index_t>(o.capacity * o.alpha) - protect, 0);
-      for (auto const& set : oracle::adakv_safeguard(x, base, safe)) b.push_back(oracle::count(set));
+      for (auto const& set : oracle::adakv_safeguard(x, base, safe))
+        b.push_back(oracle::count(set));
     } else {
       auto const raw = oracle::ada_counts(x, base, o.normalize);
       b = o.form == ada_form::exact ? oracle::adakv_exact(raw, base, o.alpha, open)

@@ -29,7 +29,8 @@ struct world {
     o.cache.type = type;
     o.cache.shape = shape;
     o.cache.shape.max_slots =
-        slots > 0 ? slots : std::max(prompt, detail::decode_slots(p.budget.capacity(), p.when)) + 4 + draft;
+        slots > 0 ? slots
+                  : std::max(prompt, detail::decode_slots(p.budget.capacity(), p.when)) + 4 + draft;
     o.n_layers = n_layers;
     o.lim = lim;
     o.lim.max_draft = draft;

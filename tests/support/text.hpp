@@ -18,7 +18,8 @@ struct text {
   index_t size() const { return layer[0].k.extent(1); }
 };
 
-/// Content depends on generator, shape and type, not on the layout. `edit(l, k row, position)` may change
+/// Content depends on generator, shape and type, not on the layout. `edit(l, k row, position)` may
+/// change
 /// a key before it is rounded.
 template <class F>
 text make_text(generator& g, cache_shape shape, index_t n_layers, index_t n, dtype type,
@@ -29,7 +30,8 @@ text make_text(generator& g, cache_shape shape, index_t n_layers, index_t n, dty
   test_cache cell = test_cache::make(layout_id::hnd, type, shape);
   for (index_t l = 0; l < n_layers; ++l) {
     oracle::tokens x{oracle::array({shape.n_q_heads, n, shape.dim_k}),
-                     oracle::array({heads, n, shape.dim_k}), oracle::array({heads, n, shape.dim_v})};
+                     oracle::array({heads, n, shape.dim_k}),
+                     oracle::array({heads, n, shape.dim_v})};
     for (double& e : x.q.data) e = static_cast<double>(scale * g.normal());
     for (index_t p = 0; p < n; ++p)
       for (index_t h = 0; h < heads; ++h) {
@@ -47,7 +49,8 @@ text make_text(generator& g, cache_shape shape, index_t n_layers, index_t n, dty
 }
 inline text make_text(generator& g, cache_shape const& shape, index_t n_layers, index_t n,
                       dtype type = dtype::f32, float scale = 1) {
-  return make_text(g, shape, n_layers, n, type, scale, [](index_t, std::vector<float>&, index_t) {});
+  return make_text(g, shape, n_layers, n, type, scale,
+                   [](index_t, std::vector<float>&, index_t) {});
 }
 
 /// Message of the exception that f throws, or "accepted".

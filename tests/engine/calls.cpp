@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// Calls out of order or with bad arguments return a status and change nothing.
+#include "../support/catch.hpp"
+#include "../support/session_run.hpp"
+
+using namespace kvkeep;
+using namespace kvkeep::test;
+
+namespace {
+
+/// Everything that a session could have changed.
+struct fingerprint {
+  std::vector<std::byte> state;
+  std::int64_t tokens, evicted, cuts, victims;
+
+  explicit fingerprint(any_session& s, index_t n_sequences) {
+    counters const c = s.count();
+    tokens = c.tokens, evicted = c.evicted, cuts = c.cuts, victims = c.victims;
+    std::vector<std::byte> one(s.saved_bytes());
+    for (index_t id = 0; id < n_sequences; ++id) {
+      bool const alive = s.save(id, one) == status::ok;
+      state.push_back(std::byte{alive});
+      if (alive) state.insert(state.end(), one.begin(), one.end());
+    }
+  }
+  bool operator==(fingerprint const&) const = default;
+};
+
+struct fixture {
+  world w;
+  policy_options o;
+  text words, more;
+  std::vector<float> q, out;
+  std::vector<index_t> slots;
+  std::optional<engine> e;
+
+  static world small(layout_id layout) {
+    world w;
+    w.layout = layout;
+    w.prompt = 20;
+    return w;
+  }
+  explicit fixture(layout_id layout = layout_id::hnd, char const* policy = "morphkv",
+                   index_t slots_per_head = 0, limits const& lim = {})
+      : w(small(layout)),
+        o(options()),
+        words(w.words()),
+        more(w.words(1)),
+        q(uz(3 * 4 * 8)),
+        out(uz(3 * 4 * 6)),
+        slots(uz(3 * 2)) {
+    w.lim = lim;
+    any const p = make(policy, o);
+    e.emplace(w.options(p, slots_per_head), p);
+  }
+  static policy_options options() {
+    policy_options o;
+    o.capacity = 12;
+    o.window = 4;
+    return o;
+  }
+  any_session& s() { return e->session(); }
+  queries query(index_t rows = 1) const { return make_queries(q.data(), 4, rows, 8); }
+  /// The call returns `want` and nothing has changed.
+  template <class F>
+  void refused(status want, F&& call) {
+    fingerprint const before(s(), 3);
+    CHECK(call() == want);
+    CHECK(fingerprint(s(), 3) == before);
+    CHECK(s().verify() == status::ok);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("ids: unknown, ended, used twice, too many") {
+  fixture f;
+  index_t id = -1;
+  f.refused(status::bad_sequence, [&] { return f.s().end(0); });
+  f.refused(status::bad_sequence, [&] { return f.s().end(-1); });
+  f.refused(status::bad_sequence, [&] { return f.s().end(3); });
+  REQUIRE(f.s().begin(id, {2, 0}) == status::ok);
+  CHECK(id == 2);
+  f.refused(status::bad_sequence, [&] { return f.s().begin(id, {2, 0}); });
+  f.refused(status::bad_sequence, [&] { return f.s().begin(id, {3, 0}); });
+  f.refused(status::bad_argument, [&] { return f.s().begin(id, {-1, -1}); });
+  f.refused(status::capacity_exceeded, [&] { return f.s().begin(id, {-1, 1000}); });
+  REQUIRE(f.s().begin(id) == status::ok);
+  CHECK(id == 0);
+  f.refused(status::bad_sequence, [&] { return f.s().fork(1, id); });
+  f.refused(status::bad_sequence, [&] { return f.s().fork(0, id, {2, 0}); });
+  REQUIRE(f.s().begin(id) == status::ok);
+  f.refused(status::capacity_exceeded, [&] { return f.s().begin(id); });
+  f.refused(status::capacity_exceeded, [&] { return f.s().fork(0, id); });
+  REQUIRE(f.s().end(1) == status::ok);
+  f.refused(status::bad_sequence, [&] { return f.s().observe(0, 1, tokens_only(1)); });
+  f.refused(status::bad_sequence, [&] { return f.s().end_prompt(1); });
+  f.refused(status::bad_sequence, [&] { return f.s().end_prompt(0, 1); });
+  f.refused(status::bad_sequence, [&] { return f.s().report(1, {}); });
+}
+
+TEST_CASE("prompts: layers, counts and order") {
+  fixture f;
+  stream s = f.e->begin(f.words);
+  f.refused(status::bad_argument, [&] { return f.s().observe(2, s.id, f.query()); });
+  f.refused(status::bad_argument, [&] { return f.s().observe(-1, s.id, f.query()); });
+  f.refused(status::bad_argument, [&] { return f.s().end_prompt(2, s.id); });
+  queries bad = f.query();
+  bad.n_rows = -1;
+  f.refused(status::bad_argument, [&] { return f.s().observe(0, s.id, bad); });
+  bad = f.query(2);
+  bad.tokens = 1;
+  f.refused(status::bad_argument, [&] { return f.s().observe(0, s.id, bad); });
+  bad = f.query();
+  bad.data = nullptr;
+  f.refused(status::bad_argument, [&] { return f.s().observe(0, s.id, bad); });
+  bad = tokens_only(-3);
+  f.refused(status::bad_argument, [&] {
+    bad.n_rows = 0;
+    bad.tokens = -3;
+    status const st = f.s().observe(0, s.id, bad);
+    return st == status::ok ? status::bad_argument : st;  // no tokens: nothing to do
+  });
+  f.refused(status::capacity_exceeded, [&] { return f.s().observe(0, s.id, tokens_only(1000)); });
+  f.refused(status::capacity_exceeded,
+            [&] { return f.s().observe(0, s.id, tokens_only(2147483647)); });
+  f.refused(status::bad_argument, [&] { return f.s().observe(0, s.id, f.query(), nullptr, 99); });
+  kv_ref<> const view = f.e->cache(0).ref();
+  f.refused(status::bad_argument, [&] { return f.s().observe(0, s.id, f.query(), &view); });
+  f.refused(status::bad_argument, [&] { return f.s().end_prompt(0, s.id, &view); });
+  f.refused(status::unsupported, [&] {
+    return f.s().observe(0, s.id, own_scores{f.q.data(), 0, 0});
+  });
+
+  f.e->observe_prompt(s, 0, 20);
+  f.refused(status::bad_order, [&] { return f.s().end_prompt(1, s.id); });
+  auto const b = engine::batch_of({&s});
+  f.refused(status::bad_order, [&] { return f.s().append(0, b.batch(), f.slots.data()); });
+  f.refused(status::bad_order, [&] { return f.s().confirm(b.batch(), 1); });
+  REQUIRE(f.e->end_layer(s, 0) == status::ok);
+  f.refused(status::bad_order, [&] { return f.e->end_layer(s, 0); });
+  f.refused(status::bad_order, [&] { return f.s().observe(0, s.id, f.query()); });
+  f.refused(status::bad_order, [&] { return f.s().end_prompt(1, s.id, nullptr, s.row); });
+  f.e->observe_prompt(s, 1, 20);
+  REQUIRE(f.e->end_layer(s, 1) == status::ok);
+}
+
+TEST_CASE("decoding: append, attend, confirm in that order, with sane arguments") {
+  for (char const* name : {"morphkv", "h2o", "tova", "knorm", "streamingllm"}) {
+    INFO(name);
+    fixture f(layout_id::hnd, name);
+    stream s = f.e->begin(f.words);
+    f.e->prompt(s, 20);
+    auto const b = engine::batch_of({&s});
+    auto const go = b.batch();
+    f.refused(status::bad_order, [&] { return f.s().attend(0, go, f.query(), f.out.data()); });
+    f.refused(status::bad_order, [&] { return f.s().observe(0, go, f.query()); });
+    f.refused(status::bad_order, [&] { return f.s().confirm(go, 1); });
+    f.refused(status::bad_argument, [&] { return f.s().append(2, go, f.slots.data()); });
+    f.refused(status::bad_argument, [&] { return f.s().append(0, {}, f.slots.data()); });
+    std::vector<index_t> const twice{s.id, s.id}, unknown{1}, outside{9}, row{7}, two_rows{0, 1};
+    f.refused(status::bad_argument, [&] { return f.s().append(0, {twice, {}}, f.slots.data()); });
+    f.refused(status::bad_sequence, [&] { return f.s().append(0, {unknown, {}}, f.slots.data()); });
+    f.refused(status::bad_sequence, [&] { return f.s().append(0, {outside, {}}, f.slots.data()); });
+    f.refused(status::bad_argument, [&] { return f.s().append(0, {b.ids, row}, f.slots.data()); });
+    f.refused(status::bad_argument, [&] {
+      return f.s().append(0, {b.ids, two_rows}, f.slots.data());
+    });
+    REQUIRE(f.s().append(0, go, f.slots.data()) == status::ok);
+    f.refused(status::bad_order, [&] { return f.s().append(0, go, f.slots.data()); });
+    f.refused(status::bad_order, [&] { return f.s().confirm(go, 1); });
+    f.refused(status::bad_argument, [&] { return f.s().attend(0, go, f.query(2), f.out.data()); });
+    f.refused(status::bad_argument, [&] { return f.s().attend(0, go, f.query(), nullptr); });
+    f.refused(status::bad_argument, [&] { return f.s().attend(0, go, queries{}, f.out.data()); });
+    f.refused(status::bad_order, [&] { return f.s().attend(1, go, f.query(), f.out.data()); });
+    f.refused(status::unsupported, [&] {
+      return f.s().observe(0, go, own_scores{f.q.data(), 0, 0});
+    });
+    REQUIRE(f.s().attend(0, go, f.query(), f.out.data()) == status::ok);
+    f.refused(status::bad_order, [&] { return f.s().attend(0, go, f.query(), f.out.data()); });
+    f.refused(status::bad_order, [&] { return f.s().confirm(go, 1); });  // layer 1 is missing
+    f.refused(status::unsupported, [&] { return f.s().rollback(go, 1); });
+    REQUIRE(f.s().append(1, go, f.slots.data()) == status::ok);
+    REQUIRE(f.s().attend(1, go, f.query(), f.out.data()) == status::ok);
+    f.refused(status::bad_order, [&] { return f.s().confirm(go, 2); });
+    f.refused(status::bad_argument, [&] { return f.s().confirm(go, 0); });
+    f.refused(status::bad_argument, [&] { return f.s().confirm(go, -1); });
+    REQUIRE(f.s().confirm(go, 1) == status::ok);
+    CHECK(f.s().tokens(s.id) == 21);
+    typename any_session::plan_type plan;
+    f.refused(status::unsupported, [&] { return f.s().choose(go, plan); });
+    f.refused(status::stale_plan, [&] { return f.s().commit(plan); });
+    CHECK_FALSE(f.s().due(go));
+  }
+}
+
+TEST_CASE("a prompt-only policy runs until its cache is full, and says so") {
+  fixture f(layout_id::hnd, "snapkv", 22);
+  stream s = f.e->begin(f.words);
+  f.e->prompt(s, 20);
+  auto const b = engine::batch_of({&s});
+  for (index_t i = 12; i < 22; ++i) (void)f.e->step({&s});
+  f.refused(status::capacity_exceeded, [&] { return f.s().append(0, b.batch(), f.slots.data()); });
+  f.e->check({&s});
+}
+
+TEST_CASE("a ragged pool: the smaller heads bound the sequence") {
+  world w;
+  w.layout = layout_id::ragged;
+  w.n_layers = 1;
+  policy_options o;
+  o.capacity = 12;
+  o.window = 4;
+  any const p = make("snapkv", o);
+  engine_options x = w.options(p, 24);
+  x.cache.capacities = {24, 24, 24, 24, 24, 14};  // row 2, head 1
+  engine e(x, p);
+  text const words = w.words();
+  stream s = e.begin(words, {}, 2);
+  std::vector<index_t> slots(2);
+  CHECK(e.session().observe(0, s.id, tokens_only(20), nullptr, s.row) == status::capacity_exceeded);
+  e.prompt(s, 13);
+  (void)e.step({&s});
+  (void)e.step({&s});
+  auto const b = engine::batch_of({&s});
+  CHECK(e.session().append(0, b.batch(), slots.data()) == status::capacity_exceeded);
+  e.check({&s});
+}
+
+TEST_CASE("block table entries out of range are found before anything is touched") {
+  for (index_t const bad : {-1, 1000000}) {
+    fixture f(layout_id::paged_per_head, "h2o");
+    stream s = f.e->begin(f.words);
+    auto* const table = const_cast<index_t*>(f.e->specs()[1].kv.v.layout.paged.table);
+    auto const& pages = f.e->specs()[1].kv.v.layout.paged;
+    offset_t const at = s.row * pages.table_seq_stride + pages.table_head_stride + 1;
+    index_t const good = table[at];
+    for (index_t l = 0; l < 2; ++l) {
+      table[at] = good;
+      f.e->observe_prompt(s, l, 6);
+      table[at] = bad;
+      if (l == 1) f.refused(status::bad_table, [&] { return f.e->end_layer(s, l); });
+      table[at] = good;
+      REQUIRE(f.e->end_layer(s, l) == status::ok);
+    }
+    s.tokens = 6;
+    auto const b = engine::batch_of({&s});
+    table[at] = bad;
+    f.refused(status::bad_table, [&] { return f.s().append(1, b.batch(), f.slots.data()); });
+    f.refused(status::bad_table, [&] { return f.s().append_at(b.batch()); });
+    table[at] = good;
+    REQUIRE(f.s().append(1, b.batch(), f.slots.data()) == status::ok);
+    table[at] = bad;
+    std::fill(f.out.begin(), f.out.end(), 7.0F);
+    f.refused(status::bad_table,
+              [&] { return f.s().attend(1, b.batch(), f.query(), f.out.data()); });
+    CHECK(f.out == std::vector<float>(f.out.size(), 7.0F));
+    f.refused(status::bad_table, [&] { return f.s().observe(1, b.batch(), f.query()); });
+    table[at] = good;
+    REQUIRE(f.s().attend(1, b.batch(), f.query(), f.out.data()) == status::ok);
+  }
+}
+
+TEST_CASE("append_at checks the engine's slot mapping") {
+  limits lim;
+  lim.engine_commits = true;
+  fixture f(layout_id::paged, "h2o", 0, lim);
+  stream s = f.e->begin(f.words);
+  f.e->prompt(s, 20);
+  auto const b = engine::batch_of({&s});
+  auto const& pages = f.e->specs()[0].kv.k.layout.paged;
+  auto const& other = f.e->specs()[1].kv.k.layout.paged;
+  // The two layers of this fixture have tables of their own, which one mapping cannot serve.
+  index_t const slot = f.s().lengths(0)(s.id, 0), size = pages.block_size;
+  std::int64_t const right = std::int64_t{pages.entry(s.row, 0, slot / size)} * size + slot % size;
+  std::int64_t const there = std::int64_t{other.entry(s.row, 0, slot / size)} * size + slot % size;
+  std::int64_t const wrong[] = {right + 1, right - 1, -1, 0};
+  for (std::int64_t const x : wrong)
+    if (x != right) f.refused(status::bad_argument, [&] { return f.s().append_at(b.batch(), &x); });
+  if (there == right)
+    REQUIRE(f.s().append_at(b.batch(), &right) == status::ok);
+  else
+    f.refused(status::bad_argument, [&] { return f.s().append_at(b.batch(), &right); });
+}
+
+TEST_CASE("a failed end of a prompt can be taken again") {
+  // The destination of a transient prompt has a bad table: nothing is cut, and the call works
+  // later.
+  limits lim;
+  lim.max_prompt = 30;
+  fixture f(layout_id::paged, "knorm", 14, lim);
+  stream s = f.e->begin(f.words);
+  auto* const table = const_cast<index_t*>(f.e->specs()[0].kv.k.layout.paged.table);
+  auto const& pages = f.e->specs()[0].kv.k.layout.paged;
+  offset_t const at = s.row * pages.table_seq_stride;
+  index_t const good = table[at];
+  f.e->observe_prompt(s, 0, 30);
+  table[at] = -5;
+  f.refused(status::bad_table, [&] { return f.e->end_layer(s, 0); });
+  table[at] = good;
+  REQUIRE(f.e->end_layer(s, 0) == status::ok);
+  f.e->observe_prompt(s, 1, 30);
+  REQUIRE(f.e->end_layer(s, 1) == status::ok);
+  s.tokens = 30;
+  f.e->check({&s});
+}

@@ -1,0 +1,399 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// Everything that cannot work is refused when it is bound; the message names field, value and
+// range.
+#include <limits>
+
+#include "../support/catch.hpp"
+#include "../support/session_run.hpp"
+
+using namespace kvkeep;
+using namespace kvkeep::test;
+
+namespace {
+
+/// `text` contains `part`; prints both when it does not.
+void has(std::string const& text, std::string const& part) {
+  INFO(text);
+  INFO("should contain: " << part);
+  CHECK(text.find(part) != std::string::npos);
+}
+
+constexpr index_t huge = std::numeric_limits<index_t>::max();
+
+/// A good binding that a case spoils.
+struct binding {
+  std::string prompt = "snapkv", decode{};  ///< decode: empty means one policy
+  policy_options p{}, d{};
+  cache_options cache{};
+  index_t n_layers = 2;
+  limits lim{};
+
+  binding() {
+    p.capacity = d.capacity = 16;
+    p.window = d.window = 4;
+    cache.shape = {2, 4, 2, 8, 6, 40};
+    lim.max_sequences = 2;
+  }
+  std::string message() const {
+    return refusal([&] {
+      std::vector<test_cache> caches;
+      std::vector<layer_spec<>> specs;
+      for (index_t l = 0; l < n_layers; ++l) caches.emplace_back(cache);
+      for (auto const& c : caches) specs.push_back({c.ref()});
+      cpu::context ctx;
+      any const a = make(prompt, p);
+      any const b = decode.empty() ? a : make(decode, d);
+      (void)bind_session(ctx, a, b, std::span<layer_spec<> const>(specs), lim);
+    });
+  }
+};
+
+template <class F>
+binding with(F&& edit) {
+  binding b;
+  edit(b);
+  return b;
+}
+template <class F>
+binding with(char const* policy, F&& edit) {
+  binding b;
+  b.prompt = policy;
+  edit(b);
+  return b;
+}
+
+void refused(binding const& b, std::string const& field, std::string const& value,
+             std::string const& allowed) {
+  std::string const m = b.message();
+  INFO(b.prompt << " " << b.decode << ": " << m);
+  has(m, field + " = " + value);
+  auto const at = m.find("allowed: ");
+  REQUIRE(at != std::string::npos);
+  has(m.substr(at), allowed);
+}
+
+void accepted(binding const& b) {
+  INFO(b.prompt << " " << b.decode);
+  CHECK(b.message() == "accepted");
+}
+
+}  // namespace
+
+TEST_CASE("good bindings are accepted") {
+  for (char const* name :
+       {"fullkv", "streamingllm", "snapkv", "pyramidkv", "dynamickv", "adakv", "h2o",
+        "observed_attention", "tova", "morphkv", "knorm", "keydiff", "lagkv"})
+    accepted(with(name, [](auto&) {}));
+}
+
+TEST_CASE("unknown names are refused and the known ones listed") {
+  refused(with("snapkvv", [](auto&) {}), "policy", "snapkvv", "snapkv, pyramidkv");
+  refused(with("", [](auto&) {}), "policy", "", "fullkv, streamingllm");
+  refused(with([](auto& b) { b.p.budget = "pyramids"; }), "budget", "pyramids", "uniform, pyramid");
+}
+
+TEST_CASE("capacity, window and sinks") {
+  for (char const* name :
+       {"snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "morphkv", "knorm", "keydiff"}) {
+    refused(with(name, [](auto& b) { b.p.capacity = 4; }), "capacity", "4", "> sinks + window = 4");
+    refused(with(name, [](auto& b) { b.p.capacity = 3; }), "capacity", "3", "> sinks + window = 4");
+    refused(with(name, [](auto& b) { b.p.capacity = 0; }), "capacity", "0", "> sinks + window = 4");
+    refused(with(name, [](auto& b) { b.p.capacity = -5; }), "capacity", "-5", "0..");
+    accepted(with(name, [](auto& b) { b.p.capacity = 5; }));
+  }
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv", "knorm", "keydiff"}) {
+    refused(with(name, [](auto& b) { b.p.sinks = 12; }), "capacity", "16", "> sinks + window = 16");
+    refused(with(name, [](auto& b) { b.p.sinks = -1; }), "sinks", "-1", "0..");
+  }
+  refused(with("streamingllm", [](auto& b) { b.p.sinks = 16; }), "capacity", "16",
+          "> sinks + window = 16");
+  refused(with("streamingllm", [](auto& b) { b.p.sinks = -1; }), "sinks", "-1", "0..");
+  accepted(with("streamingllm", [](auto& b) { b.p.sinks = 15; }));
+  refused(with("tova", [](auto& b) { b.p.capacity = 1; }), "capacity", "1", "> sinks + window = 1");
+  refused(with("h2o", [](auto& b) { b.p.window = -1; }), "window", "-1", "0..");
+  refused(with("snapkv", [](auto& b) { b.p.window = 0; }), "window", "0", ">= 1");
+  refused(with("lagkv", [](auto& b) { b.p.sinks = -1; }), "sinks", "-1", ">= 0");
+  refused(with("lagkv", [](auto& b) { b.p.lag = 0; }), "lag", "0", ">= 1");
+  refused(with("lagkv", [](auto& b) { b.p.capacity = 0; }), "capacity", "0",
+          "> sinks + window = 0");
+  refused(with("observed_attention", [](auto& b) { b.p.capacity = 0; }), "capacity", "0", ">");
+}
+
+TEST_CASE("numbers near the end of the integers do not wrap round") {
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv", "knorm", "keydiff"})
+    CHECK(with(name, [](auto& b) { b.p.window = huge, b.p.sinks = 2; }).message() != "accepted");
+  for (char const* name : {"h2o", "tova", "morphkv", "knorm", "streamingllm"})
+    CHECK(with(name, [](auto& b) { b.p.capacity = huge; }).message() != "accepted");
+  CHECK(with("morphkv", [](auto& b) {
+          b.p.capacity = 10000000, b.p.evict_after = 1024;
+        }).message() != "accepted");
+  CHECK(with("h2o", [](auto& b) { b.lim.max_draft = huge; }).message() != "accepted");
+}
+
+TEST_CASE("SnapKV, PyramidKV, DynamicKV, AdaKV parameters") {
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv"})
+    for (index_t const kernel : {0, 2, 4, -1})
+      refused(with(name, [=](auto& b) { b.p.kernel = kernel; }), "kernel", std::to_string(kernel),
+              "odd");
+  refused(with([](auto& b) { b.p.rows = reduction::max; }), "rows", "max", "sum or mean");
+  refused(with("pyramidkv", [](auto& b) { b.p.beta = 0; }), "beta", "0", ">= 1");
+  refused(with("dynamickv", [](auto& b) { b.p.r_max = 0.5; }), "r_max", "0.5", "1..");
+  refused(with("dynamickv", [](auto& b) { b.p.r_min = 1.5; }), "r_min", "1.5", "0..1");
+  refused(with("dynamickv", [](auto& b) { b.p.r_min = -0.5; }), "r_min", "-0.5", "0..1");
+  refused(with("dynamickv", [](auto& b) { b.p.every = 0; }), "every", "0", ">= 1");
+  refused(with("dynamickv", [](auto& b) { b.p.r_max = std::nan(""); }), "r_max", "", "1..");
+  refused(with("adakv", [](auto& b) { b.p.alpha = 1.25; }), "alpha", "1.25", "0..1");
+  refused(with("adakv", [](auto& b) { b.p.alpha = -0.25; }), "alpha", "-0.25", "0..1");
+  refused(with("adakv", [](auto& b) { b.p.alpha = std::nan(""); }), "alpha", "", "0..1");
+}
+
+TEST_CASE("MorphKV parameters") {
+  auto const morph = [](auto&& edit) { return with("morphkv", edit); };
+  refused(morph([](auto& b) { b.p.window = 1; }), "n_rows", "0", ">= 1");
+  refused(morph([](auto& b) { b.p.n_rows = -1; }), "n_rows", "-1", ">= 1");
+  refused(morph([](auto& b) { b.p.n_rows = 5; }), "n_rows", "5", "<= window");
+  refused(morph([](auto& b) { b.p.window = 0; }), "window", "0", ">= 1");
+  refused(morph([](auto& b) { b.p.fusion = reduction::mean; }), "fusion", "mean", "sum or max");
+  for (double const x : {0.5, 0.0, -1.0})
+    refused(morph([=](auto& b) { b.p.evict_after = x; }), "evict_after",
+            std::to_string(x).substr(0, 3), "1..");
+  refused(morph([](auto& b) { b.p.evict_after = std::nan(""); }), "evict_after", "", "1..");
+  refused(morph([](auto& b) { b.p.evict_after = 2000; }), "evict_after", "2000", "1..1024");
+  refused(with("keydiff", [](auto& b) { b.p.evict_after = 0.5; }), "evict_after", "0.5", "1..");
+  for (bool const mask : {false, true}) {
+    auto const special = [=](auto&& edit) {
+      return with("morphkv", [&](auto& b) {
+        (mask ? b.p.per_head_mask : b.p.include_current) = true;
+        edit(b);
+      });
+    };
+    refused(special([](auto& b) { b.lim.max_draft = 1; }), "when.before_attention", "true",
+            "false with drafts");
+    refused(special([](auto& b) { b.lim.max_prompt = 30; }), "when.before_attention", "true",
+            "transient");
+    refused(special([](auto& b) { b.lim.engine_commits = true; }), "when.before_attention", "true",
+            "engine_commits");
+    refused(special([](auto& b) { b.p.per = scope::layer; }), "limits.decode", "attend",
+            "one set per head");
+  }
+  any odd = make("h2o", {});
+  odd.budget = uniform{600};
+  odd.when.before_attention = true;
+  test_cache const cache = test_cache::make(layout_id::hnd, dtype::f32, {1, 2, 2, 8, 8, 700});
+  layer_spec<> const spec{cache.ref()};
+  cpu::context ctx;
+  std::string const m = refusal([&] {
+    (void)bind_session(ctx, odd, odd, std::span<layer_spec<> const>(&spec, 1), limits{});
+  });
+  has(m, "when.before_attention = heavy_hitter");
+}
+
+TEST_CASE("evidence that cannot serve the scorer") {
+  for (char const* name : {"h2o", "observed_attention"})
+    for (prompt_offer const o :
+         {prompt_offer::nothing, prompt_offer::window_queries, prompt_offer::scores})
+      refused(with(name, [=](auto& b) { b.lim.prompt = o; }), "limits.prompt", to_string(o),
+              "all_queries");
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv", "tova", "morphkv"})
+    for (prompt_offer const o : {prompt_offer::nothing, prompt_offer::scores})
+      refused(with(name, [=](auto& b) { b.lim.prompt = o; }), "limits.prompt", to_string(o),
+              "window_queries or all_queries");
+  for (char const* name : {"h2o", "tova"})
+    for (decode_offer const o : {decode_offer::nothing, decode_offer::scores})
+      refused(with(name, [=](auto& b) { b.lim.decode = o; }), "limits.decode", to_string(o),
+              "attend or attention_rows");
+  for (decode_offer const o :
+       {decode_offer::nothing, decode_offer::scores, decode_offer::attention_rows})
+    refused(with("morphkv", [=](auto& b) { b.lim.decode = o; }), "limits.decode", to_string(o),
+            "attend");
+  // The prompt policy is served, the decode policy beside it is not.
+  refused(with([](auto& b) { b.decode = "h2o", b.lim.prompt = prompt_offer::window_queries; }),
+          "limits.prompt", "window_queries", "all_queries");
+  refused(with([](auto& b) { b.decode = "morphkv", b.lim.decode = decode_offer::nothing; }),
+          "limits.decode", "nothing", "attend");
+  accepted(with("knorm", [](auto& b) {
+    b.lim.prompt = prompt_offer::nothing;
+    b.lim.decode = decode_offer::nothing;
+  }));
+
+  policy<engine_score> own;
+  own.budget.tokens = 8;
+  any const p = erase_policy<cpu::context>(own);
+  test_cache const cache = test_cache::make(layout_id::hnd, dtype::f32, {1, 2, 2, 8, 8, 20});
+  layer_spec<> const spec{cache.ref()};
+  cpu::context ctx;
+  auto const message = [&](limits const& l) {
+    return refusal(
+        [&] { (void)bind_session(ctx, p, p, std::span<layer_spec<> const>(&spec, 1), l); });
+  };
+  limits l;
+  has(message(l), "limits.prompt = all_queries, allowed: scores");
+  l.prompt = prompt_offer::scores;
+  has(message(l), "limits.decode = attend, allowed: scores");
+  l.decode = decode_offer::scores;
+  CHECK(message(l) == "accepted");
+  l.max_draft = 1;  // the engine's scores are not staged
+  has(message(l), "limits.max_draft = 1, allowed: 0");
+}
+
+TEST_CASE("opaque rows need a reader to be scored or attended to") {
+  auto cache = test_cache::make(layout_id::hnd, dtype::opaque, {1, 2, 2, 8, 8, 20});
+  cpu::context ctx;
+  auto const message = [&](char const* name, decode_offer d, bool reader) {
+    kv_ref<> kv = cache.ref();
+    if (!reader) kv.k.reader = kv.v.reader = {};
+    layer_spec<> const spec{kv};
+    policy_options o;
+    o.capacity = 8;
+    o.window = 2;
+    limits l;
+    l.decode = d;
+    any const p = make(name, o);
+    return refusal(
+        [&] { (void)bind_session(ctx, p, p, std::span<layer_spec<> const>(&spec, 1), l); });
+  };
+  CHECK(message("streamingllm", decode_offer::nothing, false) == "accepted");
+  has(message("streamingllm", decode_offer::attend, false), "reader");
+  has(message("knorm", decode_offer::nothing, false), "reader = null, allowed: a row_reader");
+  CHECK(message("knorm", decode_offer::nothing, true) == "accepted");
+  has(message("h2o", decode_offer::attention_rows, false), "reader");
+}
+
+TEST_CASE("budgets and scopes that a policy cannot do") {
+  for (char const* name : {"pyramidkv", "dynamickv"})
+    refused(with(name, [](auto& b) { b.p.per = scope::sequence; }), "budget",
+            name == std::string("pyramidkv") ? "pyramid" : "dynamic_layers",
+            "uniform, for one set per sequence");
+  for (scope const per : {scope::layer, scope::sequence})
+    refused(with("adakv", [=](auto& b) { b.p.per = per; }), "budget", "ada_heads",
+            "without differences among heads");
+  refused(with("tova", [](auto& b) { b.p.budget = "ada"; }), "budget", "ada_heads", "per layer");
+  // Positions of different heads say nothing about each other.
+  for (char const* budget : {"ada", "dynamic"})
+    refused(with("streamingllm", [=](auto& b) { b.p.budget = budget; }), "budget",
+            budget == std::string("ada") ? "ada_heads" : "dynamic_layers", "(recency)");
+  refused(with([](auto& b) { b.p.budget = "inherit"; }), "budget", "inherit", "beside another");
+  refused(with([](auto& b) { b.decode = "morphkv", b.d.budget = "dynamic"; }), "decode.budget",
+          "dynamic_layers", "inherit");
+  refused(with([](auto& b) { b.decode = "tova"; }), "decode.per", "layer", "head");
+  refused(
+      with([](auto& b) { b.p.per = scope::layer, b.decode = "h2o", b.d.per = scope::sequence; }),
+      "decode.per", "sequence", "head");
+  accepted(with([](auto& b) { b.p.per = scope::layer, b.decode = "tova"; }));
+  refused(with([](auto& b) { b.p.per = scope::sequence, b.lim.max_prompt = 30; }),
+          "limits.max_prompt", "30", "0");
+
+  binding b = with("h2o", [](auto&) {});
+  test_cache const cache(b.cache);
+  std::vector<layer_spec<>> const specs{{cache.ref()}, {cache.ref()}};
+  cpu::context ctx;
+  auto const message = [&](per_layer const& x, scope per) {
+    any p = make("h2o", b.p);
+    p.budget = x;
+    p.per = per;
+    return refusal(
+        [&] { (void)bind_session(ctx, p, p, std::span<layer_spec<> const>(specs), b.lim); });
+  };
+  per_layer x;
+  x.n = 2;
+  x.tokens[0] = x.tokens[1] = 10;
+  CHECK(message(x, scope::head) == "accepted");
+  has(message(x, scope::sequence), "budget = per_layer, allowed: uniform");
+  x.tokens[1] = 3;
+  has(message(x, scope::head), "per_layer.tokens = 3, allowed: >= sinks + window = 4");
+  x.n = 3;
+  has(message(x, scope::head), "per_layer.n = 3, allowed: 2 (layers)");
+}
+
+TEST_CASE("blocks need paged views and engine_commits") {
+  auto const whole = [](auto&& edit) {
+    return with("knorm", [&](auto& b) {
+      b.p.whole_blocks = true;
+      b.p.block = 4;
+      b.cache.layout = layout_id::paged_per_head;
+      b.lim.engine_commits = true;
+      edit(b);
+    });
+  };
+  accepted(whole([](auto&) {}));
+  for (layout_id const layout :
+       {layout_id::hnd, layout_id::nhd, layout_id::ragged, layout_id::custom})
+    for (bool const packed : {false, true})
+      refused(whole([=](auto& b) { b.cache.layout = layout, b.p.whole_blocks = !packed; }),
+              "view.k.layout",
+              layout == layout_id::ragged   ? "ragged"
+              : layout == layout_id::custom ? "custom"
+                                            : "strided",
+              "paged");
+  refused(whole([](auto& b) { b.p.block = 8; }), "select.block", "8", "block_size = 4");
+  refused(whole([](auto& b) { b.p.block = 0; }), "block", "0", ">= 1");
+  refused(whole([](auto& b) { b.lim.engine_commits = false; }), "decode.select", "whole_blocks",
+          "engine_commits");
+  refused(whole([](auto& b) { b.lim.engine_commits = false, b.p.whole_blocks = false; }),
+          "decode.select", "packed_blocks", "engine_commits");
+  refused(whole([](auto& b) { b.cache.layout = layout_id::paged; }), "per", "head",
+          "layer or sequence");
+  refused(whole([](auto& b) { b.lim.max_prompt = 30; }), "limits.max_prompt", "30", "never move");
+}
+
+TEST_CASE("limits") {
+  auto const lim = [](auto&& edit) { return with([&](auto& b) { edit(b.lim); }); };
+  refused(lim([](auto& l) { l.max_sequences = 0; }), "limits.max_sequences", "0", "1..");
+  refused(lim([](auto& l) { l.max_batch = 3; }), "limits.max_batch", "3", "1..2");
+  refused(lim([](auto& l) { l.max_batch = -1; }), "limits.max_batch", "-1", "1..");
+  refused(lim([](auto& l) { l.max_prompt = -1; }), "limits.max_prompt", "-1", "0..");
+  refused(lim([](auto& l) { l.max_chunk = 0; }), "limits.max_chunk", "0", "1..");
+  refused(lim([](auto& l) { l.max_draft = -1; }), "limits.max_draft", "-1", "0..");
+}
+
+TEST_CASE("pools that are too small for a decode policy") {
+  for (char const* name : {"h2o", "tova", "knorm", "keydiff", "morphkv"}) {
+    refused(with(name, [](auto& b) { b.cache.shape.max_slots = 16; }), "layers[0].shape.max_slots",
+            "16", ">= 17");
+    accepted(with(name, [](auto& b) { b.cache.shape.max_slots = 17; }));
+  }
+  refused(with("streamingllm", [](auto& b) { b.cache.shape.max_slots = 15; }),
+          "layers[0].shape.max_slots", "15", ">= 16");
+  accepted(with("streamingllm", [](auto& b) { b.cache.shape.max_slots = 16; }));
+  refused(
+      with("morphkv", [](auto& b) { b.cache.shape.max_slots = 17, b.p.include_current = true; }),
+      "layers[0].shape.max_slots", "17", ">= 18");
+  refused(with("morphkv", [](auto& b) { b.cache.shape.max_slots = 25, b.p.evict_after = 1.6; }),
+          "layers[0].shape.max_slots", "25", ">= ");
+  refused(with("h2o", [](auto& b) { b.cache.shape.max_slots = 19, b.lim.max_draft = 3; }),
+          "layers[0].shape.max_slots", "19", ">= 20");
+}
+
+TEST_CASE("layers: none, all skipped, and shapes that differ") {
+  binding const b;
+  any const p = make("snapkv", b.p);
+  cpu::context ctx;
+  auto const message = [&](std::vector<layer_spec<>> const& specs) {
+    return refusal(
+        [&] { (void)bind_session(ctx, p, p, std::span<layer_spec<> const>(specs), b.lim); });
+  };
+  has(message({}), "layers = 0, allowed: at least one");
+  test_cache const cache(b.cache);
+  has(message({{cache.ref(), true}}), "layers = 1, allowed: at least one that is not skipped");
+  auto const other = [&](index_t cache_shape::*field, index_t value) {
+    cache_options o = b.cache;
+    o.shape.*field = value;
+    test_cache const different(o);
+    return message({{cache.ref()}, {different.ref()}});
+  };
+  has(other(&cache_shape::n_kv_heads, 4), "layers[1].shape.n_kv_heads = 4, allowed: 2");
+  has(other(&cache_shape::n_q_heads, 8), "layers[1].shape.n_q_heads = 8, allowed: 4");
+  has(other(&cache_shape::dim_k, 16), "layers[1].shape.dim_k = 16, allowed: 8");
+  has(other(&cache_shape::dim_v, 16), "layers[1].shape.dim_v = 16, allowed: 6");
+  CHECK(other(&cache_shape::max_slots, 64) == "accepted");
+  has(other(&cache_shape::n_seq, 1), "n_seq");
+  kv_ref<> bad = cache.ref();
+  bad.shape.n_q_heads = 5;
+  has(message({{bad}}), "shape.n_q_heads = 5, allowed: a multiple of n_kv_heads = 2");
+  bad = cache.ref();
+  bad.k.layout.strided.head_stride = 3;
+  has(message({{cache.ref()}, {bad}}), "layers[1].k.layout.head_stride = 3");
+  bad = cache.ref();
+  bad.v.layout.strided.seq_stride = std::numeric_limits<offset_t>::max();
+  has(message({{bad}}), "layers[0].v.layout.seq_stride");
+}

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// What the test engine is told and what it shows.
+#pragma once
+
+#include <ostream>
+#include <string>
+
+#include <kvkeep/engine/policy_table.hpp>
+#include <kvkeep/kvkeep.hpp>
+
+#include "text.hpp"
+
+namespace kvkeep {
+
+inline std::ostream& operator<<(std::ostream& out, status s) { return out << to_string(s); }
+
+namespace test {
+
+using any = any_policy<cpu::context>;
+using any_session = session<cpu::context, any, any>;
+
+inline any make(std::string_view name, policy_options const& o = {}) {
+  return make_policy<cpu::context>(name, o);
+}
+
+struct engine_options {
+  cache_options cache{};  ///< of every layer
+  index_t n_layers = 1;
+  std::vector<index_t> slots{};  ///< max_slots per layer, where they differ
+  std::vector<bool> skip{};      ///< layers that the session leaves alone
+  limits lim{};
+  cpu::context* ctx = nullptr;  ///< null: one thread
+};
+
+struct token_record {
+  oracle::kept_sets appended;  ///< live positions per head when the token has its slot
+  oracle::kept_sets done;      ///< after confirm
+  std::vector<float> out;      ///< [q_head, dim_v]
+};
+
+/// One sequence of the engine.
+struct stream {
+  text const* words = nullptr;
+  index_t id = -1, row = 0;
+  index_t tokens = 0;  ///< appended
+};
+
+/// How a prompt reaches the session.
+struct prompt_options {
+  std::vector<index_t> chunks{};  ///< tokens per observe; empty: one chunk
+  bool lse = false;
+  bool queries = true;
+  index_t last_rows = -1;  ///< >= 0: only so many queries of each chunk
+  log_base base = log_base::natural;
+};
+
+}  // namespace test
+}  // namespace kvkeep
