@@ -31,6 +31,8 @@ class session {
  public:
   using space = space_of<Ctx>;
   using plan_type = plan<space>;
+  static_assert(std::is_same_v<space, host_space>,
+                "a session reads lengths and budgets on the host: its state must be host memory");
 
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success. Clears its state.

@@ -41,7 +41,6 @@ struct candidates {
 
   index_t position(index_t j) const noexcept { return positions == nullptr ? j : positions[j]; }
   bool in_range(index_t j) const noexcept { return position(j) >= from && position(j) < to; }
-  bool any_position() const noexcept { return from <= 0 && to == INT32_MAX; }
 };
 
 /// Positions of eight slots from `j` on.
@@ -56,27 +55,25 @@ inline vi candidate_positions(candidates const& c, index_t j) noexcept {
 }
 
 /// Keys of eight slots with positions `p` from `j` on, `other` for those that are no candidates.
-template <bool Bytes, bool Range>
+template <bool Bytes>
 inline vi full_candidate_keys(candidates const& c, index_t j, vi p, vi other) noexcept {
   vi key = order_key(load(c.scores + j));
   if constexpr (Bytes)
     key = select(equal(load_bytes(c.allowed + j), splat(std::int32_t{0})), other, key);
-  if constexpr (Range)
-    key = select(greater(splat(c.to), p) & greater(p, splat(c.from - 1)), key, other);
-  return key;
+  return select(greater(splat(c.to), p) & greater(p, splat(c.from - 1)), key, other);
 }
 
 /// Calls f(keys, positions, j) and g(...) in turn, for eight slots at a time, and returns what they
 /// have become: running results stay in registers, and two of them hide latency. Lanes behind the
 /// end, and slots that are no candidates, have the key `other`.
-template <bool Bytes, bool Range, class F>
+template <bool Bytes, class F>
 inline std::pair<F, F> each_key(candidates const& c, std::int32_t other, F f, F g) noexcept {
   vi const none = splat(other);
   index_t j = 0;
   for (; j + 2 * lanes <= c.n; j += 2 * lanes) {
     vi const p = full_candidate_positions(c, j), q = full_candidate_positions(c, j + lanes);
-    f(full_candidate_keys<Bytes, Range>(c, j, p, none), p, j);
-    g(full_candidate_keys<Bytes, Range>(c, j + lanes, q, none), q, j + lanes);
+    f(full_candidate_keys<Bytes>(c, j, p, none), p, j);
+    g(full_candidate_keys<Bytes>(c, j + lanes, q, none), q, j + lanes);
   }
   for (; j < c.n; j += lanes) {
     index_t const width = c.n - j < lanes ? c.n - j : lanes;
@@ -88,17 +85,14 @@ inline std::pair<F, F> each_key(candidates const& c, std::int32_t other, F f, F 
     }
     candidates const rest{scores, nullptr, allowed, lanes};
     vi const p = candidate_positions(c, j);
-    f(full_candidate_keys<true, false>(rest, 0, p, none), p, j);
+    f(full_candidate_keys<true>(rest, 0, p, none), p, j);
   }
   return {f, g};
 }
 template <class F>
 inline std::pair<F, F> each_key(candidates const& c, std::int32_t other, F f, F g) noexcept {
-  if (c.allowed != nullptr)
-    return c.any_position() ? each_key<true, false>(c, other, f, g)
-                            : each_key<true, true>(c, other, f, g);
-  return c.any_position() ? each_key<false, false>(c, other, f, g)
-                          : each_key<false, true>(c, other, f, g);
+  return c.allowed != nullptr ? each_key<true>(c, other, f, g)
+                              : each_key<false>(c, other, f, g);
 }
 
 /// The lowest key of each lane, and of equal ones the highest position.
