@@ -49,6 +49,7 @@ status session<Ctx, P, D>::take_slots(layer_data& l, batch const& b, index_t* sl
                   w));
   for (index_t i = 0; i < n; ++i) {
     ++l.appended[ids[i]];
+    l.prompt_done[ids[i]] = 1;  // without a prompt, decoding ends its time
     next_generation(ids[i]);
   }
   l.count.tokens += n;
