@@ -14,7 +14,7 @@
 
 namespace kvkeep {
 
-/// Result of every call after `bind`. A call that does not return `ok` has changed nothing.
+/// Result of every call after `bind_session`. A call that does not return `ok` has changed nothing.
 enum class [[nodiscard]] status : std::uint8_t {
   ok,
   bad_argument,         ///< a shape, id or count that the call cannot take

@@ -37,7 +37,7 @@ constexpr char const* to_string(decode_offer o) noexcept {
   return n[static_cast<int>(o)];
 }
 
-/// Bounds of a session. They fix all memory: nothing is allocated after `bind`.
+/// Bounds of a session. They fix all memory: nothing is allocated after `bind_session`.
 struct limits {
   index_t max_sequences = 1;  ///< sequences alive at a time (ids 0 .. max_sequences - 1)
   index_t max_batch = 0;      ///< entries of one call; 0: max_sequences
@@ -81,7 +81,7 @@ struct sequence_options {
   index_t frozen = 0;  ///< tokens of a shared prefix: never evicted, moved or reused
 };
 
-/// Proof that it ran. Sums over all layers, sequences and heads since `bind`.
+/// Proof that it ran. Sums over all layers, sequences and heads since `bind_session`.
 struct counters {
   std::int64_t tokens = 0;        ///< tokens appended or observed, per layer
   std::int64_t evicted = 0;       ///< slots freed by decisions, per KV head

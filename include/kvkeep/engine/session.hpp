@@ -110,7 +110,7 @@ class session {
   /// Restores into a sequence that was begun. Refuses another version, configuration or byte order.
   KVKEEP_COLD status load(index_t id, std::span<std::byte const> in) noexcept;
 
-  /// Bytes of memory that `bind` needs.
+  /// Bytes of memory that `bind_session` needs.
   std::size_t bytes() const noexcept { return state_bytes_ + scratch_bytes_ * scratch_count(); }
 
   session(session&&) noexcept = default;
@@ -202,6 +202,7 @@ class session {
   status check_append(layer_data const& l, batch const& b) const noexcept;
   status take_slots(layer_data& l, batch const& b, index_t* slots, workspace& w) noexcept;
   status check_token(layer_data const& l, batch const& b) const noexcept;
+  status show_token(index_t m, batch const& b, queries const& q, float* out, float* lse) noexcept;
   status weigh(layer_data& l, batch const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
   status token_done(layer_data& l, entries const& e, workspace& w) noexcept;

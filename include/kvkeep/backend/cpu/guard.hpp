@@ -78,21 +78,6 @@ inline index_t count_open(open_range const& range, index_t const* positions, ind
   return count;
 }
 
-/// Eight bytes, 1 where the bit is set.
-inline std::uint64_t spread_bits(unsigned bits) noexcept {
-  return (((bits & 0x7fu) * 0x02040810204081ull) & 0x0101010101010101ull) |
-         (static_cast<std::uint64_t>(bits >> 7) << 56);
-}
-
-/// allowed[j] = 1 if slot j is open, else 0. @param allowed [n]
-inline void write_open(open_range const& range, index_t const* positions, index_t n,
-                       std::uint8_t* allowed) noexcept {
-  for (index_t j = 0; j < n; j += lanes) {
-    std::uint64_t const bytes = spread_bits(open_bits(range, positions + j, n - j));
-    std::memcpy(allowed + j, &bytes, size_of(std::min<index_t>(lanes, n - j)));
-  }
-}
-
 /// mask[j] = -1 if slot j is open, else 0. @param mask [n]
 inline void write_open(open_range const& range, index_t const* positions, index_t n,
                        std::int32_t* mask) noexcept {

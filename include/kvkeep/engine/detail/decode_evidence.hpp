@@ -27,13 +27,7 @@ status session<Ctx, P, D>::attend(index_t layer, batch const& b, queries const& 
   index_t const m = managed(layer);
   if (m == -1) return status::unsupported;
   if (m < 0 || q.data == nullptr || q.n_rows != 1 || out == nullptr) return status::bad_argument;
-  KVKEEP_TRY(check_batch(b));
-  layer_data& l = layers_[static_cast<std::size_t>(m)];
-  KVKEEP_TRY(check_token(l, b));
-  workspace w = scratch(m);
-  KVKEEP_TRY(weigh(l, b, q, out, lse, w));
-  note_scratch(l, w);
-  return status::ok;
+  return show_token(m, b, q, out, lse);
 }
 
 template <backend Ctx, class P, class D>
@@ -42,11 +36,18 @@ status session<Ctx, P, D>::observe(index_t layer, batch const& b, queries const&
   if (m == -1) return status::ok;
   if (m < 0 || q.data == nullptr || q.n_rows != 1) return status::bad_argument;
   if (decode_.when.before_attention || decode_.when.per_head_mask) return status::unsupported;
+  return show_token(m, b, q, nullptr, nullptr);
+}
+
+/// The newest token's queries in managed layer `m`.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::show_token(index_t m, batch const& b, queries const& q, float* out,
+                                      float* lse) noexcept {
   KVKEEP_TRY(check_batch(b));
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   KVKEEP_TRY(check_token(l, b));
   workspace w = scratch(m);
-  KVKEEP_TRY(weigh(l, b, q, nullptr, nullptr, w));
+  KVKEEP_TRY(weigh(l, b, q, out, lse, w));
   note_scratch(l, w);
   return status::ok;
 }

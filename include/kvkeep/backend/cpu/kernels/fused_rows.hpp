@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Scores from rows over slots: MorphKV's cached rows E = e^(z - m) and the group mean of attention
-/// rows.
+/// Scores from rows over slots: MorphKV's cached rows E = e^(z - m).
 #pragma once
 
 #include "panel_softmax.hpp"
@@ -173,40 +172,6 @@ inline void fuse_cached_rows(cached_rows const& c, float const* inverse, std::in
   else
     c.n_heads == 4 ? fuse_all_slots<row_fold::max, 4>(c, inverse, old, f)
                    : fuse_all_slots<row_fold::max, 0>(c, inverse, old, f);
-}
-
-/// Byte mask (0 or not) to lane mask (0 or -1). @param out [n], host
-inline void widen_mask(std::uint8_t const* mask, index_t n, std::int32_t* out) noexcept {
-  for (index_t j = 0; j < n; ++j) out[j] = mask[j] != 0 ? -1 : 0;
-}
-
-/// Unnormalised attention rows of the group.
-struct group_rows {
-  float const* e = nullptr;        ///< [n_heads][n], host
-  offset_t stride = 0;             ///< floats between rows
-  float const* inverse = nullptr;  ///< [n_heads], host: 1 / sum of each row
-  index_t n_heads = 0;
-};
-
-/// Mean probability of the group for eight slots from `j` on, heads ascending.
-inline vf group_mean_at(group_rows const& a, index_t j, index_t width) noexcept {
-  vf sum = load_some(a.e + j, width) * splat(a.inverse[0]);
-  for (index_t g = 1; g < a.n_heads; ++g)
-    sum = fma(load_some(a.e + g * a.stride + j, width), splat(a.inverse[g]), sum);
-  return sum * splat(1.0f / static_cast<float>(a.n_heads));
-}
-
-/// p[j] = (1 / G) * sum over heads of e[g][j] * inverse[g]. @param p [n], host
-/// Cost: 4 * n_heads bytes read per slot.
-inline void group_mean(group_rows const& a, index_t n, float* p) noexcept {
-  for (index_t j = 0; j < n; j += lanes) store_some(p + j, group_mean_at(a, j, n - j), n - j);
-}
-
-/// H2O's step: adds the group's mean probability to every slot's sum.
-/// @param sums [n], host
-inline void accumulate_group_mean(group_rows const& a, index_t n, float* sums) noexcept {
-  for (index_t j = 0; j < n; j += lanes)
-    store_some(sums + j, load_some(sums + j, n - j) + group_mean_at(a, j, n - j), n - j);
 }
 
 }  // namespace KVKEEP_CPU_ISA
