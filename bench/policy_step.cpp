@@ -153,7 +153,7 @@ struct layer_times {
 constexpr int warm_up = 2;
 
 void policy_step(benchmark::State& state, point const& p, std::string const& policy) {
-  bool const weighs = policy == "h2o" || policy == "tova" || policy == "morphkv";
+  bool const weighs = policy == "morphkv";  // the others fold the weights while they are at hand
   model m(p, policy);
   double const heads = 1.0 * p.batch * p.kv_heads;
   double const rows = 2.0 * heads * (p.capacity + 1) * p.dim;  // of K and V, in elements

@@ -51,12 +51,12 @@ TEST_CASE("accumulate adds normalised weights of the token's ring row") {
     a.weight_sum = sum.cref();
     a.ring_row = ring > 1 || g.chance(0.5F) ? rows.data() : nullptr;
     a.ring_stride = group * a.weights.stride[2];
-    a.scale = g.uniform(0.1F, 2);
-    a.per_query_head = per_head;
-    a.clear = g.chance(0.3F);
-    if (use_fresh) a.fresh_slot = fresh.cref();
-    a.out = out.ref();
-    a.out_by_id = by_id;
+    a.fold.scale = g.uniform(0.1F, 2);
+    a.fold.per_query_head = per_head;
+    a.fold.clear = g.chance(0.3F);
+    if (use_fresh) a.fold.fresh_slot = fresh.cref();
+    a.fold.out = out.ref();
+    a.fold.out_by_id = by_id;
     test::run_op(a, out);
 
     bool right = true;
@@ -65,13 +65,13 @@ TEST_CASE("accumulate adds normalised weights of the token's ring row") {
       for (index_t r = 0; r < (per_head ? group : 1); ++r)
         for (index_t t = 0; t < l.length(b, h); ++t) {
           double x = static_cast<double>(before[uz(out.ref().offset(at, h, r, t))]);
-          if (a.clear || (use_fresh && fresh(id, h) == t)) x = 0;
+          if (a.fold.clear || (use_fresh && fresh(id, h) == t)) x = 0;
           double add = 0;
           for (index_t q = per_head ? r : 0; q < (per_head ? r + 1 : group); ++q)
             add += static_cast<double>(weights(id, h, row * group + q, t)) /
                    static_cast<double>(sum(id, h, q, row));
           right = right && near(static_cast<double>(out(at, h, r, t)),
-                                x + static_cast<double>(a.scale) * add);
+                                x + static_cast<double>(a.fold.scale) * add);
         }
     });
     CHECK(right);
@@ -91,7 +91,7 @@ TEST_CASE("a row without mass adds nothing") {
   a.slots = l.slots();
   a.weights = weights.cref();
   a.weight_sum = sum.cref();
-  a.out = out.ref();
+  a.fold.out = out.ref();
   test::run_op(a, out);
   for (index_t t = 0; t < 11; ++t) CHECK(out(0, 0, 0, t) == 3.5F);
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Decode attention against plain loops in double, in every layout and element type.
+#include <kvkeep/backend/cpu/accumulate.hpp>
 #include <kvkeep/backend/cpu/attend.hpp>
 
 #include "../support/run_op.hpp"
@@ -200,6 +201,57 @@ TEST_CASE("outputs may be left out one by one") {
       CHECK(test::same_bits(a.weight_sum.data(), whole.weight_sum.data()));
     }
   }
+}
+
+TEST_CASE("attention folds its weights to the bits of op::accumulate") {
+  test::for_seeds(12, [](generator& g) {
+    test::layer_options o;
+    o.cache.shape = test::random_shape(g, 70, 9);
+    o.n_batch = g.integer(1, o.cache.shape.n_seq);
+    o.cache.seed = g.next();
+    o.cache.layout = g.one_of(test::all_layouts());
+    o.cache.type = g.one_of(test::all_dtypes());
+    INFO(o.cache.layout << " " << o.cache.type);
+    test::test_layer const l(o);
+    index_t const heads = l.shape().n_kv_heads, group = l.shape().group();
+    attend_run a(l, g, g.integer(1, 3));
+    std::vector<float> const sinks = g.normals(uz(l.shape().n_q_heads), 2);
+    bool const mask = g.chance(0.3F), keeps_weights = g.chance(0.5F);
+    if (g.chance(0.3F)) a.op.layer.kv.sink_logits = sinks.data();
+    if (mask) a.op.visible = a.visible.cref();
+
+    weight_fold<> f;
+    f.out_by_id = g.chance(0.5F);
+    f.per_query_head = g.chance(0.4F);
+    f.clear = g.chance(0.3F);
+    f.scale = g.uniform(0.1F, 2);
+    padded<index_t, 2> fresh({l.n_ids, heads}, 0);
+    fresh.each([&](index_t& x) { x = g.integer(-1, l.shape().max_slots - 1); });
+    if (g.chance(0.5F)) f.fresh_slot = fresh.cref();
+    index_t const rows = f.out_by_id ? l.n_ids : l.n(), per_head = f.per_query_head ? group : 1;
+    padded<float, 4> fused({rows, heads, per_head, l.shape().max_slots});
+    padded<float, 4> apart({rows, heads, per_head, l.shape().max_slots});
+    fused.each([&](float& x) { x = g.normal(); });
+    apart.data() = fused.data();
+
+    op::accumulate<> after;
+    after.batch = l.batch();
+    after.slots = l.slots();
+    after.weights = a.op.weights;
+    after.weight_sum = a.weight_sum.cref();
+    after.ring_row = a.ring_row.data();
+    after.ring_stride = a.op.ring_stride;
+    after.fold = f;
+    after.fold.out = apart.ref();
+    a.run();
+    test::run_op(after, apart);
+
+    a.op.fold = f;
+    a.op.fold.out = fused.ref();
+    if (!keeps_weights) a.op.weights = {}, a.op.weight_sum = {};  // the fold needs neither
+    test::run_op(a.op, a.out, a.lse, a.weights, a.weight_sum, fused);
+    CHECK(test::same_bits(fused.data(), apart.data()));
+  });
 }
 
 TEST_CASE("NaN and infinite keys, and huge logits, do not poison the other slots") {

@@ -399,15 +399,15 @@ void check_accumulate(bench<T>& t) {
   o.slots = t.layer.slots;
   o.weights = row_major(static_cast<float const*>(w.data()), n_id, hkv, group, slots);
   o.weight_sum = row_major(static_cast<float const*>(sum.data()), n_id, hkv, group, 1);
-  o.scale = 2;
-  o.fresh_slot = row_major(static_cast<index_t const*>(fresh.data()), n_id, hkv);
-  o.out = row_major(acc.data(), n_id, hkv, 1, slots);
-  o.out_by_id = true;
+  o.fold.scale = 2;
+  o.fold.fresh_slot = row_major(static_cast<index_t const*>(fresh.data()), n_id, hkv);
+  o.fold.out = row_major(acc.data(), n_id, hkv, 1, slots);
+  o.fold.out_by_id = true;
   t.run_op(o);
-  REQUIRE(o.out(ids[0], 0, 0, 2) == 1.75F);
-  REQUIRE(o.out(ids[0], 0, 0, 3) == 0.75F);
-  REQUIRE(o.out(ids[0], 1, 0, 37) == 1.0F);
-  REQUIRE(o.out(ids[1], 1, 0, 3) == 1.0F);
+  REQUIRE(o.fold.out(ids[0], 0, 0, 2) == 1.75F);
+  REQUIRE(o.fold.out(ids[0], 0, 0, 3) == 0.75F);
+  REQUIRE(o.fold.out(ids[0], 1, 0, 37) == 1.0F);
+  REQUIRE(o.fold.out(ids[1], 1, 0, 3) == 1.0F);
 }
 
 /// What a plan must hold, by sorting.

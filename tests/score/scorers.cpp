@@ -116,11 +116,13 @@ TEST_CASE("scorers state their evidence, memory and abilities") {
   h.group = reduction::max;
   CHECK(h.state(s).slot_rows == 4);
   CHECK(last_row_score{}.traits().whole_layer);
-  CHECK(last_row_score{}.state(s).slot_rows == 0);
+  CHECK(last_row_score{}.state(s).slot_rows == 1);
+  CHECK_FALSE(last_row_score{}.state(s).ring_at_decode);
   recent_fused_score m;
   m.window = 8;
   CHECK(m.row_count() == 7);
   CHECK(m.state(s).weight_ring == 7);
+  CHECK(m.state(s).ring_at_decode);
   m.evaluation = morph_rows::direct;
   CHECK(m.state(s).weight_ring == 0);
   m.n_rows = 8;

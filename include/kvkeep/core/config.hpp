@@ -37,3 +37,11 @@
 #define KVKEEP_CPU_AVX2 0
 #define KVKEEP_CPU_ISA isa_generic
 #endif
+
+/// Programs that link the library kvkeep::cpu (src/) define KVKEEP_CPU_COMPILED: the CPU backend's ops
+/// and the session of run-time-chosen policies are then declared only, and units compile faster.
+#if defined(KVKEEP_CPU_COMPILED)
+#define KVKEEP_CPU_OP
+#else
+#define KVKEEP_CPU_OP inline
+#endif

@@ -38,6 +38,7 @@ class any_scorer {
   }
   status settle(Ctx& c, input const& in, workspace& w) const { return self_->settle(c, in, w); }
   status fold(Ctx& c, input const& in, workspace& w) const { return self_->fold(c, in, w); }
+  weight_fold<space> attention_fold(input const& in) const { return self_->attention_fold(in); }
   status score(Ctx& c, input const& in, score_map<space> out, workspace& w) const {
     return self_->score(c, in, out, w);
   }
@@ -58,6 +59,7 @@ class any_scorer {
                                   workspace&) const = 0;
     virtual status settle(Ctx&, input const&, workspace&) const = 0;
     virtual status fold(Ctx&, input const&, workspace&) const = 0;
+    virtual weight_fold<space> attention_fold(input const&) const = 0;
     virtual status score(Ctx&, input const&, score_map<space>, workspace&) const = 0;
     virtual status score_direct(Ctx&, input const&, score_map<space>, heads_map,
                                 workspace&) const = 0;
@@ -83,6 +85,9 @@ class any_scorer {
       return s.settle(c, in, w);
     }
     status fold(Ctx& c, input const& in, workspace& w) const override { return s.fold(c, in, w); }
+    weight_fold<space> attention_fold(input const& in) const override {
+      return s.attention_fold(in);
+    }
     status score(Ctx& c, input const& in, score_map<space> out, workspace& w) const override {
       return s.score(c, in, out, w);
     }

@@ -249,6 +249,8 @@ class session {
   Prompt prompt_{};
   Decode decode_{};
   bool one_policy_ = false;
+  bool rings_tokens_ = false;     ///< decoded tokens' queries enter the ring
+  bool attention_folds_ = false;  ///< attention does the decode scorer's fold
   limits limits_{};
   detail::state_shape shape_{};
   index_t n_all_layers_ = 0;

@@ -207,6 +207,17 @@ struct drop_idle_victims {
   }
 };
 
+/// One set for all heads: the first head's victim is everybody's; index: entry * n_kv_heads + head.
+template <class Space>
+struct share_victim {
+  tensor_ref<index_t, 2, Space> victim;
+  index_t const* id;
+  index_t n_kv_heads;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    victim(id[i / n_kv_heads], i % n_kv_heads) = victim(id[i / n_kv_heads], 0);
+  }
+};
+
 /// Index of the visibility steps: entry * n_q_heads + query head.
 template <class Space>
 struct show_all {

@@ -8,8 +8,8 @@
 
 namespace kvkeep::op {
 
-/// out[slot] (+)= scale * sum over g ascending of weights[g, slot] / weight_sum[g] (H2O, TOVA), or one
-/// output row per query head. Operations: 2 per slot and query head.
+/// Folds the weights that attention left in memory; op::attend folds those that it has at hand.
+/// Bytes: 4 per weight, 8 per output. Operations: 2 per slot and query head.
 template <class Space = host_space>
 struct accumulate {
   using space = Space;
@@ -17,15 +17,9 @@ struct accumulate {
   slot_state<Space> slots{};
   tensor_ref<float const, 4, Space> weights{};     ///< [id, kv_head, g, slot] of ring row 0
   tensor_ref<float const, 4, Space> weight_sum{};  ///< [id, kv_head, g, ring row]
-  index_t const* ring_row = nullptr;             ///< [entry]; null: row 0
+  index_t const* ring_row = nullptr;               ///< [entry]; null: row 0
   offset_t ring_stride = 0;
-  float scale = 1;
-  bool per_query_head = false;
-  bool clear = false;               ///< overwrite instead of adding
-  /// The slot of the newest token starts from zero whatever `out` held: [id, kv_head] or null.
-  tensor_ref<index_t const, 2, Space> fresh_slot{};
-  tensor_ref<float, 4, Space> out{};  ///< [entry or id, kv_head, 1 or group, slot]
-  bool out_by_id = false;
+  weight_fold<Space> fold{};
 };
 
 /// MorphKV's scores from cached weights (spec 4.4): with Z[g, r] the sum of row r over the old slots,

@@ -29,6 +29,9 @@ struct attend {
   tensor_ref<float, 4, Space> weight_sum{};      ///< [id, kv_head, g, ring row] sum of the weights
   index_t const* weight_row = nullptr;         ///< [entry] ring row; null: row 0
   offset_t ring_stride = 0;
+  /// Folds the weights while they are at hand: the same bits as op::accumulate afterwards.
+  /// Bytes: 8 per output. Operations: 2 per slot and query head.
+  weight_fold<Space> fold{};
   /// Optional visibility, `[entry, q_head, slot]`: 0 hides the slot from that query head's output (the
   /// weights are unaffected).
   tensor_ref<std::uint8_t const, 3, Space> visible{};

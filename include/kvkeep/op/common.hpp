@@ -39,6 +39,19 @@ struct query_rows {
   bool by_id = false;
 };
 
+/// Where one token's attention weights go: `out[slot] (+)= scale * sum over g ascending of
+/// weights[g, slot] / weight_sum[g]` (H2O, TOVA), or one output row per query head.
+template <class Space = host_space>
+struct weight_fold {
+  tensor_ref<float, 4, Space> out{};  ///< [entry or id, kv_head, 1 or group, slot]; null: nowhere
+  bool out_by_id = false;
+  bool per_query_head = false;
+  bool clear = false;  ///< overwrite instead of adding
+  float scale = 1;
+  /// The slot of the newest token starts from zero whatever `out` held: [id, kv_head] or null.
+  tensor_ref<index_t const, 2, Space> fresh_slot{};
+};
+
 /// A score map as a tensor with one row per KV head.
 template <class Space>
 KVKEEP_HD tensor_ref<float, 4, Space> as_rows(score_map<Space> const& m) noexcept {

@@ -26,7 +26,7 @@ struct heavy_hitter_score : scorer_base {
     t.prefix_safe = false;  // the rows of a shared prefix were never seen
     return t;
   }
-  state_spec state(cache_shape const& s) const { return {n_rows(s), 0, 1}; }
+  state_spec state(cache_shape const& s) const { return {n_rows(s), 0, 1, true}; }
   std::uint64_t key() const { return config_key(group, by_age); }
 
   template <class Ctx>
@@ -37,15 +37,16 @@ struct heavy_hitter_score : scorer_base {
                                               group == reduction::max, false},
                ws);
   }
+  template <class Space>
+  weight_fold<Space> attention_fold(score_input<Space> const& in) const {
+    return {in.rows, true, group == reduction::max, false, 1, in.fresh};
+  }
   template <class Ctx>
   status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
-    op::accumulate<space_of<Ctx>> add{in.batch, in.layer.slots, in.weights, in.weight_sum,
-                                      in.newest_row, in.weight_stride};
-    add.per_query_head = group == reduction::max;
-    add.fresh_slot = in.fresh;
-    add.out = in.rows;
-    add.out_by_id = true;
-    return run(ctx, add, ws);
+    return run(ctx,
+               op::accumulate<space_of<Ctx>>{in.batch, in.layer.slots, in.weights, in.weight_sum,
+                                             in.newest_row, in.weight_stride, attention_fold(in)},
+               ws);
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
@@ -65,7 +66,8 @@ struct heavy_hitter_score : scorer_base {
 };
 
 /// TOVA's score: the newest token's attention row, mean over all query heads of the layer.
-/// Spec 4.2, 3.9; arXiv 2401.06104, schwartz-lab-NLP/TOVA tova_cache.py, kvpress TOVAPress. No state.
+/// Spec 4.2, 3.9; arXiv 2401.06104, schwartz-lab-NLP/TOVA tova_cache.py, kvpress TOVAPress.
+/// State: one fp32 row per slot, the newest row summed over the group.
 struct last_row_score : scorer_base {
   scorer_traits traits() const {
     scorer_traits t;
@@ -75,38 +77,49 @@ struct last_row_score : scorer_base {
     t.whole_layer = true;
     return t;
   }
-  state_spec state(cache_shape const&) const { return {0, 1, 1}; }
+  state_spec state(cache_shape const&) const { return {1, 1, 1, true}; }
 
   /// The last prompt token's row stands in until the first decoded token has one.
   template <class Ctx>
   status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
-    query_rows<space_of<Ctx>> q;
-    KVKEEP_TRY(last_queries(ctx, in, 1, q, ws));
+    return last_row(ctx, in, in.rows, true, ws);
+  }
+  template <class Space>
+  weight_fold<Space> attention_fold(score_input<Space> const& in) const {
+    return {in.rows, true, false, true};
+  }
+  template <class Ctx>
+  status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
     return run(ctx,
-               op::row_weights<space_of<Ctx>>{in.batch, in.layer, q, in.weights, in.weight_sum,
-                                              in.weight_stride, in.weight_ring},
+               op::accumulate<space_of<Ctx>>{in.batch, in.layer.slots, in.weights, in.weight_sum,
+                                             in.newest_row, in.weight_stride, attention_fold(in)},
                ws);
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
                workspace& ws) const {
-    using space = space_of<Ctx>;
-    auto const& shape = in.layer.kv.shape;
-    float const scale = 1.0F / static_cast<float>(shape.group());
-    auto const map = as_rows(out);
-    if (in.newest_row != nullptr) {
-      op::accumulate<space> add{in.batch, in.layer.slots, in.weights, in.weight_sum,
-                                in.newest_row, in.weight_stride, scale, false, true};
-      add.out = map;
-      return run(ctx, add, ws);
+    float const scale = 1.0F / static_cast<float>(in.layer.kv.shape.group());
+    bool const decoding = in.newest_row != nullptr;
+    if (!decoding) KVKEEP_TRY(last_row(ctx, in, as_rows(out), false, ws));
+    op::reduce_rows<space_of<Ctx>> mean{in.batch, in.layer.slots, in.rows, true, reduction::sum,
+                                        scale};
+    if (!decoding) {
+      mean.in = as_rows(out);
+      mean.in_by_id = false;
     }
-    query_rows<space> q;
-    KVKEEP_TRY(last_queries(ctx, in, 1, q, ws));
-    KVKEEP_TRY(
-        run(ctx, op::column_sums<space>{in.batch, in.layer, q, map, false, false, true}, ws));
-    op::reduce_rows<space> mean{in.batch, in.layer.slots, map, false, reduction::sum, scale};
     mean.out = out;
     return run(ctx, mean, ws);
+  }
+
+ private:
+  /// The last prompt query's attention row, summed over the group.
+  template <class Ctx>
+  static status last_row(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                         tensor_ref<float, 4, space_of<Ctx>> out, bool by_id, workspace& ws) {
+    query_rows<space_of<Ctx>> q;
+    KVKEEP_TRY(last_queries(ctx, in, 1, q, ws));
+    return run(ctx,
+               op::column_sums<space_of<Ctx>>{in.batch, in.layer, q, out, by_id, false, true}, ws);
   }
 };
 

@@ -45,7 +45,7 @@ struct recent_fused_score : scorer_base {
     KVKEEP_EXPECTS(fusion != reduction::mean, "fusion", to_string(fusion), "sum or max");
   }
   state_spec state(cache_shape const&) const {
-    return {0, row_count(), evaluation == morph_rows::cached ? row_count() : 0};
+    return {0, row_count(), evaluation == morph_rows::cached ? row_count() : 0, false, true};
   }
   std::uint64_t key() const { return config_key(window, n_rows, fusion, evaluation); }
 

@@ -32,6 +32,9 @@ struct state_spec {
   index_t slot_rows = 0;    ///< floats per slot, moving with the slots
   index_t query_ring = 0;   ///< most recent queries kept per sequence and layer
   index_t weight_ring = 0;  ///< most recent tokens whose attention weights are kept per slot
+  /// `attention_fold` does all that `fold` does: the ring serves drafts and rows of the engine alone.
+  bool folds_weights = false;
+  bool ring_at_decode = false;  ///< decoded tokens' queries enter the ring too, not only the prompt's
 };
 
 /// Everything that a scorer may look at in one call. All `[id, ...]` arrays are indexed by
@@ -77,6 +80,11 @@ struct scorer_base {
   status settle(Ctx&, score_input<space_of<Ctx>> const&, workspace&) const {
     return status::ok;
   }
+  /// What attention itself folds of a token that needs no confirmation, instead of a call of `fold`.
+  template <class Space>
+  weight_fold<Space> attention_fold(score_input<Space> const&) const {
+    return {};
+  }
   /// After the attention of one confirmed token.
   template <class Ctx>
   status fold(Ctx&, score_input<space_of<Ctx>> const&, workspace&) const {
@@ -97,6 +105,7 @@ concept scorer = requires(S const& s, Ctx& c, score_input<space_of<Ctx>> const& 
   { s.observe_prompt(c, in, rows, w) } -> std::same_as<status>;
   { s.settle(c, in, w) } -> std::same_as<status>;
   { s.fold(c, in, w) } -> std::same_as<status>;
+  { s.attention_fold(in) } -> std::same_as<weight_fold<space_of<Ctx>>>;
   { s.score(c, in, out, w) } -> std::same_as<status>;
 };
 

@@ -4,41 +4,12 @@
 #pragma once
 
 #include "../../op/accumulate.hpp"
+#include "fold.hpp"
 #include "kernels/fused_rows.hpp"
 #include "window_score.hpp"
 
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
-
-/// Unnormalised weights of some query heads: term = factor * sum over rows of e[row] *
-/// inverse[row].
-struct weight_rows {
-  float const* e = nullptr;  ///< [n_rows] rows of n slots
-  offset_t stride = 0;
-  float const* inverse = nullptr;  ///< [n_rows]
-  index_t n_rows = 0;
-  float factor = 1;
-};
-
-/// Term of eight slots from `j` on, or of the `width` there are.
-inline vf folded_term(weight_rows const& w, index_t j, index_t width) noexcept {
-  vf sum = load_some(w.e + j, width) * splat(w.inverse[0]);
-  for (index_t g = 1; g < w.n_rows; ++g)
-    sum = fma(load_some(w.e + g * w.stride + j, width), splat(w.inverse[g]), sum);
-  return sum * splat(w.factor);
-}
-
-/// out[j] = (add ? out[j] : 0) + term[j].
-inline void fold_weights(weight_rows const& w, index_t n, bool add, float* out) noexcept {
-  index_t j = 0;
-  for (; j + lanes <= n; j += lanes) {
-    vf const term = folded_term(w, j, lanes);
-    store(out + j, add ? load(out + j) + term : term);
-  }
-  if (j == n) return;
-  vf const term = folded_term(w, j, n - j);
-  store_part(out + j, add ? load_part(out + j, n - j) + term : term, n - j);
-}
 
 /// Fetches what a later head will read.
 inline void prefetch_accumulate(op::accumulate<host_space> const& o, index_t b,
@@ -47,32 +18,24 @@ inline void prefetch_accumulate(op::accumulate<host_space> const& o, index_t b,
   index_t const ring = o.ring_row != nullptr ? o.ring_row[b] : 0;
   for (index_t g = 0; g < o.weights.extent[2]; ++g)
     prefetch_slots(o.weights.at(id, h, g, 0) + ring * o.ring_stride, n);
-  for (index_t r = 0; !o.clear && r < (o.per_query_head ? o.weights.extent[2] : 1); ++r)
-    prefetch_slots(o.out.at(o.out_by_id ? id : b, h, r, 0), n);
+  weight_fold<host_space> const& f = o.fold;
+  for (index_t r = 0; !f.clear && r < (f.per_query_head ? o.weights.extent[2] : 1); ++r)
+    prefetch_slots(f.out.at(f.out_by_id ? id : b, h, r, 0), n);
 }
 
 inline void accumulate_head(op::accumulate<host_space> const& o, float* inverse, index_t b,
                             index_t h) noexcept {
   index_t const id = o.batch.id_of(b), n = o.slots.lengths(id, h), group = o.weights.extent[2];
   index_t const ring = o.ring_row != nullptr ? o.ring_row[b] : 0;
-  index_t const fresh = o.fresh_slot.data != nullptr ? o.fresh_slot(id, h) : -1;
-  for (index_t g = 0; g < group; ++g) {
-    float const sum = o.weight_sum(id, h, g, ring);
-    inverse[g] = sum > 0 ? 1.0F / sum : 0.0F;
-  }
-  index_t const rows = o.per_query_head ? group : 1;
-  for (index_t r = 0; r < rows; ++r) {
-    float* const out = o.out.at(o.out_by_id ? id : b, h, r, 0);
-    if (fresh >= 0 && fresh < n) out[fresh] = 0;
-    weight_rows const w{o.weights.at(id, h, r, 0) + ring * o.ring_stride, o.weights.stride[2],
-                        inverse + r, o.per_query_head ? 1 : group, o.scale};
-    fold_weights(w, n, !o.clear, out);
-  }
+  for (index_t g = 0; g < group; ++g) inverse[g] = inverse_of(o.weight_sum(id, h, g, ring));
+  weight_rows const w{o.weights.at(id, h, 0, 0) + ring * o.ring_stride, o.weights.stride[2],
+                      inverse, group};
+  fold_head(o.fold, w, o.fold.out_by_id ? id : b, id, h, n);
 }
 
 /// Folds one token's weights into the slots' sums. Cost: 4 bytes per weight, 8 per output.
-inline status enqueue(context& c, op::accumulate<host_space> const& o, workspace& ws) noexcept {
-  if (!slots_contiguous(o.weights) || !slots_contiguous(o.out)) return status::bad_argument;
+KVKEEP_CPU_OP status enqueue(context& c, op::accumulate<host_space> const& o, workspace& ws) noexcept {
+  if (!slots_contiguous(o.weights) || !slots_contiguous(o.fold.out)) return status::bad_argument;
   workspace::frame const frame(ws);
   index_t const heads = o.slots.lengths.extent[1];
   auto const inverse =
@@ -156,7 +119,7 @@ inline void ring_score_head(op::ring_score<host_space> const& o, ring_scratch co
 }
 
 /// MorphKV's scores from cached weights. Cost as the op says.
-inline status enqueue(context& c, op::ring_score<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::ring_score<host_space> const& o, workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.weights) || !slots_contiguous(o.q) || !slots_contiguous(o.out) ||

@@ -8,6 +8,7 @@
 
 #include "../../op/attend.hpp"
 #include "../../op/window_score.hpp"
+#include "fold.hpp"
 #include "rows.hpp"
 
 namespace kvkeep::cpu {
@@ -19,7 +20,7 @@ struct attend_scratch {
   worker_scratch<float> gathered;        ///< rows that kernels cannot read where they lie
   worker_scratch<float> logits;          ///< [group][max_slots]
   worker_scratch<float> shown;           ///< [group][max_slots] weights under a visibility mask
-  worker_scratch<float> small;           ///< [group + dim_v]
+  worker_scratch<float> small;           ///< [2 * group + dim_v] factors of output and fold, values
 
   static attend_scratch take(workspace& ws, int workers, kv_ref<host_space> const& kv,
                              bool masked) {
@@ -29,7 +30,7 @@ struct attend_scratch {
     s.gathered = take_each<float>(ws, workers, std::max(gather_floats(kv.k), gather_floats(kv.v)));
     s.logits = take_each<float>(ws, workers, group * slots);
     s.shown = take_each<float>(ws, workers, masked ? group * slots : 0);
-    s.small = take_each<float>(ws, workers, group + size_of(kv.shape.dim_v));
+    s.small = take_each<float>(ws, workers, 2 * group + size_of(kv.shape.dim_v));
     return s;
   }
 };
@@ -128,6 +129,7 @@ inline void attend_head(op::attend<host_space> const& o, attend_scratch const& s
   float* const z = keep ? o.weights.at(id, h, 0, 0) + ring * o.ring_stride : scratch.logits(worker);
   offset_t const stride = keep ? o.weights.stride[2] : kv.shape.max_slots;
   float* const small = scratch.small(worker);
+  float* const inverse = small + group;
   void const** const pointers = scratch.pointers(worker);
   float* const gathered = scratch.gathered(worker);
 
@@ -145,16 +147,19 @@ inline void attend_head(op::attend<host_space> const& o, attend_scratch const& s
     }
     softmax_sum const all = n > 0 ? softmax_row(row, n, row) : softmax_sum{};
     if (o.visible.data == nullptr) shown = all;
-    if (o.weight_sum.data != nullptr)
-      o.weight_sum(id, h, g, ring) = n > 0 ? normaliser(all, sink).sum : 0.0F;
+    float const sum = n > 0 ? normaliser(all, sink).sum : 0.0F;
+    if (o.weight_sum.data != nullptr) o.weight_sum(id, h, g, ring) = sum;
+    inverse[g] = inverse_of(sum);
     row_normaliser const r = normaliser(shown, sink);
     bool const empty = !(shown.sum > 0);
     small[g] = empty ? 0.0F : 1.0F / r.sum;
     if (o.lse.data != nullptr)
       o.lse(b, h * group + g) = empty ? -std::numeric_limits<float>::infinity() : r.lse;
   }
+  if (o.fold.out.data != nullptr)
+    fold_head(o.fold, {z, stride, inverse, group}, o.fold.out_by_id ? id : b, id, h, n);
   if (o.out.data != nullptr)
-    head_output({&kv.v, seq, h}, w, n, pointers, gathered, small + group, o.out.at(b, h * group, 0),
+    head_output({&kv.v, seq, h}, w, n, pointers, gathered, inverse + group, o.out.at(b, h * group, 0),
                 o.out.stride[1]);
   // gathered planes write nothing for a head without slots
   for (index_t g = 0; n == 0 && o.out.data != nullptr && g < group; ++g)
@@ -162,11 +167,11 @@ inline void attend_head(op::attend<host_space> const& o, attend_scratch const& s
 }
 
 /// Attention of every entry and KV head. Cost as the op says.
-inline status enqueue(context& c, op::attend<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::attend<host_space> const& o, workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v))) return status::unsupported;
   if (!slots_contiguous(o.q) || !slots_contiguous(o.out) || !slots_contiguous(o.weights) ||
-      !slots_contiguous(o.visible))
+      !slots_contiguous(o.visible) || !slots_contiguous(o.fold.out))
     return status::bad_argument;
   workspace::frame const frame(ws);
   int const workers = c.workers(o.batch.n * kv.shape.n_kv_heads);
@@ -209,7 +214,7 @@ inline void row_weights_head(op::row_weights<host_space> const& o, float* gather
 }
 
 /// Weights of query rows. Cost: K once, 2 * dim_k flops and one exponential per row, head and slot.
-inline status enqueue(context& c, op::row_weights<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::row_weights<host_space> const& o, workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.weights) || o.ring < 1)

@@ -28,6 +28,20 @@ inline float const* float_row(head_rows const& h, index_t slot, float* copy) noe
   return copy;
 }
 
+/// Fetches the one slot that a later head scores: its rows were written long ago, or elsewhere.
+template <class Fn>
+void prefetch_only(op::score_slots<Fn, host_space> const& o, index_t b, index_t h) noexcept {
+  index_t const slot = o.only(o.batch.id_of(b), h), seq = o.batch.row_of(b);
+  auto const fetch = [&](plane const& p) {
+    if (slot < 0 || !direct(p)) return;
+    offset_t const at =
+        visit_layout(p.layout, [&](auto const& l) { return l.offset(seq, h, slot); });
+    prefetch_row(p.data + at * dtype_bytes(p.type), p.row_bytes);
+  };
+  if constexpr (Fn::reads_k) fetch(o.layer.kv.k);
+  if constexpr (Fn::reads_v) fetch(o.layer.kv.v);
+}
+
 /// Scores every slot by a functor. Cost: the rows that it reads, converted one by one.
 template <class Fn>
 status enqueue(context& c, op::score_slots<Fn, host_space> const& o, workspace& ws) noexcept {
@@ -52,6 +66,9 @@ status enqueue(context& c, op::score_slots<Fn, host_space> const& o, workspace& 
     v.dim_v = kv.shape.dim_v;
     index_t first = o.first_slot, last = n;
     if (o.only.data != nullptr) {
+      index_t const next = b * kv.shape.n_kv_heads + h + 1;
+      if (next < o.batch.n * kv.shape.n_kv_heads)
+        prefetch_only(o, next / kv.shape.n_kv_heads, next % kv.shape.n_kv_heads);
       first = o.only(id, h);
       last = first >= 0 ? std::min(first + 1, n) : first;
     }

@@ -93,8 +93,12 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
                                             t.block, 0, keep};
   KVKEEP_TRY(each(n * heads, resolve, w));
   if (measuring || (t.evicts_one && most == 1)) {
-    KVKEEP_TRY(run(*ctx_, op::evict_one<space>{s.batch, s.layer.slots, scores, guard, l.victim},
-                   w));
+    op::evict_one<space> evict{s.batch, s.layer.slots, scores, guard, l.victim};
+    bool const one_set = decode_.width() != scope::head;  // then all heads hold the same slots
+    if (one_set) evict.slots.lengths.extent[1] = 1;
+    KVKEEP_TRY(run(*ctx_, evict, w));
+    if (one_set)
+      KVKEEP_TRY(each(n * heads, detail::share_victim<space>{l.victim, s.batch.id, heads}, w));
     KVKEEP_TRY(each(n * heads,
                     detail::drop_idle_victims<space>{l.slots, keep, l.victim, s.batch.id, heads},
                     w));

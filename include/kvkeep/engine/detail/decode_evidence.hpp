@@ -73,7 +73,7 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
                                                   dense + static_cast<offset_t>(i) * hq * dim,
                                                   nullptr, position + i},
                       w));
-    KVKEEP_TRY(push_ring(l, e.ids[i], q, i, p, w));
+    if (rings_tokens_) KVKEEP_TRY(push_ring(l, e.ids[i], q, i, p, w));
   }
   source const s = pool(l, e.ids, e.rows, e.n);
   op::attend<space> a{s.batch, s.layer};
@@ -91,9 +91,10 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
     a.weight_row = ring_row;
     a.ring_stride = l.slots.rows.stride[2];
   }
+  if (attention_folds_) a.fold = decode_.score.attention_fold(input(l, s, false, nullptr));
   if (decode_.when.before_attention || decode_.when.per_head_mask)
     KVKEEP_TRY(attend_special(l, s, a, w));
-  else if (out != nullptr || shape_.rows.weight_ring > 0 || measuring)
+  else if (out != nullptr || shape_.rows.weight_ring > 0 || attention_folds_ || measuring)
     KVKEEP_TRY(run(*ctx_, a, w));
   return token_done(l, e, w);
 }
@@ -113,7 +114,7 @@ status session<Ctx, P, D>::observe(index_t layer, batch const& b,
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0 || a.data == nullptr) return status::bad_argument;
-  if (shape_.rows.weight_ring == 0 || shape_.rows.query_ring > 2 + limits_.max_draft)
+  if (shape_.rows.weight_ring == 0 || rings_tokens_)
     return status::unsupported;
   KVKEEP_TRY(check_batch(b));
   layer_data& l = layers_[static_cast<std::size_t>(m)];

@@ -173,7 +173,7 @@ status session<Ctx, P, D>::fold(layer_data& l, index_t const* ids, index_t const
     index_t const ring = std::max(1, shape_.rows.weight_ring);
     for (index_t i = 0; i < n; ++i) newest[i] = l.seen[ids[i]]++ % ring;
   }
-  if (!decode_.score.traits().at_decode) return status::ok;
+  if (!decode_.score.traits().at_decode || attention_folds_) return status::ok;
   auto in = input(l, pool(l, ids, rows, n), false, newest);
   if (w.measuring()) in.newest_row = &n;  // any pointer: the decode form is measured
   if (in.fresh.data != nullptr) in.fresh.data += draft * l.fresh.stride[0];

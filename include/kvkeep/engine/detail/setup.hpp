@@ -30,7 +30,7 @@ KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limit
   }
   if (!decode_role || !t.at_decode) return;
   if (t.decode == evidence::token_queries) {
-    bool const needs_queries = score.state(shape).query_ring > 1;
+    bool const needs_queries = score.state(shape).ring_at_decode;
     if (lim.decode != decode_offer::attend &&
         (needs_queries || lim.decode != decode_offer::attention_rows))
       wants("limits.decode", to_string(lim.decode),
@@ -180,7 +180,10 @@ void session<Ctx, P, D>::plan_state() {
   r.decode_rows = ds.slot_rows;
   r.weights_at = one_policy_ ? ps.slot_rows : ps.slot_rows + ds.slot_rows;
   bool const at_decode = decode_.score.traits().at_decode;
-  r.weight_ring = at_decode && ds.weight_ring > 0 ? ds.weight_ring + limits_.max_draft : 0;
+  rings_tokens_ = at_decode && ds.ring_at_decode;
+  attention_folds_ = at_decode && ds.folds_weights && limits_.decode == decode_offer::attend &&
+                     limits_.max_draft == 0;
+  r.weight_ring = at_decode && ds.weight_ring > 0 && !attention_folds_ ? ds.weight_ring + limits_.max_draft : 0;
   r.total = r.weights_at + r.weight_ring * cache.group();
   if (prompt_.budget.traits().couples_layers) r.score_at = r.total++;
   index_t const queries = std::max(ps.query_ring, at_decode ? ds.query_ring : 0);
