@@ -43,7 +43,8 @@ struct sample {
   std::vector<std::uint8_t> allowed;
   std::vector<index_t> best;  ///< candidates, best first
 
-  /// kind 0: uniform, 1: heavy tail, 2: few values with special ones, 3: all equal, 4: any bits
+  /// kind 0: uniform, 1: heavy tail, 2: few values with special ones, 3: all equal, 4: any bits,
+  /// 5: mostly zero
   sample(generator& g, index_t n, int kind, int order, bool masked) {
     float const few[] = {0.0f, -0.0f, 1.0f, -1.0f, inf, -inf, not_a_number, 0.5f};
     for (index_t j = 0; j < n; ++j)
@@ -51,6 +52,7 @@ struct sample {
                        : kind == 1 ? std::exp(4 * g.normal())
                        : kind == 2 ? g.one_of(few)
                        : kind == 3 ? 0.25f
+                       : kind == 5 ? std::max(0.0f, g.normal() - 1.5f)
                                    : bit_copy<float>(static_cast<std::uint32_t>(g.next())));
     if (order == 1) positions = g.permutation(n, 5);
     if (order == 2)
@@ -70,40 +72,49 @@ struct sample {
   }
 };
 
-void check_selection(sample const& s, index_t k) {
+void check_selection(sample const& s, index_t k, bool protect) {
   cpu::candidates const c = s.view();
   std::size_t const bytes = cpu::select_scratch_bytes(c.n);
-  std::vector<std::uint8_t> keep(uz(c.n) + 1, 9), scratch(bytes + 2, 77), expected(uz(c.n));
-  index_t const kept = cpu::select_top(c, k, keep.data(), scratch.data() + 1);
-  index_t const wanted = std::clamp(k, 0, static_cast<index_t>(s.best.size()));
-  CHECK(kept == wanted);
-  for (index_t i = 0; i < wanted; ++i) expected[uz(s.best[uz(i)])] = 1;
+  std::vector<std::uint8_t> keep(uz(c.n) + 1, 9), scratch(bytes + 2, 77);
+  // Protected slots come first in what is kept, and are kept even when they are too many.
+  std::vector<std::uint8_t> expected(uz(c.n), protect ? 1 : 0);
+  for (index_t const j : s.best) expected[uz(j)] = 0;
+  auto const candidates = static_cast<index_t>(s.best.size());
+  index_t const others = protect ? c.n - candidates : 0;
+  index_t const chosen = std::clamp(k - others, 0, candidates), wanted = others + chosen;
+  for (index_t i = 0; i < chosen; ++i) expected[uz(s.best[uz(i)])] = 1;
+
+  cpu::keep_test const test = cpu::find_top(c, k, scratch.data() + 1, protect);
+  cpu::mark_kept(test, keep.data());
   CHECK(std::equal(expected.begin(), expected.end(), keep.begin()));
   CHECK(keep.back() == 9);
+  for (index_t const room : {wanted, wanted / 2}) {
+    std::vector<index_t> slots(uz(room) + 1, -5), right;
+    for (index_t j = 0; j < c.n && static_cast<index_t>(right.size()) < room; ++j)
+      if (expected[uz(j)] != 0) right.push_back(j);
+    right.push_back(-5);
+    CHECK(cpu::list_kept(test, room, slots.data()) == wanted);
+    CHECK(slots == right);
+  }
   CHECK(scratch.front() == 77);
   CHECK(scratch.back() == 77);
-  std::vector<index_t> slots(uz(wanted) + 1, -5);
-  CHECK(cpu::kept_slots(keep.data(), c.n, wanted, slots.data()) == wanted);
-  CHECK(std::is_sorted(slots.begin(), slots.end() - 1));
-  for (index_t i = 0; i < wanted; ++i) CHECK(keep[uz(slots[uz(i)])] == 1);
-  CHECK(slots.back() == -5);
 }
 
 TEST_CASE("the k best and the one to evict, small") {
-  for (int kind = 0; kind < 5; ++kind)
+  for (int kind = 0; kind < 6; ++kind)
     for (int order = 0; order < 3; ++order)
       for (bool masked : {false, true})
         for (index_t n = 0; n <= 40; ++n) {
           INFO("kind " << kind << " order " << order << " masked " << masked << " n " << n);
           generator g(static_cast<std::uint64_t>(n));
           sample const s(g, n, kind, order, masked);
-          for (index_t k : {0, 1, n / 2, n - 1, n, n + 3}) check_selection(s, k);
+          for (index_t k : {0, 1, n / 2, n - 1, n, n + 3}) check_selection(s, k, k % 2 == 0);
           CHECK(cpu::evict_index(s.view()) == (s.best.empty() ? -1 : s.best.back()));
         }
 }
 
 TEST_CASE("the k best and the one to evict, large") {
-  for (int kind = 0; kind < 5; ++kind)
+  for (int kind = 0; kind < 6; ++kind)
     for (int order = 0; order < 3; ++order)
       for (bool masked : {false, true})
         for (index_t n : {511, 512, 1000, 2048, 5003}) {
@@ -111,7 +122,7 @@ TEST_CASE("the k best and the one to evict, large") {
           generator g(static_cast<std::uint64_t>(n + kind));
           sample const s(g, n, kind, order, masked);
           auto const m = static_cast<index_t>(s.best.size());
-          for (index_t k : {1, n / 8, n / 2, m - 1, m}) check_selection(s, k);
+          for (index_t k : {1, n / 8, n / 2, m - 1, m}) check_selection(s, k, k % 2 == 0);
           CHECK(cpu::evict_index(s.view()) == s.best.back());
         }
 }

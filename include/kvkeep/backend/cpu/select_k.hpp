@@ -12,13 +12,11 @@ inline namespace KVKEEP_CPU_ISA {
 
 /// Scratch of one worker for selection among `n` slots.
 struct select_scratch {
-  worker_scratch<std::uint8_t> keep;  ///< [n]
-  worker_scratch<index_t> list;       ///< [n]
-  worker_scratch<std::byte> work;     ///< of select_top
+  worker_scratch<index_t> list;    ///< [n]
+  worker_scratch<std::byte> work;  ///< of find_top
 
   static select_scratch take(workspace& ws, int workers, index_t n) {
     select_scratch s;
-    s.keep = take_each<std::uint8_t>(ws, workers, size_of(n));
     s.list = take_each<index_t>(ws, workers, size_of(n));
     s.work = take_each<std::byte>(ws, workers, select_scratch_bytes(n));
     return s;
@@ -50,16 +48,14 @@ inline bool select_head(op::select_k<host_space> const& o, select_scratch const&
   index_t* const out = o.out.slots.at(b, h, 0);
   index_t const limit = o.out.slots.extent[2];
   if (k >= n) return finish_plan(o.out, b, h, list_slots(0, n, 0, limit, out));
-  std::uint8_t* const keep = scratch.keep(worker);
   open_range const open = find_open(o.guard, id, positions, n, scratch.list(worker));
   candidates const c{o.scores.at(b, h, 0), positions, nullptr, n, open.from, open.to};
-  index_t const kept = select_top(c, k, keep, scratch.work(worker), true);
-  kept_slots(keep, n, std::min(kept, limit), out);
-  return finish_plan(o.out, b, h, kept);
+  keep_test const test = find_top(c, k, scratch.work(worker), true);
+  return finish_plan(o.out, b, h, list_kept(test, limit, out));
 }
 
 /// Keep plans. `bad_argument` if a plan has fewer places than slots are kept. Cost as the op says.
-inline status enqueue(context& c, op::select_k<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::select_k<host_space> const& o, workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions) ||
       !slots_contiguous(o.out.slots))
     return status::bad_argument;
@@ -90,6 +86,7 @@ struct block_scratch {
   worker_scratch<float> scores;
   worker_scratch<index_t> first;
   worker_scratch<std::uint8_t> allowed;
+  worker_scratch<std::uint8_t> keep;
 };
 
 inline bool select_blocks_head(op::select_blocks<host_space> const& o,
@@ -101,15 +98,16 @@ inline bool select_blocks_head(op::select_blocks<host_space> const& o,
   float* const scores = blocks.scores(worker);
   index_t* const first = blocks.first(worker);
   std::uint8_t* const allowed = blocks.allowed(worker);
-  std::uint8_t* const keep = scratch.keep(worker);
+  std::uint8_t* const keep = blocks.keep(worker);
   for (index_t i = 0; i < n_blocks; ++i) {
     index_t const at = i * o.block;
     scores[i] = block_score(o.scores.at(b, h, at), o.block, o.how);
     first[i] = positions[at];
     allowed[i] = count_open(open, positions + at, o.block) == o.block;
   }
-  select_top({scores, first, allowed, n_blocks}, std::max<index_t>(o.k(id, h), 0) / o.block, keep,
-             scratch.work(worker), true);
+  candidates const c{scores, first, allowed, n_blocks};
+  index_t const n_kept = std::max<index_t>(o.k(id, h), 0) / o.block;
+  mark_kept(find_top(c, n_kept, scratch.work(worker), true), keep);
   index_t* const out = o.out.slots.at(b, h, 0);
   index_t const limit = o.out.slots.extent[2];
   index_t count = 0;
@@ -120,7 +118,7 @@ inline bool select_blocks_head(op::select_blocks<host_space> const& o,
 }
 
 /// Plans of whole blocks and the open tail. Cost: 8 bytes per slot.
-inline status enqueue(context& c, op::select_blocks<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::select_blocks<host_space> const& o, workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions) ||
       !slots_contiguous(o.out.slots) || o.block < 1 || o.how == reduction::mean)
     return status::bad_argument;
@@ -132,6 +130,7 @@ inline status enqueue(context& c, op::select_blocks<host_space> const& o, worksp
   blocks.scores = take_each<float>(ws, workers, size_of(slots / o.block + 1));
   blocks.first = take_each<index_t>(ws, workers, size_of(slots / o.block + 1));
   blocks.allowed = take_each<std::uint8_t>(ws, workers, size_of(slots / o.block + 1));
+  blocks.keep = take_each<std::uint8_t>(ws, workers, size_of(slots / o.block + 1));
   if (!placed(ws)) return not_placed(ws);
   std::atomic<bool> fits{true};
   for_heads(c, o.batch.n, heads, [&](index_t b, index_t h, int worker) {
@@ -142,7 +141,7 @@ inline status enqueue(context& c, op::select_blocks<host_space> const& o, worksp
 }
 
 /// Victims. Cost: 16 bytes read per slot, half of them from the first-level cache.
-inline status enqueue(context& c, op::evict_one<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::evict_one<host_space> const& o, workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions))
     return status::bad_argument;
   workspace::frame const frame(ws);

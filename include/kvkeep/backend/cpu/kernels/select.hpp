@@ -31,28 +31,37 @@ struct select_limit {
   index_t position = 0;
 };
 
-/// Writes unsigned keys and counts slots that are no candidates, per lane.
+/// Writes unsigned keys; per lane, counts slots that are no candidates and finds the lowest key.
 struct key_writer {
   std::uint32_t* keys = nullptr;
   index_t n = 0;
   vi others = splat(std::int32_t{0});
+  vi lowest = splat(std::int32_t{INT32_MAX});
 
   void operator()(vi key, vi, index_t j) noexcept {
-    vi const flip = splat(no_key);
-    others = others - equal(key, flip);
+    vi const flip = splat(no_key), other = equal(key, flip);
+    others = others - other;
+    lowest = min(lowest, select(other, lowest, key));
     store_some(reinterpret_cast<std::int32_t*>(keys) + j, key ^ flip, n - j);
   }
 };
 
-/// Writes the unsigned keys of all slots. @param keys [n] @return the number of candidates
-inline index_t write_keys(candidates const& c, std::uint32_t* keys) noexcept {
+/// What `write_keys` learns on the way.
+struct key_summary {
+  index_t count = 0;         ///< candidates
+  std::uint32_t lowest = 0;  ///< unsigned key of the worst of them
+};
+
+/// Writes the unsigned keys of all slots. @param keys [n]
+inline key_summary write_keys(candidates const& c, std::uint32_t* keys) noexcept {
   key_writer const start{keys, c.n};
   auto const [a, b] = each_key(c, no_key, start, start);
-  std::int32_t count[8];
-  store(count, a.others + b.others);
+  std::int32_t others[8], lowest[8];
+  store(others, a.others + b.others);
+  store(lowest, min(a.lowest, b.lowest));
   index_t n = (c.n + lanes - 1) / lanes * lanes;  // the lanes behind the end are no candidates
-  for (std::int32_t x : count) n -= x;
-  return n;
+  for (std::int32_t x : others) n -= x;
+  return {n, static_cast<std::uint32_t>(*std::min_element(lowest, lowest + 8) ^ no_key)};
 }
 
 /// Threshold of the k best by partitioning composite keys. @param list [n] words of scratch
@@ -116,10 +125,32 @@ inline bool all_equal(std::uint32_t const* keys, index_t n) noexcept {
   return same;
 }
 
+inline index_t count_equal(std::uint32_t const* keys, index_t n, std::uint32_t key) noexcept {
+  vi const wanted = splat(static_cast<std::int32_t>(key));
+  vi found = splat(std::int32_t{0});
+  index_t j = 0;
+  for (; j + lanes <= n; j += lanes)
+    found = found - equal(load(reinterpret_cast<std::int32_t const*>(keys) + j), wanted);
+  std::int32_t each[8];
+  store(each, found);
+  index_t count = 0;
+  for (std::int32_t x : each) count += x;
+  for (; j < n; ++j) count += keys[j] == key ? 1 : 0;
+  return count;
+}
+
+inline bool is_ascending(index_t const* positions, index_t n) noexcept {
+  vi falls = splat(std::int32_t{0});
+  index_t j = 0;
+  for (; j + lanes < n; j += lanes)
+    falls = falls | greater(load(positions + j), load(positions + j + 1));
+  return lane_bits(falls) == 0 && std::is_sorted(positions + j, positions + n);
+}
+
 /// Position up to which `need` of the slots with this key are kept.
 inline index_t tie_position(candidates const& c, std::uint32_t const* keys, std::uint32_t key,
                             index_t need, index_t* list) noexcept {
-  bool const ascending = c.positions == nullptr || std::is_sorted(c.positions, c.positions + c.n);
+  bool const ascending = c.positions == nullptr || is_ascending(c.positions, c.n);
   vi const wanted = splat(static_cast<std::int32_t>(key));
   index_t m = 0;
   for (index_t j = 0; j < c.n; j += lanes) {
@@ -142,8 +173,14 @@ inline index_t tie_position(candidates const& c, std::uint32_t const* keys, std:
 
 /// Threshold of the k best by counting 11-bit digits of the keys.
 /// @param keys [n]  @param list [n] scratch  @param table [4 * 2048] scratch
-inline select_limit limit_by_radix(candidates const& c, index_t k, std::uint32_t const* keys,
-                                   std::uint32_t* list, std::uint32_t* table) noexcept {
+inline select_limit limit_by_radix(candidates const& c, index_t k, key_summary const& all,
+                                   std::uint32_t const* keys, std::uint32_t* list,
+                                   std::uint32_t* table) noexcept {
+  // Sparse and flat scores: the boundary lies among the many that share the lowest score.
+  index_t const better = all.count - count_equal(keys, c.n, all.lowest);
+  if (k > better)
+    return {all.lowest,
+            tie_position(c, keys, all.lowest, k - better, reinterpret_cast<index_t*>(list))};
   index_t m = narrow(keys, c.n, 21, k, table, list);
   for (int shift = 10; shift >= 0 && m > 512 && !all_equal(list, m); shift -= 10)
     m = narrow(list, m, shift, k, table, list);
@@ -162,73 +199,91 @@ inline select_limit limit_by_radix(candidates const& c, index_t k, std::uint32_t
   return {key, position};
 }
 
-/// keep[i] = bit i of `bits`, for the first `width` of eight bytes.
-inline void store_keep(std::uint8_t* keep, unsigned bits, index_t width) noexcept {
-  if (std::endian::native == std::endian::little && width >= lanes) {
-    // Bit i moves to byte i, then every byte that is not zero becomes 1.
-    std::uint64_t const spread = ((bits & 0xffu) * 0x0101010101010101ull) & 0x8040201008040201ull;
-    std::uint64_t const ones = ((spread + 0x7f7f7f7f7f7f7f7full) >> 7) & 0x0101010101010101ull;
-    std::memcpy(keep, &ones, sizeof ones);
-  } else {
-    for (index_t i = 0; i < lanes && i < width; ++i)
-      keep[i] = static_cast<std::uint8_t>((bits >> i) & 1u);
+/// The slots that a limit keeps of up to eight from `j` on, as bits; with `protect` also those that are
+/// no candidates.
+struct keep_test {
+  candidates c;
+  std::uint32_t const* keys;
+  select_limit limit;
+  bool protect = false;
+
+  /// Calls f(bits, j) for eight slots at a time.
+  template <class F>
+  void each(F f) const noexcept {
+    auto const* const key = reinterpret_cast<std::int32_t const*>(keys);
+    index_t j = 0;
+    for (; j + lanes <= c.n; j += lanes) f(bits(load(key + j), full_candidate_positions(c, j)), j);
+    if (j == c.n) return;
+    unsigned const present = (1u << (c.n - j)) - 1u;
+    f(bits(load_part(key + j, c.n - j), candidate_positions(c, j)) & present, j);
   }
+
+ private:
+  unsigned bits(vi key, vi position) const noexcept {
+    vi const flip = splat(no_key), last = splat(static_cast<std::int32_t>(limit.key)) ^ flip;
+    vi const x = key ^ flip, none = splat(protect ? no_key : INT32_MAX);
+    vi const late = greater(position, splat(limit.position));
+    return lane_bits(greater(x, last) | equal(x, none)) |
+           (lane_bits(equal(x, last)) & ~lane_bits(late));
+  }
+};
+
+/// The numbers of the set bits of a byte, ascending.
+struct bit_numbers {
+  std::uint8_t of[256][8] = {};
+  constexpr bit_numbers() {
+    for (unsigned byte = 0; byte < 256; ++byte)
+      for (unsigned bit = 0, n = 0; bit < 8; ++bit)
+        if ((byte >> bit & 1u) != 0) of[byte][n++] = static_cast<std::uint8_t>(bit);
+  }
+};
+inline constexpr bit_numbers set_bits;
+
+/// Lists what is kept, ascending, no branch on data. @param slots [limit], host
+/// @return how many are kept; entries beyond `limit` are not written
+inline index_t list_kept(keep_test const& test, index_t limit, index_t* slots) noexcept {
+  index_t count = 0;
+  test.each([&](unsigned bits, index_t j) {
+    index_t const found = std::popcount(bits);
+    vi const list = splat(j) + load_bytes(set_bits.of[bits]);
+    if (count + lanes <= limit)
+      store(slots + count, list);
+    else if (count < limit)
+      store_part(slots + count, list, std::min(found, limit - count));
+    count += found;
+  });
+  return count;
 }
 
-/// Marks what the limit keeps, and with `protect` the slots that are no candidates.
-inline void mark_kept(candidates const& c, std::uint32_t const* keys, select_limit const& limit,
-                      bool protect, std::uint8_t* keep) noexcept {
-  vi const flip = splat(no_key), position = splat(limit.position);
-  vi const key = splat(static_cast<std::int32_t>(limit.key)) ^ flip;
-  unsigned const others = protect ? 0xffu : 0u;
-  for (index_t j = 0; j < c.n; j += lanes) {
-    vi const x = load_some(reinterpret_cast<std::int32_t const*>(keys) + j, c.n - j) ^ flip;
-    vi const p = candidate_positions(c, j);
-    unsigned const above = lane_bits(greater(x, key));
-    unsigned const tied = lane_bits(equal(x, key)) & ~lane_bits(greater(p, position));
-    store_keep(keep + j, above | tied | (lane_bits(equal(x, flip)) & others), c.n - j);
-  }
+/// keep[j] = 1 for what is kept, else 0.
+inline void mark_kept(keep_test const& test, std::uint8_t* keep) noexcept {
+  test.each([&](unsigned bits, index_t j) {
+    for (index_t i = 0; i < lanes && j + i < test.c.n; ++i)
+      keep[j + i] = static_cast<std::uint8_t>((bits >> i) & 1u);
+  });
 }
 
-/// keep[j] = 1 for the k best candidates by (score descending, position ascending), else 0. With
-/// `protect` the slots that are no candidates are kept too and count among the k.
-/// @param keep [n] bytes, host
-/// @param scratch select_scratch_bytes(n) bytes, host, any alignment
-/// @return how many are kept
-/// Cost: about 24 bytes read and 9 written per slot, and the keys of the boundary's digit again.
-inline index_t select_top(candidates const& c, index_t k, std::uint8_t* keep, void* scratch,
-                          bool protect = false) noexcept {
+/// Finds what to keep: the k best candidates by (score descending, position ascending). With `protect`
+/// the slots that are no candidates are kept too and count among the k.
+/// @param scratch select_scratch_bytes(n) bytes, host, any alignment; holds the result's keys
+/// Cost: about 20 bytes read and 4 written per slot, and the keys of the boundary's digit again.
+inline keep_test find_top(candidates const& c, index_t k, void* scratch, bool protect) noexcept {
   auto const address = (reinterpret_cast<std::uintptr_t>(scratch) + 63) & ~std::uintptr_t{63};
   auto const n_keys = (static_cast<std::size_t>(c.n) + 15) / 16 * 16;
   // Composite keys come first: they need the larger alignment.
   bool const partition = c.n < select_radix_from;
   auto* const words = reinterpret_cast<std::uint32_t*>(address);
   std::uint32_t* const keys = words + (partition ? 2 * static_cast<std::size_t>(c.n) : 0);
-  index_t const count = write_keys(c, keys), others = protect ? c.n - count : 0;
-  index_t const wanted = k - others;
-  if (wanted <= 0 || wanted >= count) {  // no key is above the largest one, none below 1
-    select_limit const all{wanted > 0 ? 1u : 0xffffffffu, wanted > 0 ? INT32_MAX : -1};
-    mark_kept(c, keys, all, protect, keep);
-    return others + (wanted > 0 ? count : 0);
-  }
-  select_limit const limit =
-      partition ? limit_by_partition(c, wanted, keys, reinterpret_cast<std::uint64_t*>(address))
-                : limit_by_radix(c, wanted, keys, keys + n_keys,
-                                 keys + n_keys + static_cast<std::size_t>(c.n));
-  mark_kept(c, keys, limit, protect, keep);
-  return others + wanted;
-}
-
-/// Slots whose keep byte is 1, ascending, no branch on data. @param n_kept their number
-/// @param slots [n_kept], host @return their number, or n_kept where there are more
-inline index_t kept_slots(std::uint8_t const* keep, index_t n, index_t n_kept,
-                          index_t* slots) noexcept {
-  index_t count = 0;
-  for (index_t j = 0; j < n && count < n_kept; ++j) {
-    slots[count] = j;
-    count += keep[j];
-  }
-  return count;
+  key_summary const all = write_keys(c, keys);
+  index_t const wanted = k - (protect ? c.n - all.count : 0);
+  if (wanted <= 0) return {c, keys, {0xffffffffu, -1}, protect};  // no key is above the largest one
+  if (wanted >= all.count) return {c, keys, {1u, INT32_MAX}, protect};  // and none is below 1
+  std::uint32_t* const list = keys + n_keys;
+  return {c, keys,
+          partition
+              ? limit_by_partition(c, wanted, keys, reinterpret_cast<std::uint64_t*>(address))
+              : limit_by_radix(c, wanted, all, keys, list, list + static_cast<std::size_t>(c.n)),
+          protect};
 }
 
 }  // namespace KVKEEP_CPU_ISA
