@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backend/cpu/cpu.hpp"
+#include "engine/cpu_engine.hpp"
 #include "engine/policy_table.hpp"
 #include "engine/session.hpp"
 #include "policy/adakv.hpp"

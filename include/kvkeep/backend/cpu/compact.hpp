@@ -143,7 +143,7 @@ inline status check_compact(op::compact<host_space> const& o) noexcept {
 }
 
 /// Applies a keep plan. Cost: 2 bytes of traffic per byte of each slot that moves.
-inline status enqueue(context& c, op::compact<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::compact<host_space> const& o, workspace& ws) noexcept {
   index_t const heads = o.from.kv.shape.n_kv_heads;
   workspace::frame const frame(ws);
   auto const holes =

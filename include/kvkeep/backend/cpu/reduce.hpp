@@ -11,7 +11,7 @@ namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
 
 /// Mean over the KV heads, written back to each. Cost: 8 bytes per score.
-inline status enqueue(context& c, op::mean_heads<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::mean_heads<host_space> const& o, workspace& ws) noexcept {
   if (!slots_contiguous(o.scores)) return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);
   index_t const heads = o.slots.lengths.extent[1];
@@ -29,7 +29,7 @@ inline status enqueue(context& c, op::mean_heads<host_space> const& o, workspace
 }
 
 /// Running sum over layers, and the mean at the last one. Cost: 12 bytes per score.
-inline status enqueue(context& c, op::mean_layers<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::mean_layers<host_space> const& o, workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.sum) || o.n_layers < 1)
     return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);

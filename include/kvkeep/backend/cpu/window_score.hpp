@@ -118,7 +118,7 @@ inline void column_sums_head(op::column_sums<host_space> const& o, query_block& 
 }
 
 /// Column sums. Cost as the op says; the query rows are packed in blocks of 512.
-inline status enqueue(context& c, op::column_sums<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::column_sums<host_space> const& o, workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.out) ||
@@ -239,7 +239,7 @@ void fused_direct(query_block& block, index_t capacity, fused_job const& job, in
 }
 
 /// MorphKV's direct form. Cost as the op says.
-inline status enqueue(context& c, op::fused_rows<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::fused_rows<host_space> const& o, workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   auto const& slots = o.layer.slots;
   if (!readable(kv.k)) return status::unsupported;

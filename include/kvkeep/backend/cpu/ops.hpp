@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// CPU: the definitions of all ops that are no templates.
+#pragma once
+
+#include "accumulate.hpp"
+#include "attend.hpp"
+#include "compact.hpp"
+#include "key_geometry.hpp"
+#include "layer_counts.hpp"
+#include "pool.hpp"
+#include "reduce.hpp"
+#include "select_k.hpp"
+#include "window_score.hpp"
