@@ -35,8 +35,10 @@ class model {
     o.sinks = policy == "streamingllm" ? 4 : 0;
     limits lim;
     lim.max_sequences = p.batch;
+    std::string const name = policy.substr(0, policy.find('-'));
+    if (policy == "morphkv-cached") o.evaluation = morph_rows::cached;
     session_ = std::make_unique<session_type>(bind_session(
-        ctx_, make_policy<cpu::context>(policy, o), std::span<layer_spec<> const>(layers), lim));
+        ctx_, make_policy<cpu::context>(name, o), std::span<layer_spec<> const>(layers), lim));
     queries_ = random_rows<float>(query_sets * static_cast<std::size_t>(row_floats()), r);
     rows_ = random_rows<float>(4096 + 2 * static_cast<std::size_t>(p.dim), r);
     out_.resize(static_cast<std::size_t>(row_floats()));
@@ -153,7 +155,9 @@ struct layer_times {
 constexpr int warm_up = 2;
 
 void policy_step(benchmark::State& state, point const& p, std::string const& policy) {
-  bool const weighs = policy == "morphkv";  // the others fold the weights while they are at hand
+  bool const weighs =
+      policy == "morphkv" ||
+      policy == "morphkv-cached";  // the others fold the weights while they are at hand
   model m(p, policy);
   double const heads = 1.0 * p.batch * p.kv_heads;
   double const rows = 2.0 * heads * (p.capacity + 1) * p.dim;  // of K and V, in elements
@@ -212,7 +216,8 @@ void add(point const& p, std::string const& policy) {
 
 int main(int argc, char** argv) {
   using namespace bench;
-  for (char const* policy : {"streamingllm", "h2o", "tova", "knorm", "morphkv", "keydiff"})
+  for (char const* policy :
+       {"streamingllm", "h2o", "tova", "knorm", "morphkv", "morphkv-cached", "keydiff"})
     for (dtype t : {dtype::f32, dtype::bf16})
       for (index_t b : {index_t{1}, index_t{8}}) {
         point p = base;
@@ -220,7 +225,7 @@ int main(int argc, char** argv) {
         p.batch = b;
         add(p, policy);
       }
-  for (char const* policy : {"h2o", "morphkv"}) {
+  for (char const* policy : {"h2o", "morphkv", "morphkv-cached"}) {
     auto const vary = [&](auto change) {
       point p = base;
       change(p);

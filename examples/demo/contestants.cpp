@@ -78,7 +78,7 @@ std::vector<contestant> make_contestants(trace const& t, index_t budget) {
     c.name = "morphkv, recomputed";
     c.prompt = c.decode = make_policy<cpu::context>(info.name, o);
     list.push_back(c);
-    o.evaluation = morph_rows::cached;
+    o.evaluation.reset();
     o.fusion = reduction::max;
     c.name = "morphkv, max-fused";
     c.prompt = c.decode = make_policy<cpu::context>(info.name, o);

@@ -171,7 +171,7 @@ TEST_CASE("decode traces equal the oracle for random shapes, capacities and prom
     index_t const dims[] = {4, 8, 16, 20};
     o.shape = {3, heads * g.one_of(groups), heads, g.one_of(dims), g.one_of(dims), 0};
     decode_sizes z;
-    z.window = g.integer(2, 6);
+    z.window = g.integer(2, 12);
     z.sinks = g.integer(0, 3);
     z.capacity = z.window + z.sinks + g.integer(1, 14);
     o.n_layers = g.integer(1, 2);

@@ -129,6 +129,7 @@ inline std::vector<decode_case> morph_cases(decode_sizes const& z) {
   policy_options o;
   o.capacity = z.capacity;
   o.window = z.window;
+  o.evaluation = morph_rows::cached;
   cases.push_back(morph_case("morph sum cached", o, z.frozen));
   auto const with = [&](char const* name, auto&& edit) {
     policy_options x = o;
@@ -141,6 +142,13 @@ inline std::vector<decode_case> morph_cases(decode_sizes const& z) {
     x.evaluation = morph_rows::direct;
     x.fusion = reduction::max;
   });
+  if (z.window >= lazy_shape::ahead) {
+    with("morph sum lazy", [](auto& x) { x.evaluation = morph_rows::lazy; });
+    with("morph max lazy", [](auto& x) {
+      x.evaluation = morph_rows::lazy;
+      x.fusion = reduction::max;
+    });
+  }
   with("morph n_rows = W", [](auto& x) { x.n_rows = x.window; });
   with("morph n_rows = 1", [](auto& x) { x.n_rows = 1; });
   with("morph burst", [](auto& x) { x.evict_after = 1.25; });

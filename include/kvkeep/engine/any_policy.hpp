@@ -22,6 +22,8 @@ class any_scorer {
   using space = space_of<Ctx>;
   using input = score_input<space>;
   using heads_map = tensor_ref<float, 3, space>;
+  template <bool Const>
+  using slot_list = tensor_ref<std::conditional_t<Const, index_t const, index_t>, 2, space>;
 
   any_scorer() = default;
   template <class S>
@@ -46,6 +48,10 @@ class any_scorer {
                       workspace& w) const {
     return self_->score_direct(c, in, out, heads, w);
   }
+  status victims(Ctx& c, input const& in, slot_list<true> keep, slot_list<false> victim,
+                 workspace& w) const {
+    return self_->victims(c, in, keep, victim, w);
+  }
 
  private:
   struct base {
@@ -63,6 +69,8 @@ class any_scorer {
     virtual status score(Ctx&, input const&, score_map<space>, workspace&) const = 0;
     virtual status score_direct(Ctx&, input const&, score_map<space>, heads_map,
                                 workspace&) const = 0;
+    virtual status victims(Ctx&, input const&, slot_list<true>, slot_list<false>,
+                           workspace&) const = 0;
   };
   template <class S>
   struct model final : base {
@@ -95,6 +103,13 @@ class any_scorer {
                         workspace& w) const override {
       if constexpr (requires { s.score_direct(c, in, out, heads, w); })
         return s.score_direct(c, in, out, heads, w);
+      else
+        return status::unsupported;
+    }
+    status victims(Ctx& c, input const& in, slot_list<true> keep, slot_list<false> victim,
+                   workspace& w) const override {
+      if constexpr (finds_victims<S, Ctx>)
+        return s.victims(c, in, keep, victim, w);
       else
         return status::unsupported;
     }

@@ -47,7 +47,7 @@ struct policy_options {
   double evict_after = 1;
   bool include_current = false;
   bool per_head_mask = false;
-  morph_rows evaluation = morph_rows::cached;
+  std::optional<morph_rows> evaluation{};  ///< none: the cheapest that serves the other options
   bool make_room_first = true;
   index_t lag = 128;
   bool cross_scoring = false;

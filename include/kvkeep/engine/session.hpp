@@ -217,6 +217,10 @@ class session {
                           workspace& w) noexcept;
   status score_tokens(layer_data& l, source const& s, index_t extra, score_map<space> out,
                       workspace& w) noexcept;
+  bool one_leaves(layer_data const& l, source const& s, index_t extra) const noexcept;
+  status resolve_keep(layer_data const& l, source const& s, index_t extra,
+                      tensor_ref<index_t, 2, space>& keep, workspace& w) const noexcept;
+  status take_victims(layer_data& l, source const& s, workspace& w) noexcept;
   status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
                index_t extra, workspace& w) noexcept;
   KVKEEP_COLD status attend_special(layer_data& l, source const& s, op::attend<space>& a,

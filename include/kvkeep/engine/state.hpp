@@ -9,13 +9,16 @@
 namespace kvkeep::detail {
 
 /// Rows of the per-slot state, in this order: the prompt scorer's, the decode scorer's (the same rows when
-/// one policy serves both), the ring of attention weights, the prompt's scores for coupled layers.
+/// one policy serves both), the ring of attention weights, loose rows, the prompt's scores for coupled layers.
 struct row_plan {
   index_t prompt_rows = 0;
   index_t decode_at = 0;
   index_t decode_rows = 0;
   index_t weights_at = 0;
   index_t weight_ring = 0;  ///< ring rows, drafts included; group * weight_ring slot rows
+  index_t loose_at = 0;
+  index_t loose_rows = 0;   ///< the decode scorer's rows that new tokens do not find cleared
+  index_t head_floats = 0;  ///< the decode scorer's floats per sequence and KV head
   index_t score_at = -1;    ///< -1: none
   index_t total = 0;
   index_t query_ring = 0;   ///< rows of the query ring, drafts included
@@ -43,6 +46,8 @@ struct layer_state {
   tensor_ref<float, 4, Space> ring_q{};      ///< [S, Hq, ring, dim_k]
   tensor_ref<float, 3, Space> ring_lse{};    ///< [S, Hq, ring]
   tensor_ref<float, 4, Space> weight_sum{};  ///< [S, H, g, ring]
+  tensor_ref<float, 4, Space> weight_max{};  ///< [S, H, g, ring], where there are head floats
+  tensor_ref<float, 3, Space> head{};        ///< [S, H, head floats]
   index_t* seen = nullptr;       ///< [S] confirmed tokens
   index_t* ring_from = nullptr;  ///< [S] oldest position in the query ring
   index_t* appended = nullptr;   ///< [S] host: tokens with a slot
@@ -86,6 +91,9 @@ void carve_layer(workspace& w, layer_state<Space>& l, state_shape const& s) {
   index_t const g = s.cache.group();
   l.weight_sum = row_major<Space>(w.take<float>(product(n, hq, s.rows.weight_ring)), n, h, g,
                                   s.rows.weight_ring);
+  index_t const floats = s.rows.head_floats, maxima = floats > 0 ? s.rows.weight_ring : 0;
+  l.weight_max = row_major<Space>(w.take<float>(product(n, hq, maxima)), n, h, g, maxima);
+  l.head = row_major<Space>(w.take<float>(product(n, h, floats)), n, h, floats);
   l.seen = w.take<index_t>(product(n));
   l.ring_from = w.take<index_t>(product(n));
   l.appended = w.take<index_t>(product(n));

@@ -42,6 +42,7 @@ struct reset_head {
     for (offset_t i = 0; i < n; ++i) rows[i] = 0;
     index_t const sums = l.weight_sum.extent[2] * l.weight_sum.extent[3];
     for (index_t i = 0; i < sums; ++i) l.weight_sum.at(id, h)[i] = 0;
+    for (index_t i = 0; i < l.head.extent[2]; ++i) l.head(id, h, i) = 0;
   }
 };
 

@@ -27,6 +27,7 @@ struct attend {
   /// `ring_stride` elements), or null.
   tensor_ref<float, 4, Space> weights{};
   tensor_ref<float, 4, Space> weight_sum{};      ///< [id, kv_head, g, ring row] sum of the weights
+  tensor_ref<float, 4, Space> weight_max{};      ///< [id, kv_head, g, ring row] the maximum, or null
   index_t const* weight_row = nullptr;         ///< [entry] ring row; null: row 0
   offset_t ring_stride = 0;
   /// Folds the weights while they are at hand: the same bits as op::accumulate afterwards.

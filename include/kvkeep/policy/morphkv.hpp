@@ -3,6 +3,8 @@
 /// MorphKV: constant size at every decode step, by what the recent queries attend to.
 #pragma once
 
+#include <optional>
+
 #include "../score/recent_fused.hpp"
 #include "policy.hpp"
 
@@ -12,6 +14,7 @@ namespace kvkeep {
 /// Keeps the W newest tokens, the C - W best old ones, and the current one: C + 1 slots.
 /// The decision for a token depends only on queries before it, so it is taken when the token before it
 /// has been attended to, and the new token takes the victim's slot at once.
+/// Victims are exact in every evaluation (see morph_rows); without a choice the cheapest is taken.
 /// Canonical choices and deviations:
 /// - every query head of a group attends to exactly the kept set (`per_head_mask` = the published form);
 /// - group maximum of per-head softmax rows (the llama file sums raw logits, and under GQA prunes its rows
@@ -32,15 +35,21 @@ struct morphkv_options {
   index_t n_rows = 0;                 ///< 0: W - 1
   bool include_current = false;
   bool per_head_mask = false;
-  morph_rows evaluation = morph_rows::cached;
+  std::optional<morph_rows> evaluation{};  ///< none: the cheapest that serves the other options
 };
+
+/// Bursts, and decisions with the token's own query, score all slots at once, from keys and queries.
+inline morph_rows cheapest_rows(morphkv_options const& o) {
+  if (o.evict_after > 1 || o.include_current || o.per_head_mask) return morph_rows::direct;
+  return o.window >= lazy_shape::ahead ? morph_rows::lazy : morph_rows::cached;
+}
 
 inline morphkv make_morphkv(morphkv_options const& o) {
   recent_fused_score s;
   s.window = o.window;
   s.n_rows = o.n_rows;
   s.fusion = o.fusion;
-  s.evaluation = o.evaluation;
+  s.evaluation = o.evaluation.value_or(cheapest_rows(o));
   cadence when;
   when.evict_after = o.evict_after;
   when.before_attention = o.include_current;

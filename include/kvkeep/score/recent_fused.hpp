@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../op/accumulate.hpp"
+#include "../op/lazy_rows.hpp"
 #include "scorer.hpp"
 
 namespace kvkeep {
@@ -13,6 +14,8 @@ namespace kvkeep {
 /// How MorphKV's scores are evaluated while decoding. Both give the canonical scores.
 enum class morph_rows : std::uint8_t {
   cached,  ///< attention weights of the last rows are kept: 4 * group * n_rows bytes per slot
+  lazy,    ///< 16-bit bounds, exact scores for the few slots in doubt: 2 n_rows + 16 bytes per slot, and
+           ///< 4 * group * n_rows * (W + 5) per KV head; where one token leaves per step, else as `direct`
   direct   ///< recomputed from the query ring and K: no state per slot, K is read again
 };
 
@@ -34,31 +37,57 @@ struct recent_fused_score : scorer_base {
     t.prompt = evidence::window_queries;
     t.decode = evidence::token_queries;
     t.direct = true;
+    t.finds_victims = evaluation == morph_rows::lazy;
     return t;
   }
   void check(cache_shape const&) const {
     KVKEEP_EXPECTS(window >= 1, "window", window, ">= 1");
+    KVKEEP_EXPECTS(evaluation != morph_rows::lazy || window >= lazy_shape::ahead, "window", window,
+                   ">= " + std::to_string(lazy_shape::ahead) + " for the lazy evaluation");
     KVKEEP_EXPECTS(n_rows >= 0 && row_count() >= 1, "n_rows", n_rows != 0 ? n_rows : row_count(),
                    ">= 1 (0 means window - 1, so window >= 2)");
     KVKEEP_EXPECTS(row_count() <= window, "n_rows", n_rows, "<= window, so that every row is newer "
                    "than every old token");
     KVKEEP_EXPECTS(fusion != reduction::mean, "fusion", to_string(fusion), "sum or max");
   }
-  state_spec state(cache_shape const&) const {
-    return {0, row_count(), evaluation == morph_rows::cached ? row_count() : 0, false, true};
+  state_spec state(cache_shape const& s) const {
+    state_spec r{0, row_count(), 0, false, true};
+    if (evaluation == morph_rows::cached) r.weight_ring = row_count();
+    if (evaluation != morph_rows::lazy) return r;
+    lazy_shape const lazy = lazy_of(s);
+    r.weight_ring = 1;
+    r.loose_rows = lazy.slot_rows();
+    r.head_floats = lazy.head_floats();
+    return r;
   }
   std::uint64_t key() const { return config_key(window, n_rows, fusion, evaluation); }
 
-  /// Fills the weight ring for the slots that remain of the prompt.
+  /// Fills the weight ring, or the lazy state, for the slots that remain of the prompt.
   template <class Ctx>
   status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
     if (evaluation == morph_rows::direct) return status::ok;
+    if (evaluation == morph_rows::lazy) return enter(ctx, in, true, ws);
     query_rows<space_of<Ctx>> q;
     KVKEEP_TRY(last_queries(ctx, in, row_count(), q, ws));
     return run(ctx,
                op::row_weights<space_of<Ctx>>{in.batch, in.layer, q, in.weights, in.weight_sum,
                                               in.weight_stride, in.weight_ring},
                ws);
+  }
+  template <class Ctx>
+  status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
+    return evaluation == morph_rows::lazy ? enter(ctx, in, false, ws) : status::ok;
+  }
+  template <class Ctx>
+  status victims(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                 tensor_ref<index_t const, 2, space_of<Ctx>> keep,
+                 tensor_ref<index_t, 2, space_of<Ctx>> victim, workspace& ws) const {
+    op::lazy_victim<space_of<Ctx>> o{in.batch, in.layer, lazy_state_of(in)};
+    o.frozen = in.guard.frozen;
+    o.keep = keep;
+    o.fuse = fusion;
+    o.victim = victim;
+    return run(ctx, o, ws);
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
@@ -83,6 +112,23 @@ struct recent_fused_score : scorer_base {
   }
 
  private:
+  lazy_shape lazy_of(cache_shape const& s) const { return {s.group(), row_count(), window}; }
+  template <class Space>
+  lazy_state<Space> lazy_state_of(score_input<Space> const& in) const {
+    return {lazy_of(in.layer.kv.shape), in.seen, in.ring_from, in.ring_q, in.loose, in.head};
+  }
+  template <class Ctx>
+  status enter(Ctx& ctx, score_input<space_of<Ctx>> const& in, bool anew, workspace& ws) const {
+    op::lazy_enter<space_of<Ctx>> o{in.batch, in.layer, lazy_state_of(in)};
+    o.weights = in.weights;
+    o.weight_max = in.weight_max;
+    o.ring_row = in.newest_row;
+    o.ring_stride = in.weight_stride;
+    o.fuse = fusion;
+    o.anew = anew;
+    return run(ctx, o, ws);
+  }
+
   struct row_positions {
     index_t const* seen;
     index_t const* from;

@@ -25,6 +25,7 @@ struct scorer_traits {
   bool prefix_safe = true;       ///< may start behind a shared, frozen prefix
   bool draft_safe = true;        ///< evidence of drafts is staged
   bool direct = false;           ///< has `score_direct`: may decide before a token's own attention
+  bool finds_victims = false;    ///< has `victims`: finds the one that leaves without scores of all
 };
 
 /// Memory that a scorer asks the session for.
@@ -35,6 +36,8 @@ struct state_spec {
   /// `attention_fold` does all that `fold` does: the ring serves drafts and rows of the engine alone.
   bool folds_weights = false;
   bool ring_at_decode = false;  ///< decoded tokens' queries enter the ring too, not only the prompt's
+  index_t loose_rows = 0;   ///< floats per slot that a new token need not find cleared
+  index_t head_floats = 0;  ///< floats per sequence and KV head
 };
 
 /// Everything that a scorer may look at in one call. All `[id, ...]` arrays are indexed by
@@ -56,10 +59,14 @@ struct score_input {
 
   tensor_ref<float, 4, Space> weights{};     ///< [id, kv_head, g, slot] of weight ring row 0
   tensor_ref<float, 4, Space> weight_sum{};  ///< [id, kv_head, g, ring row]
+  tensor_ref<float, 4, Space> weight_max{};  ///< [id, kv_head, g, ring row] of their logits
   offset_t weight_stride = 0;              ///< elements between ring rows of `weights`
   index_t weight_ring = 0;                 ///< rows of the weight ring; position p is row p % ring
   index_t const* newest_row = nullptr;     ///< [entry] weight ring row of the newest token
   tensor_ref<index_t const, 2, Space> fresh{};  ///< [id, kv_head] slot of the newest token
+
+  tensor_ref<float, 4, Space> loose{};  ///< [id, kv_head, row, slot] state_spec::loose_rows
+  tensor_ref<float, 3, Space> head{};   ///< [id, kv_head, i] state_spec::head_floats
 };
 
 /// No-op defaults of the optional steps; scorers derive from it.
@@ -90,6 +97,14 @@ struct scorer_base {
   status fold(Ctx&, score_input<space_of<Ctx>> const&, workspace&) const {
     return status::ok;
   }
+};
+
+/// One victim per sequence and KV head, where a head has more slots in use than `keep` `[id, kv_head]`.
+template <class S, class Ctx>
+concept finds_victims = requires(S const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
+                                 tensor_ref<index_t const, 2, space_of<Ctx>> keep,
+                                 tensor_ref<index_t, 2, space_of<Ctx>> victim, workspace& w) {
+  { s.victims(c, in, keep, victim, w) } -> std::same_as<status>;
 };
 
 /// The narrow waist: `score` fills a float per slot in use, `[entry, kv_head, slot]`.

@@ -149,6 +149,7 @@ inline void attend_head(op::attend<host_space> const& o, attend_scratch const& s
     if (o.visible.data == nullptr) shown = all;
     float const sum = n > 0 ? normaliser(all, sink).sum : 0.0F;
     if (o.weight_sum.data != nullptr) o.weight_sum(id, h, g, ring) = sum;
+    if (o.weight_max.data != nullptr) o.weight_max(id, h, g, ring) = all.max;
     inverse[g] = inverse_of(sum);
     row_normaliser const r = normaliser(shown, sink);
     bool const empty = !(shown.sum > 0);

@@ -8,6 +8,7 @@
 #include "../../op/compact.hpp"
 #include "../../op/key_geometry.hpp"
 #include "../../op/layer_counts.hpp"
+#include "../../op/lazy_rows.hpp"
 #include "../../op/reduce.hpp"
 #include "../../op/select_k.hpp"
 #include "../../op/window_score.hpp"
@@ -25,6 +26,8 @@ KVKEEP_CPU_OP status enqueue(context&, op::fused_rows<host_space> const&, worksp
 KVKEEP_CPU_OP status enqueue(context&, op::key_diff<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::lag_score<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::layer_counts<host_space> const&, workspace&) noexcept;
+KVKEEP_CPU_OP status enqueue(context&, op::lazy_enter<host_space> const&, workspace&) noexcept;
+KVKEEP_CPU_OP status enqueue(context&, op::lazy_victim<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::mean_heads<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::mean_layers<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::pool_rows<host_space> const&, workspace&) noexcept;

@@ -8,6 +8,7 @@
 #include "compact.hpp"
 #include "key_geometry.hpp"
 #include "layer_counts.hpp"
+#include "lazy_victim.hpp"
 #include "pool.hpp"
 #include "reduce.hpp"
 #include "select_k.hpp"

@@ -200,6 +200,9 @@ auto session<Ctx, P, D>::input(layer_data const& l, source const& s, bool prompt
   in.weight_sum = s.weight_sum;
   in.weight_stride = s.layer.slots.rows.stride[2];
   in.weight_ring = r.weight_ring;
+  in.weight_max = detail::rebase(l.weight_max, s.id0);
+  in.loose = detail::rows_from(s.layer.slots.rows, r.loose_at, r.loose_rows);
+  in.head = detail::rebase(l.head, s.id0);
   in.newest_row = newest;
   in.fresh.data = l.fresh.data;
   for (int a = 0; a < 2; ++a) {

@@ -71,6 +71,47 @@ status session<Ctx, P, D>::score_tokens(layer_data& l, source const& s, index_t 
   return run(*ctx_, op::mean_heads<space>{s.batch, s.layer.slots, out}, w);
 }
 
+/// Whether one token leaves every head that is due.
+template <backend Ctx, class P, class D>
+bool session<Ctx, P, D>::one_leaves(layer_data const& l, source const& s,
+                                    index_t extra) const noexcept {
+  index_t most = 0;
+  for (index_t i = 0; i < s.batch.n; ++i) most = std::max(most, excess(l, s.batch.id[i], extra));
+  return most == 1 && decode_.select.traits().evicts_one;
+}
+
+/// Tokens that each head of a source keeps, `[id, kv_head]`, in scratch.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::resolve_keep(layer_data const& l, source const& s, index_t extra,
+                                        tensor_ref<index_t, 2, space>& keep,
+                                        workspace& w) const noexcept {
+  index_t const heads = shape_.cache.n_kv_heads;
+  auto const ids = static_cast<std::size_t>(shape_.n_sequences);
+  keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  detail::resolve_keep<space> const resolve{
+      l.k,     s.layer.slots, s.batch.id, s.batch.id, heads, decode_.when.evict_after,
+      decode_.when.room, extra, decode_.select.traits().block, 0, keep};
+  return each(s.batch.n * heads, resolve, w);
+}
+
+/// Victims of a scorer that finds them itself.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::take_victims(layer_data& l, source const& s, workspace& w) noexcept {
+  if constexpr (finds_victims<typename D::score_type, Ctx>) {
+    workspace::frame const frame(w);
+    tensor_ref<index_t, 2, space> keep;
+    KVKEEP_TRY(resolve_keep(l, s, 0, keep, w));
+    KVKEEP_TRY(decode_.score.victims(*ctx_, input(l, s, false, nullptr), keep, l.victim, w));
+    for (index_t i = 0; i < s.batch.n && !w.measuring(); ++i) next_generation(s.batch.id[i]);
+    if (!w.measuring()) note_victims(l, s.batch);
+    return status::ok;
+  } else {
+    (void)l, (void)s, (void)w;
+    return status::unsupported;
+  }
+}
+
 /// Turns scores into victims where one token leaves every head, else into a cut.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::apply(layer_data& l, source const& s,
@@ -81,18 +122,9 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
   index_t const heads = shape_.cache.n_kv_heads, n = s.batch.n;
   guard_ref<space> guard = guard_of(false, 0);
   guard.recent += extra;
-  index_t most = 0;
-  for (index_t i = 0; i < n && !measuring; ++i)
-    most = std::max(most, excess(l, s.batch.id[i], extra));
-  auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
-  if (!measuring && !w.ok()) return status::workspace_too_small;
-  auto const t = decode_.select.traits();
-  detail::resolve_keep<space> const resolve{l.k, s.layer.slots, s.batch.id, s.batch.id, heads,
-                                            decode_.when.evict_after, decode_.when.room, extra,
-                                            t.block, 0, keep};
-  KVKEEP_TRY(each(n * heads, resolve, w));
-  if (measuring || (t.evicts_one && most == 1)) {
+  tensor_ref<index_t, 2, space> keep;
+  KVKEEP_TRY(resolve_keep(l, s, extra, keep, w));
+  if (measuring || one_leaves(l, s, extra)) {
     op::evict_one<space> evict{s.batch, s.layer.slots, scores, guard, l.victim};
     bool const one_set = decode_.width() != scope::head;  // then all heads hold the same slots
     if (one_set) evict.slots.lengths.extent[1] = 1;
@@ -137,6 +169,11 @@ status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t con
     if (n == 0) return status::ok;
   }
   source const s = pool(l, due_ids, due_rows, n);
+  bool const finds = decode_.score.traits().finds_victims && decode_.width() == scope::head;
+  if (finds && (w.measuring() || (extra == 0 && one_leaves(l, s, 0)))) {
+    KVKEEP_TRY(take_victims(l, s, w));
+    if (!w.measuring()) return status::ok;
+  }
   index_t const heads = shape_.cache.n_kv_heads, slots = l.kv.shape.max_slots;
   auto const scores = row_major<space>(
       w.take<float>(product(n, heads, slots)), n, heads, slots);
@@ -178,112 +215,6 @@ status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* r
   return status::ok;
 }
 
-/// Decisions that precede the attention of their own token (MorphKV's include_current and the official
-/// per-query-head attention). Slots hold C + 2 tokens; C + 1 of them stay.
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::attend_special(layer_data& l, source const& s, op::attend<space>& a,
-                                          workspace& w) noexcept {
-  if constexpr (detail::scores_directly<typename D::score_type, Ctx>) {
-    workspace::frame const frame(w);
-    bool const measuring = w.measuring();
-    index_t const n = s.batch.n, hq = shape_.cache.n_q_heads, slots = l.kv.shape.max_slots;
-    index_t const heads = shape_.cache.n_kv_heads;
-    auto const size = product(n, hq, slots);
-    auto const visible =
-        row_major<space>(w.take<std::uint8_t>(size), n, hq, slots);
-    float* own = decode_.when.per_head_mask ? w.take<float>(size) : nullptr;
-    auto const scores = row_major<space>(
-        w.take<float>(product(n, heads, slots)), n, heads, slots);
-    index_t* seen = w.take<index_t>(static_cast<std::size_t>(shape_.n_sequences));
-    if (!measuring && !w.ok()) return status::workspace_too_small;
-    auto in = input(l, s, false, nullptr);
-    in.guard.recent += 1;
-    if (!measuring) {
-      // include_current counts this token's query among the rows.
-      std::copy_n(l.seen, shape_.n_sequences, seen);
-      for (index_t i = 0; i < n && decode_.when.before_attention; ++i) ++seen[s.batch.id[i]];
-      in.seen = seen;
-      KVKEEP_TRY(each(n * hq, detail::show_all<space>{visible}, w));
-    }
-    auto const heads_map = own == nullptr && !measuring
-                               ? tensor_ref<float, 3, space>{}
-                               : row_major<space>(own, n, hq, slots);
-    KVKEEP_TRY(decode_.score.score_direct(*ctx_, in, scores, heads_map, w));
-    if (decode_.when.per_head_mask) KVKEEP_TRY(mask_heads(l, s, heads_map, visible, w));
-    if (measuring) {
-      KVKEEP_TRY(decide(l, nullptr, nullptr, n, 1, w));
-      a.visible = visible;
-      return run(*ctx_, a, w);
-    }
-    // The published attention still sees the cache as it was: attend first, then let go.
-    if (decode_.when.per_head_mask) {
-      a.visible = visible;
-      KVKEEP_TRY(run(*ctx_, a, w));
-      return let_go(l, s, scores, w);
-    }
-    KVKEEP_TRY(let_go(l, s, scores, w));
-    KVKEEP_TRY(each(n * hq,
-                    detail::hide_victims<space>{visible, l.victim, s.batch.id,
-                                                shape_.cache.group()},
-                    w));
-    a.visible = visible;
-    return run(*ctx_, a, w);
-  } else {
-    (void)l, (void)s, (void)a, (void)w;
-    return status::unsupported;
-  }
-}
-
-/// Applies scores to those sequences of a source that are due; one slot stays for the current token.
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::let_go(layer_data& l, source const& s, score_map<space> scores,
-                                  workspace& w) noexcept {
-  for (index_t i = 0; i < s.batch.n; ++i) {
-    if (excess(l, s.batch.id[i], 1) == 0) continue;
-    source one = s;
-    one.batch = {1, s.batch.row + i, s.batch.id + i};
-    KVKEEP_TRY(apply(l, one, detail::rebase(scores, i), 1, w));
-  }
-  return status::ok;
-}
-
-/// Published MorphKV attention: each query head sees its own best C - W old tokens and the protected ones.
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::mask_heads(layer_data& l, source const& s,
-                                      tensor_ref<float, 3, space> own,
-                                      tensor_ref<std::uint8_t, 3, space> visible,
-                                      workspace& w) noexcept {
-  workspace::frame const frame(w);
-  index_t const n = s.batch.n, heads = shape_.cache.n_kv_heads, group = shape_.cache.group();
-  index_t const slots = l.kv.shape.max_slots;
-  auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
-  auto const size = product(n, heads);
-  keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
-                              row_major<space>(w.take<index_t>(size), n, heads)};
-  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  detail::resolve_keep<space> const resolve{l.k, s.layer.slots, s.batch.id, s.batch.id, heads,
-                                            decode_.when.evict_after, decode_.when.room, 1, 1, 0,
-                                            keep};
-  KVKEEP_TRY(each(n * heads, resolve, w));
-  guard_ref<space> guard = guard_of(false, 0);
-  guard.recent += 1;
-  for (index_t g = 0; g < group; ++g) {
-    tensor_ref<float const, 3, space> scores;
-    scores.data = own.data == nullptr ? nullptr : own.at(0, g);
-    index_t const extent[] = {n, heads, slots};
-    offset_t const stride[] = {own.stride[0], own.stride[1] * group, own.stride[2]};
-    for (int axis = 0; axis < 3; ++axis) {
-      scores.extent[axis] = extent[axis];
-      scores.stride[axis] = stride[axis];
-    }
-    KVKEEP_TRY(run(*ctx_,
-                   op::select_k<space>{s.batch, s.layer.slots, scores, keep, guard, plan}, w));
-    KVKEEP_TRY(each(n * heads, detail::show_plan<space>{visible, plan, heads, group, g}, w));
-  }
-  return status::ok;
-}
-
 }  // namespace kvkeep
 
-#include "moving.hpp"
+#include "decide_special.hpp"

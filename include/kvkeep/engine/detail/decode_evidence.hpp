@@ -88,6 +88,7 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
   if (shape_.rows.weight_ring > 0) {
     a.weights = detail::weight_rows(l.slots.rows, shape_.rows, shape_.cache.group());
     a.weight_sum = l.weight_sum;
+    if (shape_.rows.head_floats > 0) a.weight_max = l.weight_max;
     a.weight_row = ring_row;
     a.ring_stride = l.slots.rows.stride[2];
   }

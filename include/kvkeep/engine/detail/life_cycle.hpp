@@ -28,6 +28,8 @@ void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
   tensor(l.ring_q, id);
   tensor(l.ring_lse, id);
   tensor(l.weight_sum, id);
+  tensor(l.weight_max, id);
+  tensor(l.head, id);
   for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
     f(l.fresh.at(draft, id), sizeof(index_t) * static_cast<std::size_t>(l.fresh.extent[2]));
   index_t* const lists[] = {l.seen, l.ring_from, l.appended, l.attended};

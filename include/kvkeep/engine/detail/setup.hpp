@@ -184,7 +184,10 @@ void session<Ctx, P, D>::plan_state() {
   attention_folds_ = at_decode && ds.folds_weights && limits_.decode == decode_offer::attend &&
                      limits_.max_draft == 0;
   r.weight_ring = at_decode && ds.weight_ring > 0 && !attention_folds_ ? ds.weight_ring + limits_.max_draft : 0;
-  r.total = r.weights_at + r.weight_ring * cache.group();
+  r.loose_at = r.weights_at + r.weight_ring * cache.group();
+  r.loose_rows = at_decode ? ds.loose_rows : 0;
+  r.head_floats = at_decode ? ds.head_floats : 0;
+  r.total = r.loose_at + r.loose_rows;
   if (prompt_.budget.traits().couples_layers) r.score_at = r.total++;
   index_t const queries = std::max(ps.query_ring, at_decode ? ds.query_ring : 0);
   r.query_ring = queries > 0 ? queries + limits_.max_draft + 1 : 0;
