@@ -38,10 +38,12 @@ struct morphkv_options {
   std::optional<morph_rows> evaluation{};  ///< none: the cheapest that serves the other options
 };
 
-/// Bursts, and decisions with the token's own query, score all slots at once, from keys and queries.
+/// The fastest form: decisions with the token's own query are direct, bursts score all slots, from cached
+/// rows; else bounds, which last eight steps.
 inline morph_rows cheapest_rows(morphkv_options const& o) {
-  if (o.evict_after > 1 || o.include_current || o.per_head_mask) return morph_rows::direct;
-  return o.window >= lazy_shape::ahead ? morph_rows::lazy : morph_rows::cached;
+  if (o.include_current || o.per_head_mask) return morph_rows::direct;
+  bool const one_leaves = o.evict_after == 1 && o.window >= lazy_shape::ahead;
+  return one_leaves ? morph_rows::lazy : morph_rows::cached;
 }
 
 inline morphkv make_morphkv(morphkv_options const& o) {

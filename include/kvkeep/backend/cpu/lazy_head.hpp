@@ -80,6 +80,20 @@ struct lazy_job {
   bool alive(index_t row, index_t later) const noexcept {
     return row >= first && row > newest + later - head.shape().n_rows;
   }
+  /// Calls f(i, g, ring row) for all rows up to position `last`, head after head, positions ascending.
+  template <class F>
+  void each_row(index_t last, F const& f) const noexcept {
+    lazy_shape const& s = head.shape();
+    index_t const ring = ring_q.extent[2];
+    for (index_t g = 0; g < s.group; ++g) {
+      index_t r = first % s.n_rows, at = first % ring;  // counted on: dividing for each is slow
+      for (index_t p = first; p <= last; ++p) {
+        f(g * s.padded_rows() + r, g, at);
+        if (++r == s.n_rows) r = 0;
+        if (++at == ring) at = 0;
+      }
+    }
+  }
   float const* query(index_t g, index_t position) const noexcept {
     return ring_q.at(id, h * head.shape().group + g, position % ring_q.extent[2], 0);
   }
@@ -169,13 +183,11 @@ inline void enter_column(lazy_job const& job) noexcept {
   lazy_head const& head = job.head;
   if (job.oldest_recent() < 1) return;
   float const* const column = head.column(job.oldest_recent() - 1);
-  for (index_t p = job.first; p < job.newest; ++p)
-    for (index_t g = 0; g < head.shape().group; ++g) {
-      index_t const i = head.row(g, p);
-      double const sum = head.sum(i) + static_cast<double>(column[i]);
-      head.set_sum(i, sum);
-      head.peak(i) = std::max(head.peak(i), static_cast<float>(sum));
-    }
+  job.each_row(job.newest - 1, [&](index_t i, index_t, index_t) {
+    double const sum = head.sum(i) + static_cast<double>(column[i]);
+    head.set_sum(i, sum);
+    head.peak(i) = std::max(head.peak(i), static_cast<float>(sum));
+  });
 }
 
 /// factors[k][row] = min over g of Zref / (an upper bound of Z in k < `steps` steps): columns that enter
@@ -187,9 +199,10 @@ inline void bound_factors(lazy_job const& job, index_t steps, float* factors,
   lazy_shape const& s = head.shape();
   index_t const padded = s.padded_rows();
   float* const age = ratio + s.all_rows();
-  for (index_t r = 0; r < padded; ++r) age[r] = static_cast<float>(s.n_rows);  // never alive
-  for (index_t p = job.first; p <= job.newest; ++p)
-    age[p % s.n_rows] = static_cast<float>(job.newest - p);
+  std::fill_n(age, padded, static_cast<float>(s.n_rows));  // never alive
+  index_t row = job.newest % s.n_rows;
+  for (index_t p = job.newest; p >= job.first; --p, row = row > 0 ? row - 1 : s.n_rows - 1)
+    age[row] = static_cast<float>(job.newest - p);
   for (index_t i = 0; i < s.all_rows(); ++i)
     ratio[i] = static_cast<float>(head.sum(i)) * head.inverse(i);
   for (index_t k = 0; k < steps; ++k) {

@@ -10,6 +10,7 @@ inline namespace KVKEEP_CPU_ISA {
 
 inline constexpr index_t most_in_doubt = 64;  ///< exact scores before the direct form takes over
 inline constexpr index_t direct_steps = 32;   ///< which then decides for so many steps
+inline constexpr index_t scored_at_once = 4;  ///< slots that share a reading of the queries
 
 /// Scratch of one worker for lazy_victim.
 struct victim_scratch {
@@ -17,7 +18,7 @@ struct victim_scratch {
   worker_scratch<index_t> old;           ///< [max_slots] marks; scratch of the guard
   worker_scratch<float> bounds;          ///< [max_slots] lower bounds, or direct scores
   worker_scratch<float> factors;         ///< [padded], then [all_rows + padded]
-  worker_scratch<float> rows;            ///< [4][group * n_rows], then [dim_k]
+  worker_scratch<float> rows;            ///< [7][group * n_rows], then [4][dim_k]
   worker_scratch<float const*> queries;  ///< [group * n_rows]
 
   static victim_scratch take(workspace& ws, int workers, kv_ref<host_space> const& kv,
@@ -29,73 +30,81 @@ struct victim_scratch {
     r.old = take_each<index_t>(ws, workers, slots);
     r.bounds = take_each<float>(ws, workers, slots);
     r.factors = take_each<float>(ws, workers, size_of(2 * s.padded_rows() + s.all_rows()));
-    r.rows = take_each<float>(ws, workers, 4 * all + size_of(kv.shape.dim_k));
+    r.rows = take_each<float>(
+        ws, workers, (3 + scored_at_once) * all + scored_at_once * size_of(kv.shape.dim_k));
     r.queries = take_each<float const*>(ws, workers, all);
     return r;
   }
 };
 
-/// Exact scores of single slots: the rows there are, ascending, head after head.
+/// Exact scores of some slots: the rows there are, ascending, head after head.
 struct exact_score {
   lazy_job const& job;
   reduction fuse = reduction::max;
   index_t count = 0;                ///< rows
+  index_t all = 0;                  ///< group * count
   float const** queries = nullptr;  ///< [group][count]
   float* maximum = nullptr;         ///< [group][count]
   float* inverse = nullptr;         ///< [group][count] 1 / Z
-  float* e = nullptr;               ///< [group][count] of the last slot
+  float* e = nullptr;               ///< [slot][group][count] of the slots scored last
   float* best = nullptr;            ///< [group][count] of the best slot
-  float* key = nullptr;             ///< [dim_k]
+  float* keys = nullptr;            ///< [slot][dim_k]
   bool in_range = true;             ///< all sums are such that dividing by them means something
 
   exact_score(lazy_job const& j, reduction how, victim_scratch const& scratch, int worker) noexcept
       : job(j), fuse(how), count(j.newest - j.first + 1), queries(scratch.queries(worker)) {
     lazy_shape const& s = job.head.shape();
-    offset_t const all = static_cast<offset_t>(s.group) * s.n_rows;
+    all = s.group * count;
     maximum = scratch.rows(worker);
     inverse = maximum + all;
-    e = inverse + all;
-    best = e + all;
-    key = best + all;
-    for (index_t g = 0, at = 0; g < s.group; ++g)
-      for (index_t p = job.first; p <= job.newest; ++p, ++at) {
-        index_t const i = job.head.row(g, p);
-        double const sum = job.head.sum(i);
-        in_range = in_range && sum >= 1e-30 && sum <= static_cast<double>(FLT_MAX);
-        queries[at] = job.query(g, p);
-        maximum[at] = job.head.maximum(i);
-        inverse[at] = static_cast<float>(1 / sum);
-      }
+    best = inverse + all;
+    e = best + all;
+    keys = e + scored_at_once * static_cast<offset_t>(all);
+    index_t at = 0;
+    job.each_row(job.newest, [&](index_t i, index_t g, index_t ring_row) {
+      double const sum = job.head.sum(i);
+      in_range = in_range && sum >= 1e-30 && sum <= static_cast<double>(FLT_MAX);
+      queries[at] = job.ring_q.at(job.id, job.h * s.group + g, ring_row, 0);
+      maximum[at] = job.head.maximum(i);
+      inverse[at] = 1.0F / static_cast<float>(sum);
+      ++at;
+    });
   }
 
-  /// The canonical score; the slot's weights are in `e` then.
-  float operator()(index_t slot) const noexcept {
-    lazy_shape const& s = job.head.shape();
-    index_t const n = s.group * count;
-    float const* const k = key_of(slot);
-    qk_rows(cpu::query_rows{k, 0, 1, job.k.p->dim, job.form}, row_list<float>{queries, n}, e, n);
-    for (index_t i = 0; i < n; i += lanes)
-      store_some(e + i, exp(load_some(e + i, n - i) - load_some(maximum + i, n - i)), n - i);
-    float score = 0;
-    for (index_t r = 0; r < count; ++r) {
-      float top = e[r] * inverse[r];
-      for (index_t i = r + count; i < n; i += count) top = std::max(top, e[i] * inverse[i]);
-      score = fuse == reduction::sum ? score + top : std::max(score, top);
-    }
-    return score;
+  /// Canonical scores f[i] of up to `scored_at_once` slots; their weights are in `e` then.
+  void operator()(index_t const* slots, index_t n, float* f) const noexcept {
+    index_t const dim = job.k.p->dim;
+    for (index_t i = 0; i < n; ++i) read_key(slots[i], keys + i * dim);
+    qk_rows(cpu::query_rows{keys, dim, n, dim, job.form}, row_list<float>{queries, all}, e, all);
+    for (index_t i = 0; i < n; ++i) f[i] = score(e + static_cast<offset_t>(i) * all);
+  }
+  /// Remembers the weights of the i-th slot scored last.
+  void keep(index_t i) const noexcept {
+    std::copy_n(e + static_cast<offset_t>(i) * all, all, best);
   }
 
  private:
+  /// Logits to weights in place, and their score.
+  float score(float* z) const noexcept {
+    for (index_t i = 0; i < all; i += lanes)
+      store_some(z + i, exp(load_some(z + i, all - i) - load_some(maximum + i, all - i)), all - i);
+    float sum = 0;
+    for (index_t r = 0; r < count; ++r) {
+      float top = z[r] * inverse[r];
+      for (index_t i = r + count; i < all; i += count) top = std::max(top, z[i] * inverse[i]);
+      sum = fuse == reduction::sum ? sum + top : std::max(sum, top);
+    }
+    return sum;
+  }
   /// The slot's key in fp32.
-  float const* key_of(index_t slot) const noexcept {
+  void read_key(index_t slot, float* to) const noexcept {
     plane const& p = *job.k.p;
     offset_t const at = visit_layout(
         p.layout, [&](auto const& l) { return l.offset(job.k.seq, job.k.head, slot); });
     visit_type(p.type, [&](auto const* type) {
       using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-      read_row(p, reinterpret_cast<T const*>(p.data) + at, key);
+      read_row(p, reinterpret_cast<T const*>(p.data) + at, to);
     });
-    return key;
   }
 };
 
@@ -122,28 +131,33 @@ inline index_t list_doubts(float const* bounds, index_t n, float limit, index_t 
 }
 
 /// The victim by bounds and exact scores, with its weights in `score.best`; -1: the bounds do not separate
-/// the slots, or the scores have left the range of fp32.
-inline index_t victim_by_bounds(exact_score& score, float const* bounds, index_t least) noexcept {
+/// the slots, or the scores have left the range of fp32. @param least the slot with the lowest bound
+inline index_t victim_by_bounds(exact_score const& score, float const* bounds,
+                                index_t least) noexcept {
   lazy_job const& job = score.job;
   auto const limit_of = [](float f) { return f * (1.0F + bound_slack); };
   index_t victim = least;
-  float lowest = score(least);
-  std::swap(score.e, score.best);
+  float lowest = 0;
+  score(&least, 1, &lowest);
+  score.keep(0);
   doubt list[most_in_doubt + 1];
   index_t const count = list_doubts(bounds, job.n, limit_of(lowest), most_in_doubt, list);
   if (count > most_in_doubt) return -1;
   std::sort(list, list + count, [](doubt const& a, doubt const& b) {
     return a.bound != b.bound ? a.bound < b.bound : a.slot < b.slot;
   });
-  for (index_t i = 0; i < count && list[i].bound <= limit_of(lowest); ++i) {
-    index_t const slot = list[i].slot;
-    if (slot == least) continue;
-    float const f = score(slot);
-    if (f < lowest || (f == lowest && job.positions[slot] > job.positions[victim])) {
-      victim = slot;
-      lowest = f;
-      std::swap(score.e, score.best);
-    }
+  for (index_t i = 0; i < count && list[i].bound <= limit_of(lowest);) {
+    index_t slots[scored_at_once], n = 0;
+    float f[scored_at_once];
+    for (; i < count && n < scored_at_once && list[i].bound <= limit_of(lowest); ++i)
+      if (list[i].slot != least) slots[n++] = list[i].slot;
+    if (n > 0) score(slots, n, f);
+    for (index_t k = 0; k < n; ++k)
+      if (f[k] < lowest || (f[k] == lowest && job.positions[slots[k]] > job.positions[victim])) {
+        victim = slots[k];
+        lowest = f[k];
+        score.keep(k);
+      }
   }
   return lowest >= 1e-30F ? victim : -1;
 }
@@ -153,13 +167,12 @@ inline index_t victim_by_bounds(exact_score& score, float const* bounds, index_t
 inline bool let_column_go(exact_score const& score) noexcept {
   lazy_job const& job = score.job;
   bool sound = true;
-  for (index_t g = 0, at = 0; g < job.head.shape().group; ++g)
-    for (index_t p = job.first; p <= job.newest; ++p, ++at) {
-      index_t const i = job.head.row(g, p);
-      double const sum = job.head.sum(i) - static_cast<double>(score.best[at]);
-      job.head.set_sum(i, sum);
-      sound = sound && sum >= 0.25 * static_cast<double>(job.head.peak(i));
-    }
+  index_t at = 0;
+  job.each_row(job.newest, [&](index_t i, index_t, index_t) {
+    double const sum = job.head.sum(i) - static_cast<double>(score.best[at++]);
+    job.head.set_sum(i, sum);
+    sound = sound && sum >= 0.25 * static_cast<double>(job.head.peak(i));
+  });
   return sound;
 }
 
@@ -201,7 +214,7 @@ inline index_t lazy_victim_head(op::lazy_victim<host_space> const& o, victim_scr
   if (job.n == 0 || (o.keep.data != nullptr && job.n <= o.keep(job.id, h))) return -1;
   bool const known = head.newest() == job.newest && head.old() >= 0;
   index_t victim = -1;
-  exact_score score(job, o.fuse, scratch, worker);
+  exact_score const score(job, o.fuse, scratch, worker);
   if (known && score.in_range && head.rest() == 0 && score.count > 0) {
     float* const factors = scratch.factors(worker);
     bound_factors(job, 1, factors, factors + head.shape().padded_rows());
@@ -216,7 +229,11 @@ inline index_t lazy_victim_head(op::lazy_victim<host_space> const& o, victim_scr
   if (victim < 0) {
     victim = victim_by_scores(o, job, scratch, worker);
     if (head.rest() > 0) head.set_rest(head.rest() - 1);
-    if (victim >= 0 && known) score(victim), std::swap(score.e, score.best);
+    if (victim >= 0 && known) {
+      float f = 0;
+      score(&victim, 1, &f);  // for its weights
+      score.keep(0);
+    }
   }
   if (victim < 0 || !known) return victim;
   head.set_old(let_column_go(score) ? head.old() - 1 : -2);
@@ -236,9 +253,9 @@ inline void prefetch_victim(op::lazy_victim<host_space> const& o, index_t b, ind
     for (index_t back = 0; back < std::min({phase, s.n_rows, job.newest + 1}); ++back)
       fetch((job.newest - back) % s.n_rows / 2, first);
   }
-  for (index_t g = 0; g < s.group; ++g)
-    for (index_t p = job.first; p <= job.newest; ++p)
-      prefetch_row(job.query(g, p), o.layer.kv.shape.dim_k);
+  job.each_row(job.newest, [&](index_t, index_t g, index_t ring_row) {
+    prefetch_row(job.ring_q.at(job.id, job.h * s.group + g, ring_row, 0), o.layer.kv.shape.dim_k);
+  });
 }
 
 /// Victims. Cost as the op says.

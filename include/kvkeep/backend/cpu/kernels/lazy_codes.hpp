@@ -60,8 +60,11 @@ struct bound_source {
   index_t padded = 0;
   index_t n_rows = 0;
   index_t newest = 0;  ///< position
+  index_t newest_code = 0;  ///< newest % n_rows
   row_fold fuse = row_fold::sum;
 
+  /// Code of the row before; dividing for each would cost more than reading it.
+  index_t before(index_t code) const noexcept { return code > 0 ? code - 1 : n_rows - 1; }
   vf fold(vf acc, vf x) const noexcept { return fuse == row_fold::sum ? acc + x : max(acc, x); }
 };
 
@@ -72,8 +75,9 @@ inline void prepare_bounds(bound_source const& s, index_t phase, index_t j) noex
   vf acc[K];
   KVKEEP_CPU_UNROLL
   for (int k = 0; k < K; ++k) acc[k] = splat(0.0f);
-  for (index_t back = phase; back < s.n_rows && back <= s.newest; ++back) {
-    index_t const row = (s.newest - back) % s.n_rows;
+  index_t row = s.newest_code;
+  for (index_t back = 0; back < s.n_rows && back <= s.newest; ++back, row = s.before(row)) {
+    if (back < phase) continue;
     vf const x = held(s.codes.get(row, j));
     KVKEEP_CPU_UNROLL
     for (int k = 0; k < K; ++k) acc[k] = s.fold(acc[k], x * splat(s.factors[k * s.padded + row]));
@@ -85,10 +89,9 @@ inline void prepare_bounds(bound_source const& s, index_t phase, index_t j) noex
 inline vf lower_bounds(bound_source const& s, index_t phase, index_t j) noexcept {
   vf acc = s.bounds.get(phase, j);
   index_t const newer = std::min({phase, s.n_rows, s.newest + 1});
-  for (index_t back = 0; back < newer; ++back) {
-    index_t const row = (s.newest - back) % s.n_rows;
+  index_t row = s.newest_code;
+  for (index_t back = 0; back < newer; ++back, row = s.before(row))
     acc = s.fold(acc, s.codes.get(row, j) * splat(s.factors[row]));
-  }
   return acc;
 }
 
