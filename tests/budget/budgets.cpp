@@ -164,6 +164,15 @@ TEST_CASE("DynamicKV: the published arithmetic at its checkpoints") {
   });
 }
 
+TEST_CASE("DynamicKV: published budgets stay zero where the published code divides by zero") {
+  offset_t no_counts[] = {3, 2, 1, 0};  // below the number of layers
+  published_dynamic_budgets(no_counts, 4, 8, 1, 4, 3, 64);
+  for (offset_t b : no_counts) CHECK(b == 0);
+  offset_t small_shares[] = {4, 4, 4, 4};  // a quarter of 3 each
+  published_dynamic_budgets(small_shares, 4, 8, 1, 4, 3, 64);
+  for (offset_t b : small_shares) CHECK(b == 0);
+}
+
 TEST_CASE("AdaKV: heads of a layer") {
   for_seeds(200, [](generator& g) {
     index_t const heads = g.integer(1, 6), sinks = g.integer(0, 2), window = g.integer(1, 4);

@@ -166,6 +166,7 @@ inline counts dynamickv_official(array const& scores, index_t base, index_t budg
   float const sum = static_cast<float>(total(b));
   for (index_t& x : b)
     x = static_cast<index_t>(static_cast<float>(budget_size) * (static_cast<float>(x) / sum));
+  if (total(b) == 0) throw std::domain_error("oracle: all DynamicKV shares are below 1");
   double const ratio = static_cast<double>(total(b)) / need;
   for (index_t& x : b) x = static_cast<index_t>(python_floordiv(x, ratio));
   b.back() += need - static_cast<index_t>(total(b));

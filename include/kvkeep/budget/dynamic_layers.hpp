@@ -31,6 +31,7 @@ inline void published_dynamic_budgets(offset_t* budget, index_t n, index_t n_lay
     float const share = static_cast<float>(budget[i]) / static_cast<float>(sum);
     total += budget[i] = static_cast<offset_t>(static_cast<float>(cap) * share);
   }
+  if (total == 0) return;  // and here: every share of `cap` is below one
   offset_t const need = static_cast<offset_t>(base) * n_layers;
   double const ratio = static_cast<double>(total) / static_cast<double>(need);
   offset_t given = 0;

@@ -79,7 +79,6 @@ KVKEEP_COLD void check_blocks_view(kv_ref<Space> const& kv, index_t block, scope
 
 template <backend Ctx, class P, class D>
 void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) const {
-  detail::check_limits(limits_);
   KVKEEP_EXPECTS(!layers_.empty(), "layers", layers.size(), "at least one that is not skipped");
   cache_shape const& first = layers_[0].kv.shape;
   for (auto const& l : layers_) {
@@ -262,6 +261,7 @@ session<Ctx, P, D>::session(Ctx& ctx, P const& p, D const& d,
                             std::span<layer_spec<space> const> layers, limits const& lim)
     : ctx_(&ctx), prompt_(p), decode_(d), limits_(lim) {
   if (limits_.max_batch == 0) limits_.max_batch = limits_.max_sequences;
+  detail::check_limits(limits_);  // first: sizes are computed from them
   if constexpr (std::is_same_v<P, D>) one_policy_ = p.key() == d.key();
   n_all_layers_ = static_cast<index_t>(layers.size());
   for (auto const& spec : layers) {
