@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Policies of the command line: a name or PROMPT+DECODE, and what the options mean for them.
+#pragma once
+
+#include <kvkeep/kvkeep.hpp>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace kvkeep::generate {
+
+using any = any_policy<cpu::context>;
+
+struct policy_request {
+  std::string policy = "morphkv";  ///< NAME, or PROMPT+DECODE
+  index_t capacity = 128;          ///< tokens kept per KV head; decoding adds the current one
+  std::optional<index_t> window;   ///< default: a quarter of the capacity, at most 32; H2O: half
+  std::optional<index_t> sinks;    ///< default: 4 for StreamingLLM and LagKV
+  std::optional<reduction> fusion;
+  std::optional<double> evict_after;
+  std::string layer_budget;  ///< "", uniform, pyramid, dynamic, ada
+  scope granularity = scope::head;
+};
+
+/// What a session is bound to.
+struct policy_pair {
+  std::string name;
+  any prompt;
+  any decode;
+
+  bool cuts_prompt() const;
+  bool cuts_decode() const;
+  /// One set per sequence: layers are decided together, so prompts lie in the cache itself.
+  bool joins_layers() const;
+};
+
+/// @throws std::invalid_argument naming option, value and what is allowed
+policy_pair make_policies(policy_request const& r);
+
+/// Slots per KV head that a policy needs for prompts and sequences of these lengths.
+struct sequence_bounds {
+  index_t max_prompt = 0;
+  index_t max_tokens = 0;  ///< prompt and generated
+  bool in_place = false;   ///< prompts are written into the cache itself
+};
+index_t slots_needed(policy_pair const& p, cache_shape const& shape, index_t n_layers,
+                     sequence_bounds const& b);
+
+}  // namespace kvkeep::generate
