@@ -52,7 +52,7 @@ void engine::state::step(std::span<feed const> tokens) {
 void engine::state::decode_layer(index_t layer) {
   auto const n = static_cast<index_t>(ids.size());
   blocks.project(layer, {x.data(), n});
-  for (index_t const id : ids) cache.resize(layer, id, longest(layer, id) + 1);
+  for (index_t const id : ids) cache.resize(layer, id, slots_to_append(layer, id));
   {
     stopwatch const time(usage.append);
     expect(kv.append(layer, {ids}, slots.data()), "append");
@@ -123,6 +123,14 @@ index_t engine::state::longest(index_t layer, index_t id) const {
   index_t most = 0;
   for (index_t h = 0; h < config.n_kv_heads; ++h) most = std::max(most, n(id, h));
   return most;
+}
+
+/// Slots in use once a token has come: a head without a free slot takes its tail.
+index_t engine::state::slots_to_append(index_t layer, index_t id) const {
+  auto const free = kv.free_slots(layer);
+  bool tail = false;
+  for (index_t h = 0; h < config.n_kv_heads; ++h) tail = tail || free(id, h) < 0;
+  return longest(layer, id) + (tail ? 1 : 0);
 }
 
 /// Blocks behind the slots in use go back to the pool.

@@ -82,6 +82,7 @@ struct engine::state {
   }
   float* logits_of(index_t id) { return logits.data() + offset_t{id} * config.vocabulary; }
   index_t longest(index_t layer, index_t id) const;
+  index_t slots_to_append(index_t layer, index_t id) const;
 
   runtime& rt;
   model_config config;

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Model files of kvkeep-generate: both formats, quantised tensors, tokenizers, and everything malformed.
+#include <algorithm>
+#include <functional>
+
+#include "../support/catch.hpp"
+#include "generate/episodes.hpp"
+#include "generate/file.hpp"
+#include "generate_models.hpp"
+
+namespace {
+
+using namespace kvkeep;
+using namespace kvkeep::test;
+using generate::bad_input;
+using generate::load_model;
+using generate::model;
+
+void check_same(model const& a, model const& b, float tolerance) {
+  auto const close = [&](std::vector<float> const& x, std::vector<float> const& y) {
+    REQUIRE(x.size() == y.size());
+    float most = 0;
+    for (std::size_t i = 0; i < x.size(); ++i) most = std::fmax(most, std::fabs(x[i] - y[i]));
+    CHECK(most <= tolerance);
+  };
+  close(a.embedding.data, b.embedding.data);
+  close(a.own_classifier.data, b.own_classifier.data);
+  close(a.final_norm, b.final_norm);
+  REQUIRE(a.layers.size() == b.layers.size());
+  for (std::size_t i = 0; i < a.layers.size(); ++i) {
+    auto const &x = a.layers[i], &y = b.layers[i];
+    close(x.attention_norm, y.attention_norm);
+    close(x.ffn_norm, y.ffn_norm);
+    using layer = generate::layer_weights;
+    for (auto m : {&layer::q, &layer::k, &layer::v, &layer::output, &layer::gate, &layer::up,
+                   &layer::down}) {
+      CHECK((x.*m).rows == (y.*m).rows);
+      CHECK((x.*m).cols == (y.*m).cols);
+      close((x.*m).data, (y.*m).data);
+    }
+  }
+}
+
+/// The message of a refusal, which names the file.
+std::string refusal(fs::path const& file, fs::path const& tokenizer = {}) {
+  try {
+    load_model(file, tokenizer);
+  } catch (bad_input const& e) {
+    std::string const what = e.what();
+    CHECK(what.find('\n') == std::string::npos);
+    return what;
+  }
+  return "not refused";
+}
+
+void check_refused(fs::path const& file, std::string const& part, fs::path const& tokenizer = {}) {
+  std::string const what = refusal(file, tokenizer);
+  INFO(what);
+  CHECK(what.find(part) != std::string::npos);
+  CHECK(what.rfind((tokenizer.empty() ? file : tokenizer).string(), 0) == 0);
+}
+
+}  // namespace
+
+TEST_CASE("both formats hold the same model, with a tied or an own classifier") {
+  model_folder const tmp;
+  for (bool const tied : {true, false}) {
+    model const m = random_model(3, tiny_config(), tied);
+    check_same(load_model(tmp.write("m.bin", llama2c_bytes(m))), m, 0);
+    check_same(load_model(tmp.write("m.gguf", gguf_bytes(m))), m, 0);
+  }
+  auto parts = gguf_metadata(tiny_config());
+  parts.version = 2;
+  add_tensors(parts, random_model(3));
+  check_same(load_model(tmp.write("v2.gguf", parts.join())), random_model(3), 0);
+}
+
+TEST_CASE("F16 and Q8_0 tensors are read to within their rounding") {
+  model_folder const tmp;
+  auto c = tiny_config();
+  c.hidden = 64;  // Q8_0 comes in blocks of 32
+  model const m = random_model(5, c);
+  check_same(load_model(tmp.write("f16.gguf", gguf_bytes(m, 1))), m, 1e-3F);
+  check_same(load_model(tmp.write("q8.gguf", gguf_bytes(m, 8))), m, 5e-3F);
+  check_refused(tmp.write("odd.gguf", gguf_bytes(random_model(5), 8)), "blk.0.ffn_down.weight");
+}
+
+TEST_CASE("a file cut anywhere is refused, and so is one that is too long") {
+  model_folder const tmp;
+  model const m = random_model(7);
+  for (auto const& [name, whole] : {std::pair<std::string, std::string>{"m.bin", llama2c_bytes(m)},
+                                    {"m.gguf", gguf_bytes(m)}}) {
+    std::vector<std::size_t> ends;
+    for (std::size_t n = 1; n < 600; n += 7) ends.push_back(n);
+    for (std::size_t n = 600; n < whole.size(); n += 3001) ends.push_back(n);
+    // The last tensor is a vector of 128 bytes without padding behind it.
+    ends.push_back(whole.size() - 1);
+    for (std::size_t const n : ends) {
+      std::string const what = refusal(tmp.write(name, whole.substr(0, n)));
+      INFO(name << " " << n << " of " << whole.size() << ": " << what);
+      CHECK(what.rfind((tmp.path / name).string() + ": ", 0) == 0);
+    }
+  }
+  check_refused(tmp.write("long.bin", llama2c_bytes(m) + "1234"), "size: ");
+  check_refused(tmp.write("empty.bin", ""), "file: empty");
+  check_refused(tmp.path / "missing.gguf", "file: does not exist");
+  check_refused(tmp.path, "file: empty, or not a file");
+}
+
+TEST_CASE("llama2.c headers that cannot be are refused by field") {
+  model_folder const tmp;
+  std::string const good = llama2c_bytes(random_model(7));
+  auto const with = [&](std::size_t field, std::int32_t value) {
+    std::string s = good;
+    std::memcpy(s.data() + 4 * field, &value, sizeof value);
+    return tmp.write("m.bin", s);
+  };
+  check_refused(with(0, 0), "magic: ");
+  check_refused(with(0, -32), "magic: ");
+  check_refused(with(0, 0x616b3432), "version: ");
+  check_refused(with(0, 33), "n_heads: 4");
+  check_refused(with(1, 0), "feed-forward length: 0");
+  check_refused(with(2, 2000), "layers: 2000");
+  check_refused(with(3, 5), "n_heads: 5");
+  check_refused(with(4, 3), "KV heads: 3");
+  check_refused(with(4, 0), "KV heads: 0");
+  check_refused(with(5, INT32_MIN), "vocabulary: ");
+  check_refused(with(5, 1 << 21), "truncated: ");
+  check_refused(with(6, -1), "context length: -1");
+}
+
+TEST_CASE("GGUF metadata and tensors that cannot be are refused by name") {
+  model_folder const tmp;
+  model const m = random_model(7);
+  auto const bytes = [&](
+                         std::function<void(gguf_parts&)> const& before,
+                         std::function<void(gguf_parts&)> const& after = [](gguf_parts&) {}) {
+    gguf_parts g = gguf_metadata(m.config);
+    before(g);
+    add_tensors(g, m);
+    after(g);
+    return tmp.write("m.gguf", g.join());
+  };
+  auto const fresh = [&](std::function<void(gguf_parts&, generate::model_config&)> const& change) {
+    return bytes([&](gguf_parts& g) {
+      auto c = m.config;
+      gguf_parts own;
+      change(own, c);
+      gguf_parts const rest = gguf_metadata(c);
+      own.metadata += rest.metadata;
+      own.n_metadata += rest.n_metadata;
+      g = own;
+    });
+  };
+  std::string other = gguf_bytes(m);
+  other.replace(other.find("llama"), 5, "gemma");
+  check_refused(tmp.write("m.gguf", other), "general.architecture: gemma");
+  check_refused(bytes([](gguf_parts& g) { g.version = 4; }), "version: 4");
+  check_refused(bytes([](gguf_parts& g) { g.n_metadata = 1ULL << 60; }), "metadata_kv_count: ");
+  check_refused(bytes([](gguf_parts&) {}, [](gguf_parts& g) { g.n_tensors = 1ULL << 60; }),
+                "tensor_count: ");
+  check_refused(bytes([](gguf_parts& g) { g.type = 2; }), "token_embd.weight: tensor type 2");
+  check_refused(bytes([](gguf_parts& g) { g.add("llama.context_length", 3); }),
+                "llama.context_length: occurs twice");
+  check_refused(bytes([](gguf_parts& g) { g.add("llama.rope.scaling.type", std::string("yarn")); }),
+                "llama.rope.scaling.type: yarn");
+  check_refused(bytes([](gguf_parts& g) { g.add("tokenizer.ggml.eos_token_id", 61); }),
+                "tokenizer.ggml.eos_token_id: 61");
+  check_refused(bytes([](gguf_parts& g) {
+                  g.add("tokenizer.ggml.tokens", std::vector<std::string>{"a", "b"});
+                }),
+                "tokenizer.ggml.tokens: 2 tokens");
+  check_refused(bytes([](gguf_parts& g) { g.add("general.alignment", 0); }),
+                "general.alignment: 0");
+  check_refused(bytes([](gguf_parts& g) { g.key("x", 13); }), "x: metadata type 13");
+  check_refused(fresh([](gguf_parts&, auto& c) { c.hidden = 48; }),
+                "blk.0.ffn_gate.weight: shape [32, 44]");
+  check_refused(fresh([](gguf_parts&, auto& c) { c.n_layers = 4; }),
+                "blk.3.attn_norm.weight: missing");
+  check_refused(fresh([](gguf_parts&, auto& c) { c.n_kv_heads = 3; }), "KV heads: 3");
+  check_refused(fresh([](gguf_parts& g, auto&) {
+                  g.add("rope", 1.0F);
+                  g.metadata.clear();
+                }),
+                "");
+  check_refused(bytes([](gguf_parts&) {}, [](gguf_parts& g) { g.infos.clear(); }), "");
+}
+
+TEST_CASE("words are found whole, apart at signs, and by name when unknown") {
+  generate::word_tokenizer const t(
+      {"<pad>", "<bos>", "<end>", "day", "12", ":", "walk", "the", "dog", ".", "12:00", "(", ")"});
+  CHECK(t.encode("Day 12: walk the dog.") == std::vector<index_t>{3, 4, 5, 6, 7, 8, 9});
+  CHECK(t.encode("<BOS> 12:00 (dog)") == std::vector<index_t>{1, 10, 11, 8, 12});
+  CHECK(t.encode("  ").empty());
+  std::string text;
+  index_t last = -1;
+  for (index_t const id : {3, 4, 5, 6, 7, 8, 9, 2, 11, 8, 12}) {
+    text += t.decode(id, last);
+    last = id;
+  }
+  CHECK(text == "day 12: walk the dog. (dog)");
+  CHECK_THROWS_WITH(t.encode("the cat."), "the prompt: cat: not a word of the model");
+}
+
+TEST_CASE("pieces are merged by score, and bytes stand in for what has no piece") {
+  generate::piece_vocabulary v;
+  v.pieces = {"<unk>", "<s>", "</s>", " ",      "a",      "b",
+              "ab",    " a",  " ab",  "<0xC3>", "<0xA9>", "<0x0A>"};
+  v.scores = {0, 0, 0, -9, -9, -9, -1, -2, -3, 0, 0, 0};
+  generate::piece_tokenizer const t(v);
+  CHECK(t.encode("ab") == std::vector<index_t>{8});  // " " "ab", then " ab"
+  CHECK(t.encode("aab") == std::vector<index_t>{7, 6});
+  CHECK(t.encode("\xc3\xa9") == std::vector<index_t>{3, 9, 10});
+  CHECK(t.encode("").empty());
+  CHECK_THROWS_AS(t.encode("z"), bad_input);
+  CHECK(t.decode(8, 1) == "ab");
+  CHECK(t.decode(8, 5) == " ab");
+  CHECK(t.decode(11, 5) == "\n");
+}
+
+TEST_CASE("a llama2.c tokenizer has one token per id") {
+  model_folder const tmp;
+  model const m = random_model(7);
+  fs::path const file = tmp.write("m.bin", llama2c_bytes(m));
+  auto const tokens = [&](index_t n, std::uint32_t length) {
+    std::string s;
+    put(s, std::uint32_t{4});
+    for (index_t i = 0; i < n; ++i) {
+      put(s, -1.0F * static_cast<float>(i));
+      put(s, length);
+      s += std::string(length, 'a');
+    }
+    return tmp.write("tok.bin", s);
+  };
+  CHECK(load_model(file, tokens(61, 2)).text != nullptr);
+  check_refused(file, "token 60: truncated", tokens(60, 2));
+  check_refused(file, "size: ", tokens(62, 2));
+  check_refused(file, "token 0: 5 bytes", tokens(61, 5));
+}
+
+TEST_CASE("episodes are checked, found by name and scored") {
+  model_folder const tmp;
+  std::string const good = R"({"schema":1,"vocabulary_sha256":"x","episodes":[
+    {"task":"diary","seed":1,"prompt":[1,2],"response":[5,6,7,8,9],
+     "checks":[{"kind":"once","entry":1,"depth":-1,"at":3,"n":2,"anchor":[6,7]}]},
+    {"task":"diary","seed":2,"prompt":[1],"response":[4],"checks":[]}]})";
+  auto const set = generate::load_episodes(tmp.write("e.json", good), 10);
+  CHECK(generate::find_episode(set, "diary:1").seed == 2);
+  auto const& e = generate::find_episode(set, "diary");
+  CHECK(e.seed == 1);
+  auto const freely = [&](std::vector<index_t> const& w) {
+    return generate::holds_freely(e, e.checks[0], w);
+  };
+  CHECK(freely({3, 3, 6, 7, 8, 9}));
+  CHECK(!freely({3, 3, 6, 7, 8}));
+  CHECK(!freely({6, 7, 8, 1}));
+  CHECK(!freely({8, 9}));
+  CHECK(generate::holds_forced(e, e.checks[0], std::vector<index_t>{0, 0, 0, 8, 9}));
+  CHECK(!generate::holds_forced(e, e.checks[0], std::vector<index_t>{5, 6, 7, 8, 0}));
+  CHECK_THROWS_WITH(generate::find_episode(set, "walk"), "--task: walk: expected one of diary");
+  CHECK_THROWS_WITH(generate::find_episode(set, "diary:2"), "--task: diary:2: expected diary:0..1");
+  CHECK_THROWS_AS(generate::find_episode(set, "diary:x"), bad_input);
+  auto const changed = [&](std::string const& from, std::string const& to) {
+    std::string s = good;
+    s.replace(s.find(from), from.size(), to);
+    std::string what = "not refused";
+    try {
+      generate::load_episodes(tmp.write("e.json", s), 10);
+    } catch (bad_input const& x) {
+      what = x.what();
+    }
+    return what.substr(what.find("e.json"));
+  };
+  CHECK(changed("\"schema\":1", "\"schema\":2") == "e.json: schema: 2, expected 1..1");
+  CHECK(changed("[5,6,7,8,9]", "[5,10]") ==
+        "e.json: episodes[0].response: 10, expected token ids 0..9");
+  CHECK(changed("\"n\":2", "\"n\":3") == "e.json: episodes[0].checks[0].n: 3, expected 1..2");
+  CHECK(changed("\"anchor\"", "\"ancor\"") == "e.json: episodes[0].checks[0].anchor: missing");
+  CHECK(changed("{\"schema\"", "{{") == "e.json: json: malformed");
+}
