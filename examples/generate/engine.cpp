@@ -33,14 +33,19 @@ index_t engine::begin(std::span<index_t const> prompt) {
   index_t id = -1;
   expect(s_->kv.begin(id), "begin");
   s_->live[static_cast<std::size_t>(id)] = true;
-  {
-    stopwatch const time(s_->usage.prefill);
-    s_->prefill(id, prompt.first(chunked));
-  }
-  if (s_->options.observer != nullptr) s_->options.observer->on_confirmed({&id, 1});
-  for (index_t const t : prompt.subspan(chunked)) {
-    feed const one{id, t};
-    step({&one, 1});
+  try {
+    {
+      stopwatch const time(s_->usage.prefill);
+      s_->prefill(id, prompt.first(chunked));
+    }
+    if (s_->options.observer != nullptr) s_->options.observer->on_confirmed({&id, 1});
+    for (index_t const t : prompt.subspan(chunked)) {
+      feed const one{id, t};
+      step({&one, 1});
+    }
+  } catch (...) {
+    end(id);
+    throw;
   }
   return id;
 }

@@ -27,7 +27,10 @@ class step_observer {
     float const* k = nullptr;
     float const* v = nullptr;
   };
+  /// Its key and value are in the cache, its attention is still to come.
   virtual void on_token(token const& t) = 0;
+  /// Attention output `[q_head, dim]` of a decoded token.
+  virtual void on_attended(index_t layer, index_t id, float const* out) = 0;
   /// The tokens of a step (or of a prompt) are confirmed.
   virtual void on_confirmed(std::span<index_t const> ids) = 0;
 };

@@ -65,6 +65,10 @@ void engine::state::decode_layer(index_t layer) {
     stopwatch const time(usage.attend);
     expect(kv.attend(layer, {ids}, step_queries(), blocks.attention()), "attend");
   }
+  if (options.observer != nullptr)
+    for (index_t i = 0; i < n; ++i)
+      options.observer->on_attended(layer, ids[static_cast<std::size_t>(i)],
+                                    blocks.attention() + offset_t{i} * config.q_width());
   if (sample) {
     usage.sampled_attend += usage.attend - before;
     usage.sampled_steps += layer == 0 ? 1 : 0;

@@ -1,108 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Generates text with a Llama-type model at a bounded cache size, and says what that costs and saves.
-#include <charconv>
+#include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <memory>
 #include <new>
 #include <stdexcept>
 
-#include "generate/episodes.hpp"
 #include "generate/file.hpp"
 #include "generate/generate.hpp"
-#include "generate/options.hpp"
+#include "generate/job.hpp"
+#include "generate/record.hpp"
 #include "generate/report.hpp"
 
 namespace kvkeep::generate {
 
 namespace {
 
-std::vector<index_t> parse_ids(std::string const& list) {
-  std::vector<index_t> ids;
-  for (std::size_t at = 0; at <= list.size();) {
-    std::size_t const end = std::min(list.find(',', at), list.size());
-    index_t id = 0;
-    auto const [stop, error] = std::from_chars(list.data() + at, list.data() + end, id);
-    if (error != std::errc{} || stop != list.data() + end)
-      throw bad_input("--prompt-ids", list.substr(at, end - at), "expected token ids, as in 1,5,7");
-    ids.push_back(id);
-    at = end + 1;
-  }
-  return ids;
-}
-
-/// What is to be generated behind.
-struct job {
-  std::vector<index_t> prompt;
-  episode_set set;
-  episode const* task = nullptr;
-};
-
-job read_job(arguments const& a, model const& m) {
-  job j;
-  if (!a.task.empty()) {
-    j.set = load_episodes(std::filesystem::path(a.model).parent_path() / "episodes.json",
-                          m.config.vocabulary);
-    j.task = &find_episode(j.set, a.task);
-    j.prompt = j.task->prompt;
-  } else if (!a.prompt_ids.empty()) {
-    j.prompt = parse_ids(a.prompt_ids);
-  } else {
-    if (m.text == nullptr && !a.prompt.empty())
-      throw bad_input(a.model, "tokenizer", "none: use --prompt-ids, or --tokenizer FILE");
-    if (m.first_token >= 0) j.prompt.push_back(m.first_token);
-    if (!a.prompt.empty()) {
-      auto const ids = m.text->encode(a.prompt);
-      j.prompt.insert(j.prompt.end(), ids.begin(), ids.end());
-    }
-  }
-  if (j.prompt.empty())
-    throw bad_input("--prompt", "text", "expected --prompt, --prompt-ids or --task");
-  for (index_t const t : j.prompt)
-    if (t < 0 || t >= m.config.vocabulary)
-      throw bad_input("--prompt-ids", std::to_string(t),
-                      "expected token ids 0.." + std::to_string(m.config.vocabulary - 1));
-  return j;
-}
-
-/// New tokens: what was asked for, or what the reference or the context suggests.
-index_t tokens_of(arguments const& a, job const& j, index_t context) {
-  if (a.tokens > 0) return a.tokens;
-  if (j.task != nullptr) return static_cast<index_t>(j.task->response.size());
-  return std::clamp(context - static_cast<index_t>(j.prompt.size()), 1, 256);
-}
-
-/// A cache that only grows ends with the model's context; one that evicts may go on.
-void check_context(policy_pair const& p, index_t prompt, index_t final_length, index_t context) {
-  if (p.cuts_decode() || final_length <= context) return;
-  if (prompt > context)
-    throw bad_input("--prompt", std::to_string(prompt) + " tokens",
-                    "the model's context has " + std::to_string(context) + ", and " + p.name +
-                        " does not evict while it goes on");
-  throw bad_input("--tokens", std::to_string(final_length - prompt),
-                  "expected at most " + std::to_string(context - prompt) +
-                      ": the model's context has " + std::to_string(context) + ", and " + p.name +
-                      " does not evict while it goes on");
-}
-
-/// Writes text as it comes.
+/// Writes text as it comes: words where the model has them, else ids.
 class printer {
  public:
   explicit printer(model const& m) : model_(m) {}
   void operator()(index_t token) {
     std::string part = model_.text != nullptr ? model_.text->decode(token, last_)
                                               : (last_ < 0 ? "" : ",") + std::to_string(token);
-    if (text.empty()) part.erase(0, part.find_first_not_of(' '));
+    if (!begun_) part.erase(0, std::min(part.find_first_not_of(' '), part.size()));
+    begun_ = begun_ || !part.empty();
     last_ = token;
-    text += part;
     std::fwrite(part.data(), 1, part.size(), stdout);
     std::fflush(stdout);
   }
   void end() { std::fputs("\n", stdout); }
-  std::string text;
 
  private:
   model const& model_;
   index_t last_ = -1;
+  bool begun_ = false;
 };
 
 engine_options engine_options_of(arguments const& a, index_t max_prompt, index_t max_tokens) {
@@ -115,33 +48,15 @@ engine_options engine_options_of(arguments const& a, index_t max_prompt, index_t
   return o;
 }
 
-void print_others(model const& m, std::vector<std::vector<index_t>> const& written) {
-  for (std::size_t i = 1; i < written.size(); ++i) {
-    std::printf("\n[%zu]\n", i);
-    printer print(m);
-    for (index_t const t : written[i]) print(t);
-    print.end();
-  }
-}
-
-void run(arguments a) {
-  if (!a.json.empty()) check_writable(a.json);
-  model const m = load_model(a.model, a.tokenizer);
-  job const j = read_job(a, m);
-  auto const n_prompt = static_cast<index_t>(j.prompt.size());
-  index_t const tokens = tokens_of(a, j, m.config.context), length = n_prompt + tokens;
-  a.policy.capacity = capacity_of(a.budget, length);
-  policy_pair const policies = make_policies(a.policy);
-  check_context(policies, n_prompt, length, m.config.context);
-
-  runtime rt(a.threads);
-  engine e(rt, m, policies, engine_options_of(a, std::min(n_prompt, m.config.context), length));
+/// Generates and prints. @return new tokens per sequence
+std::vector<std::vector<index_t>> write_text(engine& e, model const& m, job const& j,
+                                             arguments const& a) {
   printer print(m);
-  if (m.text != nullptr && !a.prompt.empty())
+  if (m.text != nullptr && j.task == nullptr)
     for (index_t const t : j.prompt)
       if (t != m.first_token) print(t);
   generation_options g;
-  g.tokens = tokens;
+  g.tokens = a.tokens;
   g.sampling = a.sampling;
   if (!a.no_stop) g.end_tokens = m.end_tokens;
   g.verify_every = a.verify;
@@ -149,11 +64,66 @@ void run(arguments a) {
     if (sequence == 0) print(token);
   };
   std::vector<std::vector<index_t>> const prompts(static_cast<std::size_t>(a.batch), j.prompt);
-  run_figures f;
-  f.written = generate(e, prompts, g);
+  auto written = generate(e, prompts, g);
   print.end();
-  print_others(m, f.written);
+  for (std::size_t i = 1; i < written.size(); ++i) {
+    std::printf("\n[%zu]\n", i);
+    printer other(m);
+    for (index_t const t : written[i]) other(t);
+    other.end();
+  }
+  return written;
+}
 
+std::string text_of(model const& m, std::vector<index_t> const& tokens) {
+  std::string text;
+  index_t last = -1;
+  for (index_t const t : tokens) {
+    if (m.text != nullptr) text += m.text->decode(t, last);
+    last = t;
+  }
+  return text;
+}
+
+/// What the engine and the text say once all is written.
+void fill(run_figures& f, model const& m, job const& j) {
+  for (auto const& w : f.written) {  // the last token was not fed
+    std::size_t const fed = j.prompt.size() + std::max(w.size(), std::size_t{1}) - 1;
+    f.full_bytes += product(fed, m.config.n_layers, m.config.n_kv_heads) * f.usage.slot_bytes;
+  }
+  f.prompt = j.prompt;
+  f.text = text_of(m, f.written[0]);
+  if (j.task == nullptr) return;
+  for (episode_check const& c : j.task->checks) {
+    ++f.checks;
+    f.checks_held += holds_freely(*j.task, c, f.written[0]) ? 1 : 0;
+  }
+}
+
+void run(arguments a) {
+  if (!a.json.empty()) check_writable(a.json);
+  model const m = load_model(a.model, a.tokenizer);
+  job const j = read_job(a, m);
+  index_t const context = m.config.context;
+  auto const n_prompt = static_cast<index_t>(j.prompt.size());
+  a.tokens = tokens_of(a, j, context);
+  index_t const length = n_prompt + a.tokens;
+  a.policy.capacity = capacity_of(a.budget, length);
+  policy_pair const policies = make_policies(a.policy);
+  check_context(policies, n_prompt, length, context);
+
+  runtime rt(a.threads);
+  engine_options o = engine_options_of(a, std::min(n_prompt, context), length);
+  std::unique_ptr<trace_recorder> recorder;
+  if (!a.record.empty()) {
+    recorder = std::make_unique<trace_recorder>(a.policy, policies, m.config);
+    check_record_folder(a.record);
+    o.observer = recorder.get();
+  }
+  engine e(rt, m, policies, o);
+  if (recorder != nullptr) recorder->watch(e);
+
+  run_figures f;
   f.model_file = a.model;
   f.policy = a.policy.policy;
   f.evicts = policies.cuts_prompt() || policies.cuts_decode();
@@ -161,20 +131,12 @@ void run(arguments a) {
   f.capacity = a.policy.capacity;
   f.slots_per_head = e.slots_per_head();
   f.threads = a.threads;
-  f.prompt = j.prompt;
-  f.text = m.text != nullptr ? print.text : "";
+  f.written = write_text(e, m, j, a);
   f.usage = e.usage();
-  for (auto const& w : f.written) {  // the last token was not fed
-    std::size_t const fed = j.prompt.size() + std::max(w.size(), std::size_t{1}) - 1;
-    f.full_bytes += product(fed, m.config.n_layers, m.config.n_kv_heads) * f.usage.slot_bytes;
-  }
-  if (j.task != nullptr)
-    for (episode_check const& c : j.task->checks) {
-      ++f.checks;
-      f.checks_held += holds_freely(*j.task, c, f.written[0]) ? 1 : 0;
-    }
+  fill(f, m, j);
   if (!a.quiet) print_report(f);
   if (!a.json.empty()) write_whole(a.json, to_json(f));
+  if (recorder != nullptr) recorder->write(a.record);
 }
 
 }  // namespace

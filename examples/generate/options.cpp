@@ -74,6 +74,8 @@ void add_run_options(CLI::App& app, arguments& a) {
   app.add_flag("--quiet", a.quiet, "text only");
   app.add_option("--verify", a.verify, "check the session's state every N steps")->check(positive);
   app.add_option("--json", a.json, "file for the figures");
+  app.add_option("--record", a.record,
+                 "new folder: the first sequence as cases for kvkeep-replay, one per layer");
 }
 
 }  // namespace

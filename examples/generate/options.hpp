@@ -31,6 +31,7 @@ struct arguments {
   bool quiet = false;
   index_t verify = 0;
   std::string json;
+  std::string record;
 };
 
 /// @return -1 to go on, else the exit code (help was shown, or a line on stderr says what is wrong)

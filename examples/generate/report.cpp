@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include "generate/report.hpp"
 
+#include <sys/resource.h>
+
 #include <cstdio>
 
 #include <nlohmann/json.hpp>
@@ -10,6 +12,12 @@ namespace kvkeep::generate {
 namespace {
 
 double ratio(double a, double b) { return b > 0 ? a / b : 0; }
+
+/// Kilobytes that the program has held at most.
+long peak_memory() {
+  rusage u{};
+  return getrusage(RUSAGE_SELF, &u) == 0 ? u.ru_maxrss : 0;
+}
 
 double per_second(std::int64_t n, double seconds) { return ratio(static_cast<double>(n), seconds); }
 
@@ -27,7 +35,7 @@ void print_report(run_figures const& f) {
   std::printf("  decode     %8.0f tokens/s  (%lld tokens)\n",
               per_second(u.decoded_tokens, u.decode), static_cast<long long>(u.decoded_tokens));
   std::printf(
-      "  cache      %8zu bytes of K and V at most, %zu of policy state; full cache %zu (%.0f%%)\n",
+      "  cache      %8zu bytes of K and V at most, %zu of policy state; full cache %zu (%.1f%%)\n",
       u.peak_bytes(), u.state_bytes, f.full_bytes,
       100 * ratio(static_cast<double>(f.bytes()), static_cast<double>(f.full_bytes)));
   if (u.peak_blocks > 0)
@@ -40,6 +48,7 @@ void print_report(run_figures const& f) {
       "  eviction   %8.1f%% of the time (session calls; of attention what exceeds attention "
       "alone, %lld samples)\n",
       100 * ratio(u.eviction(), busy), static_cast<long long>(u.sampled_steps));
+  std::printf("  memory     %8ld KB at most, weights included\n", peak_memory());
   if (f.checks > 0) std::printf("  checks     %8d of %d held\n", f.checks_held, f.checks);
 }
 
@@ -70,6 +79,7 @@ std::string to_json(run_figures const& f) {
                 {"share", ratio(static_cast<double>(f.bytes()), static_cast<double>(f.full_bytes))},
                 {"session", u.session_bytes},
                 {"blocks_peak", u.peak_blocks * u.block_bytes}};
+  j["peak_memory_kb"] = peak_memory();
   j["evictions"] = {{"slots", u.count.evicted},
                     {"victims", u.count.victims},
                     {"cuts", u.count.cuts},

@@ -159,6 +159,34 @@ TEST_CASE("an episode is generated and checked, and the figures are in the file"
   CHECK(j["checks"]["of"] == 1);
 }
 
+#ifdef KVKEEP_REPLAY_PROGRAM
+TEST_CASE("what a policy decided is recorded, and kvkeep-replay decides the same") {
+  model_folder const tmp;
+  std::string const file = tmp.write("m.bin", llama2c_bytes(random_model(43))).string();
+  words const base{"--model", file, "--prompt-ids", "1,5,7,9,11,3,2", "--tokens", "40", "--quiet"};
+  auto const record = [&](words const& policy, std::string const& name) {
+    fs::path const dir = tmp.path / name;
+    outcome const r = generate(base + policy + words{"--record", dir.string()});
+    INFO(r.err);
+    CHECK(r.code == 0);
+    std::string const replay =
+        "'" KVKEEP_REPLAY_PROGRAM "' --check '" + dir.string() + "'/layer_* > /dev/null 2>&1";
+    CHECK(std::system(replay.c_str()) == 0);
+    CHECK(std::distance(fs::directory_iterator(dir), fs::directory_iterator()) == 3);
+    check_refused(base + policy + words{"--record", dir.string()}, "expected a new or empty one");
+  };
+  words const budget{"--budget", "12"};
+  for (std::string const policy : {"h2o", "tova", "streamingllm"})
+    record(budget + words{"--policy", policy}, policy);
+  record(budget, "sum");
+  record(budget + words{"--fusion", "max", "--evict-after", "1.4", "--layout", "paged"}, "max");
+  check_refused(base + words{"--policy", "snapkv", "--record", (tmp.path / "x").string()},
+                "--record: snapkv");
+  check_refused(base + words{"--record", "/nowhere/at/all"},
+                "/nowhere/at/all: folder: cannot be made");
+}
+#endif
+
 TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   word_model const m;
   words const base{"--model", m.file, "--json", m.json_file};

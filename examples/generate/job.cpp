@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+#include "generate/job.hpp"
+
+#include <algorithm>
+#include <charconv>
+
+#include "generate/file.hpp"
+
+namespace kvkeep::generate {
+
+namespace {
+
+std::vector<index_t> parse_ids(std::string const& list) {
+  std::vector<index_t> ids;
+  for (std::size_t at = 0; at <= list.size();) {
+    std::size_t const end = std::min(list.find(',', at), list.size());
+    index_t id = 0;
+    auto const [stop, error] = std::from_chars(list.data() + at, list.data() + end, id);
+    if (error != std::errc{} || stop != list.data() + end)
+      throw bad_input("--prompt-ids", list.substr(at, end - at), "expected token ids, as in 1,5,7");
+    ids.push_back(id);
+    at = end + 1;
+  }
+  return ids;
+}
+
+}  // namespace
+
+job read_job(arguments const& a, model const& m) {
+  job j;
+  if (!a.task.empty()) {
+    j.set = load_episodes(std::filesystem::path(a.model).parent_path() / "episodes.json",
+                          m.config.vocabulary);
+    j.task = &find_episode(j.set, a.task);
+    j.prompt = j.task->prompt;
+  } else if (!a.prompt_ids.empty()) {
+    j.prompt = parse_ids(a.prompt_ids);
+  } else {
+    if (m.text == nullptr && !a.prompt.empty())
+      throw bad_input(a.model, "tokenizer", "none: use --prompt-ids, or --tokenizer FILE");
+    if (m.first_token >= 0) j.prompt.push_back(m.first_token);
+    if (!a.prompt.empty()) {
+      auto const ids = m.text->encode(a.prompt);
+      j.prompt.insert(j.prompt.end(), ids.begin(), ids.end());
+    }
+  }
+  if (j.prompt.empty())
+    throw bad_input("--prompt", "text", "expected --prompt, --prompt-ids or --task");
+  for (index_t const t : j.prompt)
+    if (t < 0 || t >= m.config.vocabulary)
+      throw bad_input("--prompt-ids", std::to_string(t),
+                      "expected token ids 0.." + std::to_string(m.config.vocabulary - 1));
+  return j;
+}
+
+index_t tokens_of(arguments const& a, job const& j, index_t context) {
+  if (a.tokens > 0) return a.tokens;
+  if (j.task != nullptr) return static_cast<index_t>(j.task->response.size());
+  return std::clamp(context - static_cast<index_t>(j.prompt.size()), 1, 256);
+}
+
+void check_context(policy_pair const& p, index_t prompt, index_t final_length, index_t context) {
+  if (p.cuts_decode() || final_length <= context) return;
+  if (prompt > context)
+    throw bad_input("--prompt", std::to_string(prompt) + " tokens",
+                    "the model's context has " + std::to_string(context) + ", and " + p.name +
+                        " does not evict while it goes on");
+  throw bad_input("--tokens", std::to_string(final_length - prompt),
+                  "expected at most " + std::to_string(context - prompt) +
+                      ": the model's context has " + std::to_string(context) + ", and " + p.name +
+                      " does not evict while it goes on");
+}
+
+}  // namespace kvkeep::generate

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Records a generated sequence as cases for kvkeep-replay: queries, keys, values and kept sets per layer.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "generate/engine.hpp"
+
+namespace kvkeep::generate {
+
+/// Watches the first sequence that an engine begins.
+class trace_recorder final : public step_observer {
+ public:
+  /// @throws std::invalid_argument for a policy that decode_trace cases do not know
+  trace_recorder(policy_request const& request, policy_pair const& policies, model_config const& c);
+
+  /// The engine that is watched; before its first sequence begins.
+  void watch(engine const& e) { engine_ = &e; }
+  void on_token(token const& t) override;
+  void on_attended(index_t layer, index_t id, float const* out) override;
+  void on_confirmed(std::span<index_t const> ids) override;
+
+  /// Writes `dir`/layer_N for all layers, each under a temporary name until it is complete.
+  void write(std::filesystem::path const& dir) const;
+
+ private:
+  struct layer_trace {
+    std::vector<float> q, k, v;              ///< [token, head, dim]
+    std::vector<float> attention;            ///< [step, q_head, dim]
+    std::vector<std::vector<index_t>> kept;  ///< [entry, kv_head] ascending positions
+  };
+  void note_kept(index_t layer);
+  void write_case(std::filesystem::path const& dir, std::string const& name,
+                  layer_trace const& t) const;
+
+  std::string policy_;
+  model_config config_;
+  index_t capacity_, window_, sinks_;
+  bool max_fused_, room_first_;
+  double evict_after_;
+  engine const* engine_ = nullptr;
+  index_t id_ = -1;
+  index_t prompt_ = 0;  ///< tokens; 0: under way
+  index_t steps_ = 0;
+  std::vector<layer_trace> layers_;
+};
+
+/// @throws bad_input unless the folder is new or empty, and can be made
+void check_record_folder(std::filesystem::path const& dir);
+
+}  // namespace kvkeep::generate
