@@ -187,7 +187,7 @@ void check_record_folder(fs::path const& dir) {
   bool const there = fs::exists(dir, error);
   if (there && (!fs::is_directory(dir, error) || !fs::is_empty(dir, error)))
     throw bad_input(dir.string(), "folder", "expected a new or empty one");
-  if (!there) fs::create_directories(dir, error);
+  if (!there) fs::create_directory(dir, error);
   if (error) throw bad_input(dir.string(), "folder", "cannot be made");
   check_writable(dir / "case.json");
   if (!there) fs::remove(dir, error);
