@@ -11,72 +11,99 @@ namespace {
 using cpu::lanes;
 using cpu::vf;
 
-/// Products of R rows of w with N rows of x: acc[n * R + r]. Rows are `cols` apart.
-template <int R, int N>
-void tile(float const* w, float const* x, index_t cols, vf (&acc)[R * N]) {
-  KVKEEP_CPU_UNROLL
-  for (int i = 0; i < R * N; ++i) acc[i] = cpu::splat(0.0F);
-  auto const step = [&](auto&& load_at, index_t k) {
-    vf a[N];
+constexpr index_t wide = matrix::panel_rows;
+
+/// Products of P panels of w with N rows of x.
+template <int P, int N>
+struct tile {
+  matrix const& w;
+  row_block const& x;
+  float* y;
+
+  void operator()(index_t panel, index_t row) const {
+    constexpr int vectors = 2 * P;
+    vf acc[vectors * N];
     KVKEEP_CPU_UNROLL
-    for (int n = 0; n < N; ++n) a[n] = load_at(x + offset_t{n} * cols + k);
-    KVKEEP_CPU_UNROLL
-    for (int r = 0; r < R; ++r) {
-      vf const b = load_at(w + offset_t{r} * cols + k);
+    for (int i = 0; i < vectors * N; ++i) acc[i] = cpu::splat(0.0F);
+    index_t const cols = w.cols();
+    offset_t const panel_step = offset_t{wide} * cols;
+    float const* b = w.panel(panel);
+    float const* a = x.data + offset_t{row} * cols;
+    for (index_t k = 0; k < cols; ++k, b += wide, ++a) {
+      vf column[vectors];
       KVKEEP_CPU_UNROLL
-      for (int n = 0; n < N; ++n) acc[n * R + r] = cpu::fma(b, a[n], acc[n * R + r]);
+      for (int v = 0; v < vectors; ++v)
+        column[v] = cpu::load(b + v / 2 * panel_step + v % 2 * lanes);
+      KVKEEP_CPU_UNROLL
+      for (int n = 0; n < N; ++n) {
+        vf const feature = cpu::splat(a[offset_t{n} * cols]);
+        KVKEEP_CPU_UNROLL
+        for (int v = 0; v < vectors; ++v)
+          acc[n * vectors + v] = cpu::fma(column[v], feature, acc[n * vectors + v]);
+      }
     }
-  };
-  index_t k = 0;
-  for (; k + lanes <= cols; k += lanes) step([](float const* p) { return cpu::load(p); }, k);
-  if (k < cols) step([&](float const* p) { return cpu::load_part(p, cols - k); }, k);
+    for (int n = 0; n < N; ++n) store(acc + n * vectors, panel * wide, row + n);
+  }
+
+ private:
+  void store(vf const* sums, index_t first, index_t row) const {
+    float* const to = y + offset_t{row} * w.rows();
+    for (int v = 0; v < 2 * P; ++v) {
+      index_t const at = first + v * lanes, left = w.rows() - at;
+      if (left > 0) cpu::store_some(to + at, sums[v], left);
+    }
+  }
+};
+
+/// Panels [first, last) with N rows: W panels at a time, as long as there are so many.
+template <int W, int N>
+void multiply_panels(matrix const& w, row_block const& x, index_t row, index_t first, index_t last,
+                     float* y) {
+  for (; first + W <= last; first += W) tile<W, N>{w, x, y}(first, row);
+  for (; first < last; ++first) tile<1, N>{w, x, y}(first, row);
 }
 
-/// Rows [first, last) of w against all rows of x.
-void multiply_rows(matrix const& w, row_block x, index_t first, index_t last, float* y) {
-  index_t const cols = w.cols;
-  auto const w_at = [&](index_t r) { return w.data.data() + offset_t{r} * cols; };
-  auto const y_at = [&](index_t n, index_t r) { return y + offset_t{n} * w.rows + r; };
-  for (index_t n = 0; n < x.n;) {
-    float const* const x_at = x.data + offset_t{n} * cols;
-    bool const pair = n + 1 < x.n;
-    index_t r = first;
-    vf acc[lanes];
-    for (; pair && r + 4 <= last; r += 4) {
-      tile<4, 2>(w_at(r), x_at, cols, acc);
-      float sums[lanes];
-      cpu::store(sums, cpu::sum_each(acc));
-      std::copy_n(sums, 4, y_at(n, r));
-      std::copy_n(sums + 4, 4, y_at(n + 1, r));
-    }
-    for (; !pair && r + 8 <= last; r += 8) {
-      tile<8, 1>(w_at(r), x_at, cols, acc);
-      cpu::store(y_at(n, r), cpu::sum_each(acc));
-    }
-    for (; r < last; ++r)
-      for (index_t i = 0; i < (pair ? 2 : 1); ++i) {
-        vf one[1];
-        tile<1, 1>(w_at(r), x_at + offset_t{i} * cols, cols, one);
-        *y_at(n + i, r) = cpu::sum_lanes(one[0]);
-      }
-    n += pair ? 2 : 1;
-  }
+/// Panels [first, last) of w against all rows of x. Eight accumulators hide the latency of multiply-adds.
+void multiply_rows(matrix const& w, row_block const& x, index_t first, index_t last, float* y) {
+  index_t row = 0;
+  for (; row + 4 <= x.n; row += 4) multiply_panels<1, 4>(w, x, row, first, last, y);
+  for (; row + 2 <= x.n; row += 2) multiply_panels<2, 2>(w, x, row, first, last, y);
+  if (row < x.n) multiply_panels<4, 1>(w, x, row, first, last, y);
 }
 
 }  // namespace
 
+matrix::matrix(index_t rows, index_t cols, std::vector<float> const& row_major)
+    : rows_(rows), cols_(cols), packed_(product(panels(), panel_rows, cols)) {
+  for (index_t r = 0; r < rows; ++r) {
+    float* const to = packed_.data() + offset_t{r / wide} * wide * cols + r % wide;
+    for (index_t c = 0; c < cols; ++c)
+      to[offset_t{c} * wide] = row_major[static_cast<std::size_t>(offset_t{r} * cols + c)];
+  }
+}
+
+void matrix::copy_row(index_t row, float* to) const {
+  float const* const from = panel(row / wide) + row % wide;
+  for (index_t c = 0; c < cols_; ++c) to[c] = from[offset_t{c} * wide];
+}
+
+std::vector<float> matrix::row_major() const {
+  std::vector<float> v(product(rows_, cols_));
+  for (index_t r = 0; r < rows_; ++r) copy_row(r, v.data() + offset_t{r} * cols_);
+  return v;
+}
+
 void multiply(runtime& rt, matrix const& w, row_block x, float* y) {
   // Threads cost some microseconds: small products stay in one.
-  constexpr index_t block = 32;
-  constexpr offset_t worth = 1 << 16;
-  index_t const tasks = (w.rows + block - 1) / block;
+  constexpr index_t block = 4;  // panels
+  constexpr offset_t worth = 1 << 17;
   auto const task = [&](index_t i, int) {
-    multiply_rows(w, x, i * block, std::min(w.rows, (i + 1) * block), y);
+    multiply_rows(w, x, i * block, std::min(w.panels(), (i + 1) * block), y);
   };
-  if (rt.pool.size() == 1 || offset_t{w.rows} * w.cols * x.n < worth)
-    multiply_rows(w, x, 0, w.rows, y);
+  if (rt.pool.size() == 1 || offset_t{w.rows()} * w.cols() * x.n < worth)
+    multiply_rows(w, x, 0, w.panels(), y);
   else
-    rt.pool.parallel_for(tasks, task);
+    rt.pool.parallel_for((w.panels() + block - 1) / block, task);
 }
 
 void rms_norm(float const* x, std::vector<float> const& weight, float epsilon, float* y) {

@@ -17,11 +17,27 @@ struct runtime {
   cpu::context ctx;
 };
 
-/// Row-major weights `[rows, cols]`.
-struct matrix {
-  index_t rows = 0;
-  index_t cols = 0;
-  std::vector<float> data;
+/// Weights `[rows, cols]`, packed for `multiply`: panels of 16 rows, in each the 16 elements of a column side
+/// by side; missing rows of the last panel are zeros.
+class matrix {
+ public:
+  static constexpr index_t panel_rows = 16;
+
+  matrix() = default;
+  matrix(index_t rows, index_t cols, std::vector<float> const& row_major);
+
+  index_t rows() const { return rows_; }
+  index_t cols() const { return cols_; }
+  bool empty() const { return packed_.empty(); }
+  index_t panels() const { return (rows_ + panel_rows - 1) / panel_rows; }
+  float const* panel(index_t i) const { return packed_.data() + offset_t{i} * panel_rows * cols_; }
+  void copy_row(index_t row, float* to) const;
+  std::vector<float> row_major() const;
+
+ private:
+  index_t rows_ = 0;
+  index_t cols_ = 0;
+  std::vector<float> packed_;
 };
 
 /// Dense rows of activations `[n, cols of the matrix]`.
@@ -30,8 +46,7 @@ struct row_block {
   index_t n = 0;
 };
 
-/// y `[x.n, w.rows]` = x times the transpose of w. One accumulator of eight lanes per element, features in
-/// ascending order.
+/// y `[x.n, w.rows]` = x times the transpose of w: one accumulator per element, features in ascending order.
 void multiply(runtime& rt, matrix const& w, row_block x, float* y);
 
 /// y = x / rms(x) * weight.

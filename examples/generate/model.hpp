@@ -47,9 +47,7 @@ struct model {
   index_t first_token = -1;               ///< put in front of a prompt's text; -1: none
   std::vector<index_t> end_tokens;        ///< generation stops before them
 
-  matrix const& classifier() const {
-    return own_classifier.data.empty() ? embedding : own_classifier;
-  }
+  matrix const& classifier() const { return own_classifier.empty() ? embedding : own_classifier; }
 };
 
 /// Reads a GGUF file (v2, v3; F32, F16, Q8_0) or a llama2.c checkpoint (version 0), told apart by their

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include "generate/transformer.hpp"
 
-#include <algorithm>
 #include <cmath>
 
 namespace kvkeep::generate {
@@ -25,8 +24,10 @@ transformer::transformer(runtime& rt, model const& m, index_t max_rows)
 }
 
 void transformer::embed(std::span<index_t const> tokens, float* x) const {
-  for (index_t const t : tokens)
-    x = std::copy_n(model_.embedding.data.data() + offset_t{t} * config_.dim, config_.dim, x);
+  for (index_t const t : tokens) {
+    model_.embedding.copy_row(t, x);
+    x += config_.dim;
+  }
 }
 
 void transformer::set_positions(std::span<index_t const> positions) {

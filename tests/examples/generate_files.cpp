@@ -24,8 +24,8 @@ void check_same(model const& a, model const& b, float tolerance) {
     for (std::size_t i = 0; i < x.size(); ++i) most = std::fmax(most, std::fabs(x[i] - y[i]));
     CHECK(most <= tolerance);
   };
-  close(a.embedding.data, b.embedding.data);
-  close(a.own_classifier.data, b.own_classifier.data);
+  close(a.embedding.row_major(), b.embedding.row_major());
+  close(a.own_classifier.row_major(), b.own_classifier.row_major());
   close(a.final_norm, b.final_norm);
   REQUIRE(a.layers.size() == b.layers.size());
   for (std::size_t i = 0; i < a.layers.size(); ++i) {
@@ -35,9 +35,9 @@ void check_same(model const& a, model const& b, float tolerance) {
     using layer = generate::layer_weights;
     for (auto m : {&layer::q, &layer::k, &layer::v, &layer::output, &layer::gate, &layer::up,
                    &layer::down}) {
-      CHECK((x.*m).rows == (y.*m).rows);
-      CHECK((x.*m).cols == (y.*m).cols);
-      close((x.*m).data, (y.*m).data);
+      CHECK((x.*m).rows() == (y.*m).rows());
+      CHECK((x.*m).cols() == (y.*m).cols());
+      close((x.*m).row_major(), (y.*m).row_major());
     }
   }
 }

@@ -15,9 +15,10 @@ using namespace kvkeep::test;
 using row = std::vector<double>;
 
 row times(generate::matrix const& w, row const& x) {
-  row y(static_cast<std::size_t>(w.rows));
+  auto const data = w.row_major();
+  row y(static_cast<std::size_t>(w.rows()));
   for (std::size_t r = 0; r < y.size(); ++r)
-    for (std::size_t k = 0; k < x.size(); ++k) y[r] += double{w.data[r * x.size() + k]} * x[k];
+    for (std::size_t k = 0; k < x.size(); ++k) y[r] += double{data[r * x.size() + k]} * x[k];
   return y;
 }
 
@@ -65,9 +66,10 @@ row naive_logits(model const& m, ids const& tokens, F const& sees) {
     auto const at = x.begin() + static_cast<std::ptrdiff_t>(h * hd);
     return row(at, at + static_cast<std::ptrdiff_t>(hd));
   };
+  auto const embedding = m.embedding.row_major();
   std::vector<row> x;
   for (index_t const t : tokens) {
-    auto const at = m.embedding.data.begin() + offset_t{t} * c.dim;
+    auto const at = embedding.begin() + offset_t{t} * c.dim;
     x.emplace_back(at, at + static_cast<std::ptrdiff_t>(dim));
   }
   for (auto const& l : m.layers) {

@@ -107,7 +107,7 @@ inline void put(std::string& to, std::vector<float> const& v) {
 
 inline std::string llama2c_bytes(generate::model const& m) {
   auto const& c = m.config;
-  bool const tied = m.own_classifier.data.empty();
+  bool const tied = m.own_classifier.empty();
   std::string s;
   for (index_t const v : {c.dim, c.hidden, c.n_layers, c.n_q_heads, c.n_kv_heads,
                           tied ? c.vocabulary : -c.vocabulary, c.context})
@@ -116,16 +116,16 @@ inline std::string llama2c_bytes(generate::model const& m) {
     for (auto const& l : m.layers) put(s, member(l));
   };
   using layer = generate::layer_weights;
-  put(s, m.embedding.data);
+  put(s, m.embedding.row_major());
   all([](layer const& l) { return l.attention_norm; });
   for (auto member : {&layer::q, &layer::k, &layer::v, &layer::output})
-    all([&](layer const& l) { return (l.*member).data; });
+    all([&](layer const& l) { return (l.*member).row_major(); });
   all([](layer const& l) { return l.ffn_norm; });
   for (auto member : {&layer::gate, &layer::down, &layer::up})
-    all([&](layer const& l) { return (l.*member).data; });
+    all([&](layer const& l) { return (l.*member).row_major(); });
   put(s, m.final_norm);
   put(s, std::vector<float>(product(c.context, c.head_dim)));
-  if (!tied) put(s, m.own_classifier.data);
+  if (!tied) put(s, m.own_classifier.row_major());
   return s;
 }
 
@@ -214,7 +214,7 @@ inline gguf_parts gguf_metadata(generate::model_config const& c) {
 
 inline void add_tensors(gguf_parts& g, generate::model const& m) {
   auto const matrix = [&](std::string const& name, generate::matrix const& w) {
-    g.tensor(name, w.data, w.rows, w.cols);
+    g.tensor(name, w.row_major(), w.rows(), w.cols());
   };
   auto const norm = [&](std::string const& name, std::vector<float> const& w) {
     g.tensor(name, w, 1, m.config.dim);
@@ -234,7 +234,7 @@ inline void add_tensors(gguf_parts& g, generate::model const& m) {
     matrix(b + "ffn_down.weight", l.down);
   }
   norm("output_norm.weight", m.final_norm);
-  if (!m.own_classifier.data.empty()) matrix("output.weight", m.own_classifier);
+  if (!m.own_classifier.empty()) matrix("output.weight", m.own_classifier);
 }
 
 inline std::string gguf_bytes(generate::model const& m, std::uint32_t type = 0) {
