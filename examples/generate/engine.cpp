@@ -90,5 +90,6 @@ engine_usage engine::usage() const {
 }
 
 index_t engine::slots_per_head() const { return s_->cache.shape().max_slots; }
+index_t engine::max_sequences() const { return s_->options.max_sequences; }
 
 }  // namespace kvkeep::generate

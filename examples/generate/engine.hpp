@@ -99,6 +99,7 @@ class engine {
   void verify() const;
   engine_usage usage() const;
   index_t slots_per_head() const;
+  index_t max_sequences() const;
 
   /// A sequence's policy state with its keys and values.
   std::vector<std::byte> save(index_t id) const;

@@ -10,60 +10,77 @@ namespace {
 struct running {
   index_t sequence;  ///< its prompt's number
   index_t id;        ///< the engine's
-  sampler next;
+  bool over = false;
 };
+
+/// Steps all sequences. `prompt_of(i)` is the prompt of sequence i < n; `next(i, logits, token)` says the
+/// token to feed, or false where the sequence has ended.
+template <class P, class N>
+void run_batch(engine& e, std::size_t n, P const& prompt_of, N const& next,
+               index_t verify_every = 0) {
+  std::vector<running> live;
+  std::vector<feed> batch;
+  std::size_t begun = 0;
+  for (index_t step = 1; begun < n || !live.empty(); ++step) {
+    for (; begun < n && live.size() < static_cast<std::size_t>(e.max_sequences()); ++begun)
+      live.push_back({static_cast<index_t>(begun), e.begin(prompt_of(begun))});
+    batch.clear();
+    for (running& r : live) {
+      index_t token = 0;
+      r.over = !next(r.sequence, e.logits(r.id), token);
+      if (r.over)
+        e.end(r.id);
+      else
+        batch.push_back({r.id, token});
+    }
+    std::erase_if(live, [](running const& r) { return r.over; });
+    if (!batch.empty()) e.step(batch);
+    if (verify_every > 0 && step % verify_every == 0) e.verify();
+  }
+}
 
 }  // namespace
 
-std::vector<std::vector<index_t>> generate(engine& e, std::span<std::vector<index_t> const> prompts,
-                                           generation_options const& o) {
-  std::vector<std::vector<index_t>> out(prompts.size());
-  std::vector<running> live;
+std::vector<token_list> generate(engine& e, std::span<token_list const> prompts,
+                                 generation_options const& o) {
+  std::vector<token_list> out(prompts.size());
+  std::vector<sampler> samplers;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     sampling_options own = o.sampling;
     own.seed += i;
-    live.push_back({static_cast<index_t>(i), e.begin(prompts[i]), sampler(own)});
+    samplers.emplace_back(own);
   }
-  std::vector<feed> batch;
-  for (index_t step = 1; !live.empty(); ++step) {
-    batch.clear();
-    std::vector<running> going;
-    for (running& r : live) {
-      auto& tokens = out[static_cast<std::size_t>(r.sequence)];
-      index_t const token = r.next(e.logits(r.id));
-      bool const over =
-          std::find(o.end_tokens.begin(), o.end_tokens.end(), token) != o.end_tokens.end();
-      if (!over && o.tokens > 0) {
-        tokens.push_back(token);
-        if (o.on_token) o.on_token(r.sequence, token);
-      }
-      if (over || static_cast<index_t>(tokens.size()) >= o.tokens) {
-        e.end(r.id);
-        continue;
-      }
-      batch.push_back({r.id, token});
-      going.push_back(std::move(r));
-    }
-    live = std::move(going);
-    if (!batch.empty()) e.step(batch);
-    if (o.verify_every > 0 && step % o.verify_every == 0) e.verify();
-  }
+  auto const next = [&](index_t sequence, std::span<float const> logits, index_t& token) {
+    auto const i = static_cast<std::size_t>(sequence);
+    if (static_cast<index_t>(out[i].size()) >= o.tokens) return false;
+    token = samplers[i](logits);
+    if (std::find(o.end_tokens.begin(), o.end_tokens.end(), token) != o.end_tokens.end())
+      return false;
+    out[i].push_back(token);
+    if (o.on_token) o.on_token(sequence, token);
+    return static_cast<index_t>(out[i].size()) < o.tokens;  // nobody asks what follows the last one
+  };
+  run_batch(
+      e, prompts.size(), [&](std::size_t i) { return std::span(prompts[i]); }, next,
+      o.verify_every);
   return out;
 }
 
-std::vector<index_t> follow(engine& e, std::span<index_t const> prompt,
-                            std::span<index_t const> response,
-                            std::function<void(index_t, std::span<float const>)> const& on_logits) {
-  index_t const id = e.begin(prompt);
-  std::vector<index_t> choices;
-  for (std::size_t i = 0; i < response.size(); ++i) {
-    if (on_logits) on_logits(static_cast<index_t>(i), e.logits(id));
-    choices.push_back(best_token(e.logits(id)));
-    feed const next{id, response[i]};
-    if (i + 1 < response.size()) e.step({&next, 1});
-  }
-  e.end(id);
-  return choices;
+std::vector<token_list> follow(engine& e, std::span<forced_text const> texts,
+                               see_logits const& see) {
+  std::vector<token_list> best(texts.size());
+  auto const next = [&](index_t sequence, std::span<float const> logits, index_t& token) {
+    auto const i = static_cast<std::size_t>(sequence);
+    token_list const& response = texts[i].response;
+    if (best[i].size() == response.size()) return false;
+    if (see) see(sequence, static_cast<index_t>(best[i].size()), logits);
+    token = response[best[i].size()];
+    best[i].push_back(best_token(logits));
+    return best[i].size() < response.size();
+  };
+  run_batch(
+      e, texts.size(), [&](std::size_t i) { return std::span(texts[i].prompt); }, next);
+  return best;
 }
 
 }  // namespace kvkeep::generate

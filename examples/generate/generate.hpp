@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Loops over the engine: free-running generation of a batch, and teacher forcing.
+/// Loops over the engine: free-running generation, and teacher forcing, of any number of sequences.
 #pragma once
 
 #include <functional>
@@ -12,6 +12,8 @@
 
 namespace kvkeep::generate {
 
+using token_list = std::vector<index_t>;
+
 struct generation_options {
   index_t tokens = 128;             ///< most new tokens per sequence
   sampling_options sampling;        ///< sequence i draws with seed + i
@@ -20,15 +22,22 @@ struct generation_options {
   std::function<void(index_t sequence, index_t token)> on_token;
 };
 
-/// Generates behind every prompt until all sequences have ended; those that go on share each step.
+/// Generates behind every prompt. As many sequences as the engine holds share each step; where there are more prompts,
+/// the next one begins when a sequence has ended. The tokens of a prompt do not depend on the others.
 /// @return new tokens per prompt, end tokens not included
-std::vector<std::vector<index_t>> generate(engine& e, std::span<std::vector<index_t> const> prompts,
-                                           generation_options const& o);
+std::vector<token_list> generate(engine& e, std::span<token_list const> prompts,
+                                 generation_options const& o);
 
-/// Feeds `response` whatever the model would have said. Calls `on_logits(i, logits)` before token i.
-/// @return the best token at each place
-std::vector<index_t> follow(
-    engine& e, std::span<index_t const> prompt, std::span<index_t const> response,
-    std::function<void(index_t, std::span<float const>)> const& on_logits = {});
+/// Text that is fed whatever the model would have said.
+struct forced_text {
+  token_list prompt;
+  token_list response;
+};
+using see_logits = std::function<void(index_t sequence, index_t at, std::span<float const> logits)>;
+
+/// Teacher forcing, batched like `generate`. Calls `see` with the logits in front of every response token.
+/// @return the best token at each place, per text
+std::vector<token_list> follow(engine& e, std::span<forced_text const> texts,
+                               see_logits const& see = {});
 
 }  // namespace kvkeep::generate

@@ -49,8 +49,7 @@ engine_options engine_options_of(arguments const& a, index_t max_prompt, index_t
 }
 
 /// Generates and prints. @return new tokens per sequence
-std::vector<std::vector<index_t>> write_text(engine& e, model const& m, job const& j,
-                                             arguments const& a) {
+std::vector<token_list> write_text(engine& e, model const& m, job const& j, arguments const& a) {
   printer print(m);
   if (m.text != nullptr && j.task == nullptr)
     for (index_t const t : j.prompt)
@@ -63,7 +62,7 @@ std::vector<std::vector<index_t>> write_text(engine& e, model const& m, job cons
   g.on_token = [&](index_t sequence, index_t token) {
     if (sequence == 0) print(token);
   };
-  std::vector<std::vector<index_t>> const prompts(static_cast<std::size_t>(a.batch), j.prompt);
+  std::vector<token_list> const prompts(static_cast<std::size_t>(a.batch), j.prompt);
   auto written = generate(e, prompts, g);
   print.end();
   for (std::size_t i = 1; i < written.size(); ++i) {

@@ -189,18 +189,35 @@ TEST_CASE("draws depend on the seed alone") {
   CHECK(drawn(7, 1, 0.9, 0.0)[0] == drawn(1, 1, 0, 1)[0]);  // only the best token is left
 }
 
-TEST_CASE("teacher forcing sees the same logits as free text that agrees") {
+TEST_CASE("teacher forcing sees the same logits as free text that agrees, in any batch") {
   model const m = random_model(28);
-  ids const prompt = random_prompt(11, 20);
   policy_request const r = with("h2o", 12);
-  ids const text = written(m, r, prompt, 30);
-  generate::runtime rt(1);
-  engine e(rt, m, generate::make_policies(r), options_of({}, {prompt}, 30));
-  int seen = 0;
-  CHECK(generate::follow(e, prompt, text, [&](index_t at, std::span<float const> logits) {
-          seen += at == seen && logits.size() == 61 ? 1 : 0;
-        }) == text);
-  CHECK(seen == 30);
+  std::vector<generate::forced_text> texts;
+  for (index_t i = 0; i < 5; ++i) {
+    ids const prompt = random_prompt(static_cast<std::uint64_t>(i + 11), 20 - 3 * i);
+    texts.push_back({prompt, written(m, r, prompt, 30 - i)});
+  }
+  texts.push_back({{1, 2}, {}});
+  for (index_t const batch : {1, 2, 6}) {
+    generate::runtime rt(1);
+    engine_options o = options_of({}, {texts[0].prompt}, 30);
+    o.max_sequences = batch;
+    engine e(rt, m, generate::make_policies(r), o);
+    std::vector<index_t> seen(texts.size());
+    auto const best =
+        generate::follow(e, texts, [&](index_t i, index_t at, std::span<float const> logits) {
+          CHECK(logits.size() == 61);
+          CHECK(at == seen[static_cast<std::size_t>(i)]++);
+        });
+    for (std::size_t i = 0; i < texts.size(); ++i) CHECK(best[i] == texts[i].response);
+    std::vector<ids> prompts;
+    for (auto const& t : texts) prompts.push_back(t.prompt);
+    generate::generation_options g;
+    g.tokens = 26;
+    auto const free = generate::generate(e, prompts, g);  // more prompts than sequences
+    for (std::size_t i = 0; i < 5; ++i)
+      CHECK(std::equal(free[i].begin(), free[i].end(), texts[i].response.begin()));
+  }
 }
 
 TEST_CASE("figures add up") {
