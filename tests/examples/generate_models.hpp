@@ -163,6 +163,12 @@ struct gguf_parts {
     put(metadata, std::uint64_t{list.size()});
     for (auto const& s : list) text(metadata, s);
   }
+  void add(std::string const& name, std::vector<float> const& list) {
+    key(name, 9);
+    put(metadata, std::uint32_t{6});
+    put(metadata, std::uint64_t{list.size()});
+    put(metadata, list);
+  }
   void tensor(std::string const& name, std::vector<float> const& v, index_t rows, index_t cols) {
     std::uint32_t const own = rows == 1 ? 0 : type;
     text(infos, name);
