@@ -22,8 +22,8 @@ struct generation_options {
   std::function<void(index_t sequence, index_t token)> on_token;
 };
 
-/// Generates behind every prompt. As many sequences as the engine holds share each step; where there are more prompts,
-/// the next one begins when a sequence has ended. The tokens of a prompt do not depend on the others.
+/// Generates behind every prompt. As many sequences as the engine holds share each step; where there are
+/// more prompts, the next one begins when a sequence has ended. No text depends on the others.
 /// @return new tokens per prompt, end tokens not included
 std::vector<token_list> generate(engine& e, std::span<token_list const> prompts,
                                  generation_options const& o);

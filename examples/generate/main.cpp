@@ -99,6 +99,11 @@ void fill(run_figures& f, model const& m, job const& j) {
   }
 }
 
+/// A budget beyond the sequence evicts nothing; the cache need not be larger for it.
+index_t most_useful(policy_request const& r, index_t length) {
+  return std::max(length, r.window.value_or(0) + r.sinks.value_or(0) + 1);
+}
+
 void run(arguments a) {
   if (!a.json.empty()) check_writable(a.json);
   model const m = load_model(a.model, a.tokenizer);
@@ -107,7 +112,7 @@ void run(arguments a) {
   auto const n_prompt = static_cast<index_t>(j.prompt.size());
   a.tokens = tokens_of(a, j, context);
   index_t const length = n_prompt + a.tokens;
-  a.policy.capacity = capacity_of(a.budget, length);
+  a.policy.capacity = std::min(capacity_of(a.budget, length), most_useful(a.policy, length));
   policy_pair const policies = make_policies(a.policy);
   check_context(policies, n_prompt, length, context);
 

@@ -155,6 +155,9 @@ TEST_CASE("the layout, threads and the batch change no word") {
   CHECK(r.code == 0);
   CHECK(r.out.rfind("w7 w8, w9.", 0) == 0);
   CHECK(generate(base + words{"--layout", "paged", "--threads", "2", "--chunk", "2"}).out == r.out);
+  words const free{"--model", m.file, "--prompt", "w7", "--tokens", "40", "--no-stop", "--quiet"};
+  CHECK(generate(free + words{"--budget", "99999999"}).out ==
+        generate(free + words{"--policy", "fullkv"}).out);
   CHECK(generate(base + words{"--layout", "ragged", "--batch", "3"}).out.rfind(r.out, 0) == 0);
 }
 

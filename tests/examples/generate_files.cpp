@@ -130,37 +130,39 @@ TEST_CASE("llama2.c headers that cannot be are refused by field") {
   check_refused(with(6, -1), "context length: -1");
 }
 
-TEST_CASE("GGUF metadata and tensors that cannot be are refused by name") {
-  model_folder const tmp;
+namespace {
+
+/// A GGUF file whose parts were changed before and after its tensors were added.
+using change = std::function<void(gguf_parts&)>;
+fs::path changed_gguf(model_folder const& tmp, change const& before, change const& after = {}) {
   model const m = random_model(7);
-  auto const bytes = [&](
-                         std::function<void(gguf_parts&)> const& before,
-                         std::function<void(gguf_parts&)> const& after = [](gguf_parts&) {}) {
-    gguf_parts g = gguf_metadata(m.config);
-    before(g);
-    add_tensors(g, m);
-    after(g);
-    return tmp.write("m.gguf", g.join());
-  };
-  auto const fresh = [&](std::function<void(gguf_parts&, generate::model_config&)> const& change) {
-    return bytes([&](gguf_parts& g) {
-      auto c = m.config;
-      gguf_parts own;
-      change(own, c);
-      gguf_parts const rest = gguf_metadata(c);
-      own.metadata += rest.metadata;
-      own.n_metadata += rest.n_metadata;
-      g = own;
-    });
-  };
-  std::string other = gguf_bytes(m);
+  gguf_parts g = gguf_metadata(m.config);
+  before(g);
+  add_tensors(g, m);
+  if (after) after(g);
+  return tmp.write("m.gguf", g.join());
+}
+
+/// A GGUF file whose metadata tell of another shape than its tensors have.
+fs::path other_shape(model_folder const& tmp,
+                     std::function<void(generate::model_config&)> const& f) {
+  return changed_gguf(tmp, [&](gguf_parts& g) {
+    auto c = tiny_config();
+    f(c);
+    g = gguf_metadata(c);
+  });
+}
+
+}  // namespace
+
+TEST_CASE("GGUF metadata that cannot be are refused by key") {
+  model_folder const tmp;
+  auto const bytes = [&](change const& before) { return changed_gguf(tmp, before); };
+  std::string other = gguf_bytes(random_model(7));
   other.replace(other.find("llama"), 5, "gemma");
   check_refused(tmp.write("m.gguf", other), "general.architecture: gemma");
   check_refused(bytes([](gguf_parts& g) { g.version = 4; }), "version: 4");
   check_refused(bytes([](gguf_parts& g) { g.n_metadata = 1ULL << 60; }), "metadata_kv_count: ");
-  check_refused(bytes([](gguf_parts&) {}, [](gguf_parts& g) { g.n_tensors = 1ULL << 60; }),
-                "tensor_count: ");
-  check_refused(bytes([](gguf_parts& g) { g.type = 2; }), "token_embd.weight: tensor type 2");
   check_refused(bytes([](gguf_parts& g) { g.add("llama.context_length", 3); }),
                 "llama.context_length: occurs twice");
   check_refused(bytes([](gguf_parts& g) { g.add("llama.rope.scaling.type", std::string("yarn")); }),
@@ -174,17 +176,26 @@ TEST_CASE("GGUF metadata and tensors that cannot be are refused by name") {
   check_refused(bytes([](gguf_parts& g) { g.add("general.alignment", 0); }),
                 "general.alignment: 0");
   check_refused(bytes([](gguf_parts& g) { g.key("x", 13); }), "x: metadata type 13");
-  check_refused(fresh([](gguf_parts&, auto& c) { c.hidden = 48; }),
-                "blk.0.ffn_gate.weight: shape [32, 44]");
-  check_refused(fresh([](gguf_parts&, auto& c) { c.n_layers = 4; }),
+  check_refused(bytes([](gguf_parts& g) { g.add("llama.expert_count", 8); }),
+                "llama.expert_count: 8");
+  check_refused(bytes([](gguf_parts& g) { g = gguf_parts(); }), "general.architecture: missing");
+}
+
+TEST_CASE("GGUF tensors that cannot be are refused by name") {
+  model_folder const tmp;
+  auto const same = [](gguf_parts&) {};
+  check_refused(changed_gguf(tmp, same, [](gguf_parts& g) { g.n_tensors = 1ULL << 60; }),
+                "tensor_count: ");
+  check_refused(changed_gguf(tmp, same, [](gguf_parts& g) { g.infos.clear(); }), "");
+  check_refused(changed_gguf(tmp, [](gguf_parts& g) { g.type = 2; }),
+                "token_embd.weight: tensor type 2");
+  check_refused(other_shape(tmp, [](auto& c) { c.hidden = 48; }),
+                "blk.0.ffn_gate.weight: shape [32, 44], expected [32, 48]");
+  check_refused(other_shape(tmp, [](auto& c) { c.n_layers = 4; }),
                 "blk.3.attn_norm.weight: missing");
-  check_refused(fresh([](gguf_parts&, auto& c) { c.n_kv_heads = 3; }), "KV heads: 3");
-  check_refused(fresh([](gguf_parts& g, auto&) {
-                  g.add("rope", 1.0F);
-                  g.metadata.clear();
-                }),
-                "");
-  check_refused(bytes([](gguf_parts&) {}, [](gguf_parts& g) { g.infos.clear(); }), "");
+  check_refused(other_shape(tmp, [](auto& c) { c.n_kv_heads = 3; }), "KV heads: 3");
+  check_refused(other_shape(tmp, [](auto& c) { c.n_q_heads = 5; }),
+                "llama.attention.head_count: 5");
 }
 
 TEST_CASE("words are found whole, apart at signs, and by name when unknown") {
