@@ -79,6 +79,32 @@ bool policy_pair::joins_layers() const {
   return prompt.width() == scope::sequence || decode.width() == scope::sequence;
 }
 
+namespace {
+
+/// The decode policy beside another one for the prompt. What that gave unevenly to layers or heads stays so.
+any decode_policy(policy_info const& info, policy_request const& r, any const& prompt) {
+  if (!info.at_decode && std::string_view(info.name) != "fullkv")
+    throw std::invalid_argument("--policy: " + std::string(info.name) +
+                                ": cuts prompts only, expected a policy that cuts while decoding");
+  auto const given = prompt.budget.traits();
+  bool const uneven = given.varies_over_layers || given.varies_over_heads;
+  policy_options o = options(info, r);
+  o.budget = uneven ? "inherit" : "";
+  any const p = make_policy<cpu::context>(info.name, o);
+  index_t const guarded = p.keep.sinks + p.keep.recent;
+  if (uneven && r.capacity <= guarded)
+    throw std::invalid_argument("--budget: " + std::to_string(r.capacity) +
+                                ": expected more than sinks + window = " + std::to_string(guarded));
+  return p;
+}
+
+/// Slots in use when `held` tokens are kept: C + 1, in bursts ceil((1 + C) x) (DESIGN, contract 6).
+double slots_at_most(double held, cadence const& when) {
+  return std::max(held + 1, std::ceil((1 + held) * when.evict_after)) - when.room;
+}
+
+}  // namespace
+
 policy_pair make_policies(policy_request const& r) {
   if (r.capacity < 1)
     throw std::invalid_argument("--budget: " + std::to_string(r.capacity) +
@@ -87,41 +113,41 @@ policy_pair make_policies(policy_request const& r) {
   policy_info const first = find(r.policy.substr(0, plus));
   policy_info const second = plus == std::string::npos ? first : find(r.policy.substr(plus + 1));
   check_used(r, {first, second});
+  if (!r.layer_budget.empty() && !first.at_prompt)
+    throw std::invalid_argument("--layer-budget: " + r.layer_budget +
+                                ": expected a policy that cuts " + "prompts, not " + first.name);
   policy_options o = options(first, r);
   o.budget = r.layer_budget;
   policy_pair p;
   p.name = r.policy;
   p.prompt = p.decode = make_policy<cpu::context>(first.name, o);
   if (plus == std::string::npos) return p;
-  if (!second.at_decode && std::string_view(second.name) != "fullkv")
-    throw std::invalid_argument("--policy: " + std::string(second.name) +
-                                ": cuts prompts only, expected a policy that cuts while decoding");
-  // What a prompt's policy gave unevenly to layers or heads stays so.
-  auto const given = p.prompt.budget.traits();
-  policy_options d = options(second, r);
-  d.budget = given.varies_over_layers || given.varies_over_heads ? "inherit" : "";
-  p.decode = make_policy<cpu::context>(second.name, d);
+  p.decode = decode_policy(second, r, p.prompt);
   return p;
 }
 
-/// DESIGN, contract 6: C + 1 slots, bursts max(C + 1, ceil((1 + C) x)).
 index_t slots_needed(policy_pair const& p, cache_shape const& shape, index_t n_layers,
                      sequence_bounds const& b) {
+  // A prompt shorter than the capacity leaves every head the capacity.
   auto const most = [&](any const& policy) {
-    return policy.budget.most(n_layers, shape, policy.keep.sinks + policy.keep.recent,
-                              b.max_prompt);
+    index_t const guarded = policy.keep.sinks + policy.keep.recent;
+    return std::max(policy.budget.most(n_layers, shape, guarded, b.max_prompt),
+                    policy.budget.capacity());
   };
-  index_t const kept = std::max(most(p.prompt), p.prompt.budget.capacity());
-  index_t const prompt = p.cuts_prompt() && !b.in_place ? kept : b.max_prompt;
+  auto const checked = [](double slots) {
+    if (slots > most_tokens)
+      throw std::invalid_argument("--budget: expected at most " + std::to_string(most_tokens) +
+                                  " slots");
+    return static_cast<index_t>(slots);
+  };
+  index_t const kept = most(p.prompt);
+  // A prompt's policy lets a burst of its own stand.
+  index_t const prompt = p.cuts_prompt() && !b.in_place
+                             ? std::min(b.max_prompt, checked(slots_at_most(kept, p.prompt.when)))
+                             : b.max_prompt;
   if (!p.cuts_decode()) return std::max(b.max_tokens, prompt);
-  auto const& when = p.decode.when;
-  double const held = p.decode.budget.traits().inherits ? kept : most(p.decode);
-  double const burst = std::max(held + 1, std::ceil((1 + held) * when.evict_after));
-  if (burst > most_tokens)
-    throw std::invalid_argument("--budget: " + std::to_string(p.decode.budget.capacity()) +
-                                ": expected at most " + std::to_string(most_tokens));
-  index_t const decode = static_cast<index_t>(burst) - when.room;
-  return std::max({decode, prompt, 1});
+  index_t const held = p.decode.budget.traits().inherits ? kept : most(p.decode);
+  return std::max({checked(slots_at_most(held, p.decode.when)), prompt, 1});
 }
 
 }  // namespace kvkeep::generate

@@ -59,6 +59,19 @@ TEST_CASE("other granularities and bursts do not depend on the way either") {
   }
 }
 
+TEST_CASE("caches have room for prompts of any length under every budget") {
+  model const m = random_model(31);
+  for (index_t const prompt : {1, 2, 17, 40})
+    for (char const* budget : {"", "pyramid", "dynamic", "ada"})
+      for (std::string const policy : {"h2o", "morphkv", "snapkv+knorm", "keydiff+morphkv"}) {
+        policy_request r = with(policy, 16);
+        r.layer_budget = budget;
+        if (policy == "morphkv") r.evict_after = 2;
+        INFO(policy << " " << budget << ", prompt of " << prompt);
+        CHECK(written(m, r, random_prompt(1, prompt), 60).size() == 60);
+      }
+}
+
 TEST_CASE("a budget no smaller than the sequence gives the full cache's tokens") {
   model const m = random_model(23);
   ids const prompt = random_prompt(3, 30);

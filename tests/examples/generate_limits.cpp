@@ -263,6 +263,10 @@ TEST_CASE("what cannot run is refused before it starts") {
   refused(with("nobody", 8), "--policy: nobody");
   refused(with("morphkv+snapkv", 8), "--policy: snapkv");
   refused(with("morphkv", 0), "--budget: 0");
+  refused(with("adakv+streamingllm", 4), "--budget: 4: expected more than sinks + window = 4");
+  r = with("fullkv+h2o", 8);
+  r.layer_budget = "pyramid";
+  refused(r, "--layer-budget: pyramid");
   r = with("streamingllm", 8);
   r.window = 3;
   refused(r, "--window: streamingllm");
