@@ -3,7 +3,8 @@
 /// The engine's cache: K and V of all layers and sequences in one of three layouts, with its allocator.
 #pragma once
 
-#include <kvkeep/kvkeep.hpp>
+#include <kvkeep/core/workspace.hpp>
+#include <kvkeep/view/kv_view.hpp>
 
 #include <vector>
 

@@ -81,14 +81,15 @@ engine::state::state(runtime& r, model const& weights, policy_pair const& polici
   }
 }
 
-session_type engine::state::bind(policy_pair const& policies) {
+any_cpu_session engine::state::bind(policy_pair const& policies) {
   std::vector<layer_spec<>> layers;
   for (index_t l = 0; l < config.n_layers; ++l) layers.push_back(cache.view(l));
   limits lim;
   lim.max_sequences = options.max_sequences;
   lim.max_prompt = in_place ? 0 : options.max_prompt;
   lim.max_chunk = options.chunk;
-  return detail::bind(rt.ctx, policies, layers, lim);
+  return bind_session(rt.ctx, policies.prompt, policies.decode,
+                      std::span<layer_spec<> const>(layers), lim);
 }
 
 void engine::state::check_token(index_t token) const {

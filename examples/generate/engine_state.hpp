@@ -10,19 +10,9 @@
 #include "generate/engine.hpp"
 #include "generate/file.hpp"
 
-/// Instantiated in session.cpp alone.
-extern template class kvkeep::session<kvkeep::cpu::context, kvkeep::generate::any,
-                                      kvkeep::generate::any>;
-
 namespace kvkeep::generate {
 
-using session_type = session<cpu::context, any, any>;
-
 namespace detail {
-
-/// bind_session for the engine's types. @throws std::invalid_argument naming field, value and range
-session_type bind(cpu::context& ctx, policy_pair const& p, std::span<layer_spec<> const> layers,
-                  limits const& lim);
 
 using clock = std::chrono::steady_clock;
 
@@ -49,7 +39,7 @@ struct engine::state {
   state(runtime& r, model const& weights, policy_pair const& policies, engine_options const& o);
 
   // engine_prefill.cpp: set-up and prompts
-  session_type bind(policy_pair const& policies);
+  any_cpu_session bind(policy_pair const& policies);
   void prefill(index_t id, std::span<index_t const> prompt);
   void prefill_by_layers(index_t id, std::span<index_t const> prompt);
   void prefill_by_chunks(index_t id, std::span<index_t const> prompt);
@@ -92,7 +82,7 @@ struct engine::state {
   transformer blocks;
   kv_cache cache;
   std::unique_ptr<kv_cache> prompt_cache;  ///< one layer of one prompt
-  session_type kv;
+  any_cpu_session kv;
   std::vector<bool> live;     ///< [id]
   std::vector<float> logits;  ///< [id, vocabulary]
   std::vector<float> x;       ///< residual rows of a step or a prompt

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include "generate/matrix.hpp"
 
+#include <kvkeep/backend/cpu/kernels/math.hpp>
+
 #include <algorithm>
 #include <cmath>
 

@@ -4,7 +4,7 @@
 /// depends on how many rows a call has, or on threads.
 #pragma once
 
-#include <kvkeep/kvkeep.hpp>
+#include <kvkeep/backend/cpu/context.hpp>
 
 #include <vector>
 

@@ -19,6 +19,7 @@ struct arguments {
   policy_request policy;
   std::string budget = "25%";
   std::string fusion;
+  std::string rows;
   std::string granularity = "head";
   std::string layout = "contiguous";
   index_t block = 16;

@@ -36,8 +36,7 @@ parameter_info const* parameter(policy_info const& info, std::string_view name) 
 void check_used(policy_request const& r, std::vector<policy_info> const& list) {
   auto const used = [&](bool given, char const* option, std::string_view name) {
     bool const read = std::any_of(list.begin(), list.end(), [&](policy_info const& i) {
-      return name == "fusion" ? std::string_view(i.name) == "morphkv"
-                              : parameter(i, name) != nullptr;
+      return name == "morphkv" ? name == i.name : parameter(i, name) != nullptr;
     });
     if (given && !read)
       throw std::invalid_argument(std::string(option) + ": " + r.policy + " has no such parameter");
@@ -45,7 +44,8 @@ void check_used(policy_request const& r, std::vector<policy_info> const& list) {
   used(r.window.has_value(), "--window", "window");
   used(r.sinks.has_value(), "--sinks", "sinks");
   used(r.evict_after.has_value(), "--evict-after", "evict_after");
-  used(r.fusion.has_value(), "--fusion", "fusion");
+  used(r.fusion.has_value(), "--fusion", "morphkv");
+  used(r.rows.has_value(), "--morph-rows", "morphkv");
 }
 
 /// The tables' defaults fit large models; these follow the capacity.
@@ -56,6 +56,7 @@ policy_options options(policy_info const& info, policy_request const& r) {
   o.lag = std::max(1, r.capacity / 4);
   o.sinks = r.sinks.value_or(name == "streamingllm" || name == "lagkv" ? 4 : 0);
   o.fusion = r.fusion.value_or(reduction::sum);
+  o.evaluation = r.rows.value_or(morph_rows::cached);
   o.evict_after = r.evict_after.value_or(1.0);
   o.per = r.granularity;
   index_t const usual = name == "h2o" ? r.capacity / 2 : std::min(32, r.capacity / 4);

@@ -11,7 +11,7 @@
 
 namespace kvkeep::generate {
 
-using any = any_policy<cpu::context>;
+using any = any_cpu_policy;
 
 struct policy_request {
   std::string policy = "morphkv";  ///< NAME, or PROMPT+DECODE
@@ -20,6 +20,8 @@ struct policy_request {
   std::optional<index_t> sinks;    ///< default: 4 for StreamingLLM and LagKV
   std::optional<reduction> fusion;
   std::optional<double> evict_after;
+  std::optional<morph_rows>
+      rows;                  ///< MorphKV: keep the window's weights per slot, or compute them again
   std::string layer_budget;  ///< "", uniform, pyramid, dynamic, ada
   scope granularity = scope::head;
 };
