@@ -52,13 +52,14 @@ std::vector<token_list> generate(engine& e, std::span<token_list const> prompts,
   }
   auto const next = [&](index_t sequence, std::span<float const> logits, index_t& token) {
     auto const i = static_cast<std::size_t>(sequence);
-    if (static_cast<index_t>(out[i].size()) >= o.tokens) return false;
+    index_t const most = o.tokens_of.empty() ? o.tokens : o.tokens_of[i];
+    if (static_cast<index_t>(out[i].size()) >= most) return false;
     token = samplers[i](logits);
     if (std::find(o.end_tokens.begin(), o.end_tokens.end(), token) != o.end_tokens.end())
       return false;
     out[i].push_back(token);
     if (o.on_token) o.on_token(sequence, token);
-    return static_cast<index_t>(out[i].size()) < o.tokens;  // nobody asks what follows the last one
+    return static_cast<index_t>(out[i].size()) < most;  // nobody asks what follows the last one
   };
   run_batch(
       e, prompts.size(), [&](std::size_t i) { return std::span(prompts[i]); }, next,

@@ -16,6 +16,7 @@ using token_list = std::vector<index_t>;
 
 struct generation_options {
   index_t tokens = 128;             ///< most new tokens per sequence
+  std::vector<index_t> tokens_of;   ///< the same for each sequence; empty: `tokens` for all
   sampling_options sampling;        ///< sequence i draws with seed + i
   std::vector<index_t> end_tokens;  ///< a sequence ends before one of these
   index_t verify_every = 0;         ///< steps between checks of the session's state; 0: none

@@ -5,6 +5,7 @@
 #include <charconv>
 
 #include "generate/file.hpp"
+#include "generate/sha256.hpp"
 
 namespace kvkeep::generate {
 
@@ -26,11 +27,26 @@ std::vector<index_t> parse_ids(std::string const& list) {
 
 }  // namespace
 
+namespace {
+
+/// Ids mean something only with the words that they were made from.
+void check_words(std::string const& file, episode_set const& set, model const& m) {
+  auto const* const words = dynamic_cast<word_tokenizer const*>(m.text.get());
+  if (words == nullptr) return;
+  std::string list;
+  for (std::string const& w : words->words()) list += (list.empty() ? "" : "\n") + w;
+  if (sha256(list) != set.vocabulary_sha256)
+    throw bad_input(file, "vocabulary_sha256", "made for other words than the model's");
+}
+
+}  // namespace
+
 job read_job(arguments const& a, model const& m) {
   job j;
   if (!a.task.empty()) {
-    j.set = load_episodes(std::filesystem::path(a.model).parent_path() / "episodes.json",
-                          m.config.vocabulary);
+    auto const file = std::filesystem::path(a.model).parent_path() / "episodes.json";
+    j.set = load_episodes(file, m.config.vocabulary);
+    check_words(file.string(), j.set, m);
     j.task = &find_episode(j.set, a.task);
     j.prompt = j.task->prompt;
   } else if (!a.prompt_ids.empty()) {

@@ -50,6 +50,7 @@ class word_tokenizer final : public tokenizer {
   ~word_tokenizer() override;
   std::vector<index_t> encode(std::string_view text) const override;
   std::string decode(index_t token, index_t previous) const override;
+  std::vector<std::string> const& words() const { return words_; }
 
  private:
   struct index;

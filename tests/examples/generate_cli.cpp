@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "../support/catch.hpp"
+#include "generate/sha256.hpp"
 #include "generate_models.hpp"
 
 namespace {
@@ -60,7 +61,10 @@ struct word_model {
     g.type = 1;
     add_tensors(g, m);
     file = folder.write("words.gguf", g.join()).string();
-    folder.write("episodes.json", R"({"schema":1,"vocabulary_sha256":"x","episodes":[
+    std::string joined;
+    for (auto const& w : list) joined += (joined.empty() ? "" : "\n") + w;
+    std::string const sum = kvkeep::generate::sha256(joined);
+    folder.write("episodes.json", R"({"schema":1,"vocabulary_sha256":")" + sum + R"(","episodes":[
       {"task":"diary","seed":1,"prompt":[1,7,8],"response":[9,10,11,2],
        "checks":[{"kind":"once","entry":1,"depth":-1,"at":1,"n":1,"anchor":[]}]}]})");
     json_file = (folder.path / "out.json").string();
@@ -265,6 +269,11 @@ TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   check_refused(good + words{"--temperature", "-1"}, "--temperature");
   check_refused(good + words{"--policy", "adakv", "--granularity", "layer"}, "budget");
   check_refused(good + words{"--layer-budget", "ada", "--policy", "tova"}, "budget");
+  m.folder.write("episodes.json", R"({"schema":1,"vocabulary_sha256":"x","episodes":[]})");
+  check_refused(base + words{"--task", "diary"},
+                "episodes.json: vocabulary_sha256: made for other");
+  m.folder.write("episodes.json", "[");
+  check_refused(base + words{"--task", "diary"}, "episodes.json: json: malformed");
   CHECK(!fs::exists(m.json_file));
   check_refused(
       {"--model", m.file, "--prompt", "w7", "--json", (m.folder.path / "no" / "all.json").string()},

@@ -51,6 +51,8 @@ TEST_CASE("other granularities and bursts do not depend on the way either") {
   list.back().fusion = reduction::max;
   list.push_back(with("morphkv", 16));
   list.back().layer_budget = "pyramid";
+  list.push_back(with("morphkv", 16));
+  list.back().rows = morph_rows::direct;
   for (auto const& r : list) {
     ids const want = written(m, r, prompt, 50);
     INFO(r.policy << " per " << to_string(r.granularity) << " " << r.layer_budget);
