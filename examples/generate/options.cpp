@@ -36,8 +36,8 @@ void add_policy_options(CLI::App& app, arguments& a) {
   app.add_option("--sinks", a.policy.sinks, "first tokens that stay");
   app.add_option("--fusion", a.fusion, "MorphKV: sum or max")->check(CLI::IsMember({"sum", "max"}));
   app.add_option("--morph-rows", a.rows,
-                 "MorphKV: keep the window's weights per slot, or compute them again")
-      ->check(CLI::IsMember({"cached", "direct"}));
+                 "MorphKV: victims from bounds, from cached rows, or from keys and queries")
+      ->check(CLI::IsMember({"lazy", "cached", "direct"}));
   app.add_option("--evict-after", a.policy.evict_after,
                  "evict in bursts at this multiple of the budget");
   app.add_option("--layer-budget", a.policy.layer_budget, "how layers and heads share the budget")
@@ -100,7 +100,10 @@ int parse(int argc, char** argv, arguments& a) {
     return 2;
   }
   if (!a.fusion.empty()) a.policy.fusion = a.fusion == "max" ? reduction::max : reduction::sum;
-  if (!a.rows.empty()) a.policy.rows = a.rows == "direct" ? morph_rows::direct : morph_rows::cached;
+  if (!a.rows.empty())
+    a.policy.rows = a.rows == "lazy"     ? morph_rows::lazy
+                    : a.rows == "direct" ? morph_rows::direct
+                                         : morph_rows::cached;
   a.policy.granularity = a.granularity == "head"    ? scope::head
                          : a.granularity == "layer" ? scope::layer
                                                     : scope::sequence;

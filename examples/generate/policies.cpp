@@ -56,7 +56,7 @@ policy_options options(policy_info const& info, policy_request const& r) {
   o.lag = std::max(1, r.capacity / 4);
   o.sinks = r.sinks.value_or(name == "streamingllm" || name == "lagkv" ? 4 : 0);
   o.fusion = r.fusion.value_or(reduction::sum);
-  o.evaluation = r.rows.value_or(morph_rows::cached);
+  o.evaluation = r.rows;
   o.evict_after = r.evict_after.value_or(1.0);
   o.per = r.granularity;
   index_t const usual = name == "h2o" ? r.capacity / 2 : std::min(32, r.capacity / 4);

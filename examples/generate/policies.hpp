@@ -20,9 +20,8 @@ struct policy_request {
   std::optional<index_t> sinks;    ///< default: 4 for StreamingLLM and LagKV
   std::optional<reduction> fusion;
   std::optional<double> evict_after;
-  std::optional<morph_rows>
-      rows;                  ///< MorphKV: keep the window's weights per slot, or compute them again
-  std::string layer_budget;  ///< "", uniform, pyramid, dynamic, ada
+  std::optional<morph_rows> rows;  ///< MorphKV; none: the cheapest form
+  std::string layer_budget;        ///< "", uniform, pyramid, dynamic, ada
   scope granularity = scope::head;
 };
 
