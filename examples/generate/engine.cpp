@@ -11,11 +11,8 @@ using detail::expect;
 using detail::stopwatch;
 
 double engine_usage::eviction() const {
-  double const per_step =
-      sampled_steps == 0 ? 0
-                         : (sampled_attend - sampled_plain) / static_cast<double>(sampled_steps);
-  return observe + end_prompt + append + confirm +
-         std::max(0.0, per_step * static_cast<double>(steps));
+  double const alone = sampled_attend > 0 ? std::min(1.0, sampled_plain / sampled_attend) : 1.0;
+  return observe + end_prompt + append + confirm + attend * (1 - alone);
 }
 
 engine::engine(runtime& rt, model const& m, policy_pair const& policies, engine_options const& o)

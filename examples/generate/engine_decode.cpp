@@ -60,7 +60,7 @@ void engine::state::decode_layer(index_t layer) {
   write_tokens(layer);
   bool const sample = options.sample_every > 0 && usage.steps % options.sample_every == 0;
   double const before = usage.attend;
-  if (sample) usage.sampled_plain += plain_attention(layer);
+  double const plain = sample ? plain_attention(layer) : 0;
   {
     stopwatch const time(usage.attend);
     expect(kv.attend(layer, {ids}, step_queries(), blocks.attention()), "attend");
@@ -70,7 +70,11 @@ void engine::state::decode_layer(index_t layer) {
       options.observer->on_attended(layer, ids[static_cast<std::size_t>(i)],
                                     blocks.attention() + offset_t{i} * config.q_width());
   if (sample) {
-    usage.sampled_attend += usage.attend - before;
+    // Who was interrupted in one of the two calls says nothing about their difference.
+    double const whole = usage.attend - before;
+    bool const fair = whole < 8 * plain && plain < 2 * whole;
+    usage.sampled_attend += fair ? whole : 0;
+    usage.sampled_plain += fair ? plain : 0;
     usage.sampled_steps += layer == 0 ? 1 : 0;
   }
   blocks.finish(layer, x.data(), n);
