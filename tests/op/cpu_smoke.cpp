@@ -760,7 +760,11 @@ std::vector<float> read_everything(bench<float>& t) {
   std::vector<float> all(uz(2 * hq * dv + 4 * hkv * slots), 0.0F);
   float* at = all.data();
   auto const q = row_major(static_cast<float const*>(t.q.data()), 2, hq, dk);
-  op::attend<> a{t.batch, t.layer, q, row_major(at, 2, hq, dv), {}, {}, {}, nullptr, 0, {}};
+  op::attend<> a;
+  a.batch = t.batch;
+  a.layer = t.layer;
+  a.q = q;
+  a.out = row_major(at, 2, hq, dv);
   t.run_op(a);
   at += 2 * hq * dv;
   op::column_sums<> c;
