@@ -2,26 +2,13 @@
 #include "contestants.hpp"
 
 #include <algorithm>
-#include <cstdint>
 #include <string_view>
+
+#include "support/random_policy.hpp"
 
 namespace kvkeep::demo {
 
 namespace {
-
-/// Evicts whatever a hash of the position says: what a policy has to beat.
-struct random_fn {
-  static constexpr char const* name = "random";
-  static constexpr bool reads_k = false;
-  static constexpr bool reads_v = false;
-
-  KVKEEP_HD float operator()(slot_values const& s) const noexcept {
-    std::uint32_t x = static_cast<std::uint32_t>(s.position) + 0x9e3779b9U;
-    x = (x ^ (x >> 16)) * 0x85ebca6bU;
-    x = (x ^ (x >> 13)) * 0xc2b2ae35U;
-    return static_cast<float>((x ^ (x >> 16)) >> 8);
-  }
-};
 
 /// One rule for all: a window of a quarter of the budget where a policy has one (H2O: half, as in
 /// its paper), four sinks where sinks are the policy's idea, and otherwise the table's defaults.
@@ -84,11 +71,9 @@ std::vector<contestant> make_contestants(trace const& t, index_t budget) {
     c.prompt = c.decode = make_policy<cpu::context>(info.name, o);
     list.push_back(c);
   });
-  policy<slot_score<random_fn>> const random{"random",    {}, {budget - 1}, {}, {0, budget / 4},
-                                             scope::head, {}};
   contestant c;
   c.name = "random (baseline)";
-  c.prompt = c.decode = erase_policy<cpu::context>(random);
+  c.prompt = c.decode = erase_policy<cpu::context>(tools::make_random(budget - 1, budget / 4));
   c.random = true;
   list.push_back(c);
   for (auto& each : list) each.max_slots = slots_of(each, t);

@@ -41,12 +41,17 @@ void check_words(std::string const& file, episode_set const& set, model const& m
 
 }  // namespace
 
+episode_set read_episodes(std::string const& model_file, model const& m) {
+  auto const file = std::filesystem::path(model_file).parent_path() / "episodes.json";
+  episode_set set = load_episodes(file, m.config.vocabulary);
+  check_words(file.string(), set, m);
+  return set;
+}
+
 job read_job(arguments const& a, model const& m) {
   job j;
   if (!a.task.empty()) {
-    auto const file = std::filesystem::path(a.model).parent_path() / "episodes.json";
-    j.set = load_episodes(file, m.config.vocabulary);
-    check_words(file.string(), j.set, m);
+    j.set = read_episodes(a.model, m);
     j.task = &find_episode(j.set, a.task);
     j.prompt = j.task->prompt;
   } else if (!a.prompt_ids.empty()) {

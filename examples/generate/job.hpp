@@ -15,6 +15,9 @@ struct job {
   episode const* task = nullptr;  ///< into set
 };
 
+/// episodes.json beside the model, made for its words. @throws bad_input naming file and field
+episode_set read_episodes(std::string const& model_file, model const& m);
+
 /// @throws bad_input naming option and value
 job read_job(arguments const& a, model const& m);
 

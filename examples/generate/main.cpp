@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "generate/demo.hpp"
 #include "generate/file.hpp"
 #include "generate/generate.hpp"
 #include "generate/job.hpp"
@@ -143,6 +144,40 @@ void run(arguments a) {
   if (recorder != nullptr) recorder->write(a.record);
 }
 
+/// Runs and prints a comparison; says on stderr what is under way.
+void run_comparison(runtime& rt, model const& m, episode_set const& set, comparison_options o,
+                    arguments const& a) {
+  if (!a.policies.empty()) o.policies = a.policies;
+  if (!a.percents.empty()) o.percents = a.percents;
+  o.progress = [](std::string const& policy, index_t percent, std::size_t done, std::size_t all) {
+    std::fprintf(stderr, "\r%3zu of %zu: %-20s %3d%% ", done + 1, all, policy.c_str(), percent);
+  };
+  auto const rows = compare(rt, m, set, o);
+  std::fprintf(stderr, "\r%50s\r", "");
+  print_comparison(rows);
+  if (!a.json.empty()) write_whole(a.json, comparison_json(rows));
+  if (!a.csv.empty()) write_whole(a.csv, comparison_csv(rows));
+}
+
+/// Comparisons and the demonstration run on the episodes beside the model.
+void run_episodes(arguments const& a) {
+  for (std::string const& file : {a.json, a.csv})
+    if (!file.empty()) check_writable(file);
+  model const m = load_model(a.model, a.tokenizer);
+  episode_set const set = read_episodes(a.model, m);
+  runtime rt(a.threads);
+  if (a.demo) {
+    show_long_response(rt, m, set);
+    std::printf("\nThe same on more episodes and tasks, at equal numbers of slots:\n");
+  }
+  run_comparison(rt, m, set, a.demo || a.quick ? quick_comparison() : comparison_options{}, a);
+  if (a.demo)
+    std::printf(
+        "\nNext: kvkeep-generate --model %s --compare (all policies and budgets, minutes);\n"
+        "      --task diary:3 --policy snapkv+morphkv --budget 20%% (one response); --help.\n",
+        a.model.c_str());
+}
+
 }  // namespace
 }  // namespace kvkeep::generate
 
@@ -151,7 +186,7 @@ int main(int argc, char** argv) {
   kvkeep::generate::arguments a;
   if (int const code = kvkeep::generate::parse(argc, argv, a); code >= 0) return code;
   try {
-    kvkeep::generate::run(a);
+    a.compare || a.demo ? kvkeep::generate::run_episodes(a) : kvkeep::generate::run(a);
     return 0;
   } catch (kvkeep::generate::bad_input const& e) {
     std::fprintf(stderr, "kvkeep-generate: %s\n", e.what());

@@ -81,6 +81,22 @@ void add_run_options(CLI::App& app, arguments& a) {
                  "new folder: the first sequence as cases for kvkeep-replay, one per layer");
 }
 
+void add_comparison_options(CLI::App& app, arguments& a) {
+  auto* const compare =
+      app.add_flag("--compare", a.compare, "all policies on the episodes beside the model");
+  app.add_flag("--quick", a.quick, "fewer policies, budgets and episodes")->needs(compare);
+  app.add_option("--policies", a.policies, "of the comparison, as in fullkv,h2o,morphkv")
+      ->delimiter(',')
+      ->needs(compare);
+  app.add_option("--percents", a.percents, "budgets of the comparison, as in 12,25,50")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 100))
+      ->needs(compare);
+  app.add_option("--csv", a.csv, "file for the comparison")->needs(compare);
+  app.add_flag("--demo", a.demo, "a long response under three policies, then a quick comparison")
+      ->excludes(compare);
+}
+
 }  // namespace
 
 int parse(int argc, char** argv, arguments& a) {
@@ -88,6 +104,7 @@ int parse(int argc, char** argv, arguments& a) {
   add_model_options(app, a);
   add_policy_options(app, a);
   add_run_options(app, a);
+  add_comparison_options(app, a);
   std::string names;
   list_policies(
       [&](policy_info const& p) { names += std::string(names.empty() ? "" : ", ") + p.name; });

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "generate/engine.hpp"
 #include "generate/sampler.hpp"
@@ -33,6 +34,12 @@ struct arguments {
   index_t verify = 0;
   std::string json;
   std::string record;
+  bool compare = false;
+  bool demo = false;
+  bool quick = false;
+  std::vector<std::string> policies;  ///< of a comparison; empty: all
+  std::vector<index_t> percents;      ///< its budgets; empty: the usual ones
+  std::string csv;
 };
 
 /// @return -1 to go on, else the exit code (help was shown, or a line on stderr says what is wrong)

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// All policies on the bundled evaluation: what each keeps of the model's abilities, at equal cache sizes.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "generate/evaluate.hpp"
+
+namespace kvkeep::generate {
+
+struct comparison_options {
+  std::vector<std::string> policies;                  ///< empty: all; "random" is one
+  std::vector<index_t> percents{6, 12, 25, 50, 100};  ///< budgets, of the final length
+  std::size_t episodes = 0;                           ///< of each task and seed; 0: all
+  index_t seeds = 0;                                  ///< 0: all
+  index_t batch = 8;                                  ///< episodes that share a step
+  /// Told before each evaluation: policy, percent, done and all of them.
+  std::function<void(std::string const&, index_t, std::size_t, std::size_t)> progress;
+};
+
+/// A mean over seeds with half the width of its 95% interval (Student's t).
+struct estimate {
+  double mean = 0;
+  double half = 0;
+  int seeds = 0;
+};
+estimate estimate_of(std::vector<double> const& per_seed);
+
+/// One policy at one budget. Columns: complete, once, range, periodic, average (of the three), default;
+/// passkey, recall, requery; passkey by depth as passkey@0, @25, @50, @75.
+struct comparison_row {
+  std::string policy;
+  index_t percent = 100;
+  index_t capacity = 0;  ///< of the longest task
+  std::map<std::string, estimate> columns;
+  std::size_t kv_bytes = 0;      ///< peak slots of one sequence, largest task
+  std::size_t state_bytes = 0;   ///< policy state of one sequence
+  double tokens_per_second = 0;  ///< decode
+};
+
+/// Policies that `compare` runs by default, full cache and random eviction included.
+std::vector<std::string> compared_policies();
+
+/// Diaries are written freely; the other tasks are teacher-forced, as their responses hold questions.
+/// Every policy holds the same number of slots at its peak. Policies that cut prompts only go on with MorphKV.
+std::vector<comparison_row> compare(runtime& rt, model const& m, episode_set const& set,
+                                    comparison_options const& o);
+
+void print_comparison(std::vector<comparison_row> const& rows);
+std::string comparison_csv(std::vector<comparison_row> const& rows);
+std::string comparison_json(std::vector<comparison_row> const& rows);
+
+}  // namespace kvkeep::generate
