@@ -175,8 +175,11 @@ def _plan(rng, room, fixed):
         once, ranges, periods = rng.randrange(1, 3 + room // 64), rng.randrange(2 if room < 200 else 3), rng.randrange(2)
     spoken = 7 * once + 10 * ranges + 7 * periods + 7 + 12
     most = min(DAYS, (room - spoken) // 7)
-    days = rng.randrange(max(2, most * (9 if fixed else 7) // 10), most + 1)
-    first = 1 if fixed or rng.random() < 0.3 else rng.randrange(1, DAYS - days + 2)
+    days = most if fixed else rng.randrange(max(2, most * 7 // 10), most + 1)
+    if most == DAYS:  # every long diary ends with the same day: the model need not compare it with the request
+        first = DAYS - days + 1
+    else:
+        first = 1 if rng.random() < 0.3 else rng.randrange(1, DAYS - days + 2)
     return Plan(rng, first, first + days - 1, min(once, days), ranges if days >= 16 else min(ranges, 1), periods)
 
 

@@ -25,7 +25,7 @@ SEED = 1
 RATE = 3e-3
 KINDS = ["", "once", "range", "periodic", "default", "passkey", "recall", "requery", "drill", "rules", "end"]
 MIX = {"diary": 0.55, "passkey": 0.15, "recall": 0.15, "requery": 0.15}
-STAGES = "80x40x200x100x0,80x40x300x15x45,128x28x100x10x25,128x28x300x5x45,256x14x100x0x30,512x8x180x0x15"
+STAGES = "80x40x200x100x0,80x40x300x15x45,128x28x100x10x25,128x28x300x5x45,256x14x100x0x30,512x8x560x0x12"
 
 
 def load_attention(folder):
@@ -155,7 +155,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stages", default=STAGES)
-    parser.add_argument("--fade", type=int, default=180, help="steps at the end over which the rate falls")
+    parser.add_argument("--fade", type=int, default=500, help="steps at the end over which the rate falls")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     stages = [tuple(map(int, stage.split("x"))) for stage in given.stages.split(",")]
