@@ -224,6 +224,12 @@ inline std::vector<decode_case> other_cases(decode_sizes const& z) {
     return make_reference<oracle::knorm_decode>(
         true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));
   });
+  policy_options burst = k;
+  burst.evict_after = 1.3;
+  add("knorm burst", "knorm", burst, false, [burst, z](auto const& t, index_t n, auto const& r) {
+    return make_reference<oracle::knorm_decode>(
+        true, t, decode_rule_of(burst, {burst.sinks, burst.window, z.frozen}, r), full_cache(t, n));
+  });
   add("keydiff guarded", "keydiff", k, false, [k, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::keydiff_decode>(
         true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));

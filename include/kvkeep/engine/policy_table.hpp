@@ -128,7 +128,7 @@ void each_policy(policy_options const& o, F&& f) {
   f(make_morphkv({o.capacity, o.window, o.fusion, o.evict_after, o.n_rows, o.include_current,
                   o.per_head_mask, o.evaluation}),
     "arXiv 2503.00979", morph_parameters);
-  f(make_knorm({o.capacity, o.sinks, o.window}), "arXiv 2406.11430", guarded_parameters);
+  f(make_knorm({o.capacity, o.sinks, o.window, o.evict_after}), "arXiv 2406.11430", guarded_parameters);
   f(make_keydiff({o.capacity, o.evict_after, o.sinks, o.window}), "arXiv 2504.15364", guarded_parameters);
   f(make_lagkv({o.capacity, o.sinks, o.lag, o.cross_scoring}), "arXiv 2504.04704", lag_parameters);
 }

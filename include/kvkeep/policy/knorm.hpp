@@ -32,10 +32,11 @@ struct knorm_options {
   index_t capacity = 1024;
   index_t sinks = 0;
   index_t window = 0;
+  double evict_after = 1;  ///< bursts
 };
 
 inline knorm make_knorm(knorm_options const& o) {
-  return {"knorm", {}, {o.capacity}, {}, {o.sinks, o.window}};
+  return {"knorm", {}, {o.capacity}, {}, {o.sinks, o.window}, scope::head, {o.evict_after}};
 }
 
 }  // namespace kvkeep
