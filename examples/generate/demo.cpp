@@ -18,7 +18,8 @@ class wrapped_text {
   void operator()(index_t token) {
     std::string part = words_.decode(token, last_);
     last_ = token;
-    if (column_ + part.size() > width) {
+    if (part.empty()) return;
+    if (column_ + part.size() > width && part.front() == ' ') {  // signs stay with their word
       std::printf("\n");
       column_ = 0;
     }
