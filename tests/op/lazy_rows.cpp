@@ -204,4 +204,5 @@ TEST_CASE("lazy ops refuse shapes that they cannot serve, and heads below their 
   CHECK(refused({l.shape().group(), 4, 7}));
   CHECK(refused({l.shape().group() + 1, 8, 8}));
   CHECK(refused({l.shape().group(), 0, 8}));
+  CHECK(refused({l.shape().group(), lazy_shape::most_rows + 1, 512}));
 }

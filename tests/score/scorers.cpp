@@ -123,6 +123,13 @@ TEST_CASE("scorers state their evidence, memory and abilities") {
   CHECK(m.row_count() == 7);
   CHECK(m.state(s).weight_ring == 7);
   CHECK(m.state(s).ring_at_decode);
+  // More rows than the bounds' rounding allows: the default form, and a wish that cannot be met.
+  CHECK(make_morphkv({.window = 32}).score.evaluation == morph_rows::lazy);
+  CHECK(make_morphkv({.window = 202}).score.evaluation == morph_rows::cached);
+  recent_fused_score wide = m;
+  wide.window = 202;
+  wide.evaluation = morph_rows::lazy;
+  CHECK_THROWS_AS(wide.check(s), std::invalid_argument);
   m.evaluation = morph_rows::direct;
   CHECK(m.state(s).weight_ring == 0);
   m.n_rows = 8;

@@ -15,10 +15,11 @@ namespace kvkeep {
 /// sum, the row's maximum, and the weights at the W newest positions, which will age into the old ones.
 struct lazy_shape {
   static constexpr index_t ahead = 8;  ///< steps that a slot's bounds last; at most W
+  static constexpr index_t most_rows = 200;  ///< R: more fp32 terms than that outgrow the bounds' slack
   static constexpr index_t tile = 64;  ///< slots whose bounds are prepared together
 
   index_t group = 0;
-  index_t n_rows = 0;  ///< R, at most W
+  index_t n_rows = 0;  ///< R, at most W and most_rows
   index_t window = 0;  ///< W
 
   KVKEEP_HD constexpr index_t padded_rows() const noexcept { return (n_rows + 7) / 8 * 8; }

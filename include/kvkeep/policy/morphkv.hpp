@@ -42,8 +42,9 @@ struct morphkv_options {
 /// rows; else bounds, which last eight steps.
 inline morph_rows cheapest_rows(morphkv_options const& o) {
   if (o.include_current || o.per_head_mask) return morph_rows::direct;
+  index_t const rows = o.n_rows > 0 ? o.n_rows : o.window - 1;
   bool const one_leaves = o.evict_after == 1 && o.window >= lazy_shape::ahead;
-  return one_leaves ? morph_rows::lazy : morph_rows::cached;
+  return one_leaves && rows <= lazy_shape::most_rows ? morph_rows::lazy : morph_rows::cached;
 }
 
 inline morphkv make_morphkv(morphkv_options const& o) {

@@ -44,6 +44,9 @@ struct recent_fused_score : scorer_base {
     KVKEEP_EXPECTS(window >= 1, "window", window, ">= 1");
     KVKEEP_EXPECTS(evaluation != morph_rows::lazy || window >= lazy_shape::ahead, "window", window,
                    ">= " + std::to_string(lazy_shape::ahead) + " for the lazy evaluation");
+    KVKEEP_EXPECTS(evaluation != morph_rows::lazy || row_count() <= lazy_shape::most_rows, "n_rows",
+                   row_count(), "<= " + std::to_string(lazy_shape::most_rows) +
+                   " for the lazy evaluation");
     KVKEEP_EXPECTS(n_rows >= 0 && row_count() >= 1, "n_rows", n_rows != 0 ? n_rows : row_count(),
                    ">= 1 (0 means window - 1, so window >= 2)");
     KVKEEP_EXPECTS(row_count() <= window, "n_rows", n_rows, "<= window, so that every row is newer "

@@ -77,9 +77,6 @@ struct lazy_job {
 
   index_t oldest_recent() const noexcept { return newest - head.shape().window + 1; }
   open_range recent() const noexcept { return {std::max(0, oldest_recent()), newest + 1}; }
-  bool alive(index_t row, index_t later) const noexcept {
-    return row >= first && row > newest + later - head.shape().n_rows;
-  }
   /// Calls f(i, g, ring row) for all rows up to position `last`, head after head, positions ascending.
   template <class F>
   void each_row(index_t last, F const& f) const noexcept {

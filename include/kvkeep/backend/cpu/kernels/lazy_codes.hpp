@@ -13,7 +13,7 @@
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
 
-/// Products and sums of up to 200 terms err by less; exact scores are compared with this tolerance too.
+/// Sums of lazy_shape::most_rows products err by less; exact scores are compared with this tolerance too.
 inline constexpr float bound_slack = 2e-5F;
 inline constexpr float largest_code = 1e37F;
 
