@@ -5,7 +5,8 @@
 //   slope      least-squares line through the medians of 1,000 steps each, in percent per 100,000 tokens
 //   p99_ratio  99th percentile over the median, all steps
 //   amortised  mean step over the mean attention, minus 1: bursts included
-// The peer is the attention of such a step alone, taken between the steps.
+// The peer is the attention of such a step alone, taken between the steps. The cache is small and stays
+// warm: what is asked here is whether time grows, not how long a step takes (bench_policy_step does).
 #include <memory>
 
 #include <kvkeep/engine/policy_table.hpp>
