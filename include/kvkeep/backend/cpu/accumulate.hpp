@@ -42,8 +42,8 @@ KVKEEP_CPU_OP status enqueue(context& c, op::accumulate<host_space> const& o, wo
       take_each<float>(ws, c.workers(o.batch.n * heads), size_of(o.weights.extent[2]));
   if (!placed(ws)) return not_placed(ws);
   for_heads(c, o.batch.n, heads, [&](index_t b, index_t h, int worker) {
-    index_t const next = b * heads + h + 1;
-    if (next < o.batch.n * heads) prefetch_accumulate(o, next / heads, next % heads);
+    with_next_head(o.batch.n, heads, b, h,
+                   [&](index_t b2, index_t h2) { prefetch_accumulate(o, b2, h2); });
     accumulate_head(o, inverse(worker), b, h);
   });
   return status::ok;

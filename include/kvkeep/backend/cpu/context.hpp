@@ -122,6 +122,13 @@ void for_heads(context const& c, index_t n_entries, index_t n_heads, F const& f)
     for (index_t i = 0; i < n_entries * n_heads; ++i) task(i, 0);
 }
 
+/// f(entry, kv_head) with the head that comes after (b, h), if there is one: what it reads can be fetched.
+template <class F>
+void with_next_head(index_t n_entries, index_t n_heads, index_t b, index_t h, F const& f) noexcept {
+  index_t const next = b * n_heads + h + 1;
+  if (next < n_entries * n_heads) f(next / n_heads, next % n_heads);
+}
+
 /// One piece of scratch per worker, each on cache lines of its own.
 template <class T>
 struct worker_scratch {

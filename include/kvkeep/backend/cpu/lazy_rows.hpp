@@ -159,8 +159,8 @@ KVKEEP_CPU_OP status enqueue(context& c, op::lazy_enter<host_space> const& o,
   if (!placed(ws)) return not_placed(ws);
   index_t const heads = kv.shape.n_kv_heads;
   for_heads(c, o.batch.n, heads, [&](index_t b, index_t h, int worker) {
-    index_t const next = b * heads + h + 1;
-    if (next < o.batch.n * heads) prefetch_enter(o, next / heads, next % heads);
+    with_next_head(o.batch.n, heads, b, h,
+                   [&](index_t b2, index_t h2) { prefetch_enter(o, b2, h2); });
     lazy_enter_head(o, scratch, b, h, worker);
   });
   return status::ok;

@@ -66,9 +66,8 @@ status enqueue(context& c, op::score_slots<Fn, host_space> const& o, workspace& 
     v.dim_v = kv.shape.dim_v;
     index_t first = o.first_slot, last = n;
     if (o.only.data != nullptr) {
-      index_t const next = b * kv.shape.n_kv_heads + h + 1;
-      if (next < o.batch.n * kv.shape.n_kv_heads)
-        prefetch_only(o, next / kv.shape.n_kv_heads, next % kv.shape.n_kv_heads);
+      with_next_head(o.batch.n, kv.shape.n_kv_heads, b, h,
+                     [&](index_t b2, index_t h2) { prefetch_only(o, b2, h2); });
       first = o.only(id, h);
       last = first >= 0 ? std::min(first + 1, n) : first;
     }
