@@ -94,8 +94,9 @@ TEST_CASE("pyramid lengths, exact and published") {
               REQUIRE(same);
               if (exact && tokens >= capacity)
                 REQUIRE(oracle::total(got) == std::int64_t{layers} * capacity);
+              // A prompt shorter than the capacity leaves every layer the capacity.
               REQUIRE(b.most(layers, {}, window, tokens) ==
-                      *std::max_element(got.begin(), got.end()));
+                      std::max(*std::max_element(got.begin(), got.end()), capacity));
             }
 }
 
@@ -220,6 +221,27 @@ TEST_CASE("AdaKV: kvpress' safeguard, and prompts with fewer candidates than the
     for (std::size_t h = 0; h < want.size(); ++h)
       REQUIRE(got[h] == oracle::count(want[h]) + window);
   });
+}
+
+TEST_CASE("the most that a budget keeps never falls below its capacity, nor with longer prompts") {
+  cache_shape shape;
+  shape.n_kv_heads = 2;
+  auto const check = [&](auto const& b, index_t protect) {
+    index_t before = b.capacity();
+    for (index_t prompt = 0; prompt < 6 * b.capacity(); ++prompt) {
+      index_t const most = b.most(4, shape, protect, prompt);
+      INFO(b.traits().name << " C " << b.capacity() << " protected " << protect << " T " << prompt);
+      REQUIRE(most >= before);
+      before = most;
+    }
+  };
+  for (index_t const tokens : {9, 16, 40})
+    for (index_t const protect : {0, 1, 8}) {
+      check(uniform{tokens}, protect);
+      check(ada_heads{tokens}, protect);
+      for (double const r_max : {1., 1.5, 10.}) check(dynamic_layers{tokens, r_max}, protect);
+      for (bool const exact : {true, false}) check(pyramid{tokens, 3, exact}, protect);
+    }
 }
 
 TEST_CASE("uniform, per_layer and inherit say what they are") {

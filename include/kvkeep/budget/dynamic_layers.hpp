@@ -68,7 +68,7 @@ struct dynamic_layers {
   std::uint64_t key() const { return config_key(tokens, r_max, r_min, every, published); }
   index_t capacity() const { return tokens; }
   index_t most(index_t, cache_shape const&, index_t protect, index_t prompt) const {
-    return cap(tokens - protect, prompt > protect ? prompt - protect : 0) + protect;
+    return prompt < tokens ? tokens : cap(tokens - protect, prompt - protect) + protect;
   }
   layer_range due(index_t layer, index_t n_layers) const {
     return {checkpoint(layer, n_layers) ? 0 : layer, layer + 1};

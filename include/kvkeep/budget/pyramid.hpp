@@ -26,7 +26,7 @@ struct pyramid {
   std::uint64_t key() const { return config_key(tokens, beta, exact_total); }
   index_t capacity() const { return tokens; }
   index_t most(index_t n_layers, cache_shape const&, index_t protect, index_t prompt) const {
-    return length(n_layers, 0, protect, prompt);
+    return prompt < tokens ? tokens : length(n_layers, 0, protect, prompt);
   }
   layer_range due(index_t layer, index_t) const { return {layer, layer + 1}; }
   void check(index_t n_layers, cache_shape const&, index_t protect) const {
