@@ -127,13 +127,15 @@ auto session<Ctx, P, D>::list(batch const& b, workspace& w) const noexcept -> en
   return e;
 }
 
-/// Room for `more` slots behind those in use, and block table entries in range for all of them.
+/// Room for `more` tokens in every head, of which a free slot takes the first, and block table entries in range
+/// for all slots in use then.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::check_blocks(layer_data const& l, index_t row, index_t id,
                                         index_t more) const noexcept {
   for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
     if (plan_.n_kept(l.number, id, h) >= 0) return status::bad_order;  // report not taken yet
-    index_t const n = l.slots.lengths(id, h) + more;
+    index_t const tail = more > 0 && l.victim(id, h) >= 0 ? more - 1 : more;
+    index_t const n = l.slots.lengths(id, h) + tail;
     if (n > l.kv.shape.max_slots) return status::capacity_exceeded;
     for (auto const* p : {&l.kv.k, &l.kv.v}) {
       index_t const room =

@@ -21,9 +21,7 @@ status session<Ctx, P, D>::check_append(layer_data const& l, batch const& b) con
     if (l.attended[id] != l.appended[id] && limits_.decode != decode_offer::nothing)
       return status::bad_order;
     if (pending >= shape_.drafts) return status::capacity_exceeded;
-    bool tail = false;
-    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) tail = tail || l.victim(id, h) < 0;
-    KVKEEP_TRY(check_blocks(l, row, id, tail ? 1 : 0));
+    KVKEEP_TRY(check_blocks(l, row, id, 1));
   }
   return status::ok;
 }
