@@ -275,6 +275,14 @@ TEST_CASE("budgets and scopes that a policy cannot do") {
   refused(with([](auto& b) { b.p.budget = "inherit"; }), "budget", "inherit", "beside another");
   refused(with([](auto& b) { b.decode = "morphkv", b.d.budget = "dynamic"; }), "decode.budget",
           "dynamic_layers", "inherit");
+  auto const after_ada = [](index_t capacity) {
+    return with("adakv", [=](auto& b) {
+      b.p.capacity = capacity, b.p.window = 2;
+      b.decode = "streamingllm", b.d.sinks = 4, b.d.budget = "inherit";
+    });
+  };
+  refused(after_ada(4), "prompt.capacity", "4", "> sinks + window = 4 of the decode policy");
+  accepted(after_ada(5));
   refused(with([](auto& b) { b.decode = "tova"; }), "decode.per", "layer", "head");
   refused(
       with([](auto& b) { b.p.per = scope::layer, b.decode = "h2o", b.d.per = scope::sequence; }),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Heads that differ: only some of them have a free slot.
+// Heads that differ: budgets below what decoding protects, heads of which only some have a free slot.
 #include "../support/catch.hpp"
 #include "../support/oracle_budget.hpp"
 #include "../support/session_run.hpp"
@@ -36,7 +36,98 @@ engine_options with_slots(world const& w, any const& p, oracle::counts const& sl
   return o;
 }
 
+struct guarded_case {
+  char const* decode;
+  index_t sinks, window;
+};
+
+policy_options ada_options() {
+  policy_options o;
+  o.capacity = 12;
+  o.window = 2;
+  o.alpha = 0;  // a head is sure of its window alone
+  return o;
+}
+
+any inheriting(guarded_case const& c) {
+  policy_options o;
+  o.sinks = c.sinks;
+  o.window = c.window;
+  o.budget = "inherit";
+  return make(c.decode, o);
+}
+
+constexpr guarded_case guarded_cases[] = {
+    {"streamingllm", 8, 0}, {"h2o", 0, 9}, {"knorm", 3, 6}, {"keydiff", 2, 7}, {"morphkv", 0, 9}};
+
 }  // namespace
+
+TEST_CASE("a head with a smaller budget than decoding protects keeps what is protected") {
+  any const prompt = make("adakv", ada_options());
+  for (guarded_case const& c : guarded_cases) {
+    any const decode = inheriting(c);
+    index_t const room = decode.when.room, least = decode.keep.sinks + decode.keep.recent + room;
+    index_t raised = 0;
+    for_seeds(6, [&](generator& g) {
+      INFO(c.decode);
+      world w;
+      w.prompt = 40;
+      w.seed = g.next();
+      text const words = w.words();
+      auto const left = left_by(prompt, w, words);
+      engine e(w.options(decode, 46), prompt, decode);
+      stream s = e.begin(words);
+      e.prompt(s, w.prompt);
+      std::vector<oracle::kept_sets> first;
+      for (index_t l = 0; l < w.n_layers; ++l) first.push_back(e.kept(l, s));
+      for (index_t step = 0; step < least; ++step) (void)e.step({&s});
+      auto const cuts = e.session().count().cuts;
+      for (index_t step = 0; step < 20; ++step) {
+        (void)e.step({&s});
+        for (index_t l = 0; l < w.n_layers; ++l)
+          for (index_t h = 0; h < w.shape.n_kv_heads; ++h) {
+            index_t const budget = left[uz(l)][uz(h)];
+            auto const live = e.kept(l, s)[uz(h)];
+            raised += budget < least ? 1 : 0;
+            REQUIRE(oracle::count(live) == std::max(budget, least) - room);
+            auto const& oldest = first[uz(l)][uz(h)];
+            for (std::size_t i = 0; i < std::min(uz(decode.keep.sinks), oldest.size()); ++i)
+              REQUIRE(live[i] == oldest[i]);
+            for (index_t i = 0; i < decode.keep.recent; ++i)
+              REQUIRE(live[live.size() - 1 - uz(i)] == s.tokens - 1 - i);
+          }
+        e.check({&s});
+      }
+      CHECK(e.session().count().cuts == cuts);  // the steady state moves nothing
+    });
+    CHECK(raised > 0);
+  }
+}
+
+TEST_CASE("heads below their guards stay within the slots of their guards") {
+  any const prompt = make("adakv", ada_options());
+  for (guarded_case const& c : guarded_cases) {
+    any const decode = inheriting(c);
+    index_t const least = decode.keep.sinks + decode.keep.recent + decode.when.room;
+    for_seeds(6, [&](generator& g) {
+      INFO(c.decode);
+      world w;
+      w.prompt = 40;
+      w.seed = g.next();
+      w = tight(w);
+      text const words = w.words();
+      world roomy = w;
+      roomy.lim.max_prompt = 0;
+      oracle::counts slots = left_by(prompt, roomy, words)[0];
+      for (index_t& n : slots) n = detail::decode_slots(std::max(n, least), decode.when);
+      engine e(with_slots(w, decode, slots), prompt, decode);
+      stream s = e.begin(words);
+      e.prompt(s, w.prompt);
+      for (index_t step = 0; step < 40; ++step) (void)e.step({&s});
+      e.check({&s});
+    });
+  }
+}
 
 TEST_CASE("a head without a free slot asks for one, and the others do not") {
   // Bursts of the larger budgets, while the smaller ones evict with every token.

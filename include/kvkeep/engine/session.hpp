@@ -11,6 +11,7 @@
 #include "../op/attend.hpp"
 #include "../op/reduce.hpp"
 #include "plan.hpp"
+#include "slots.hpp"
 #include "steps.hpp"
 
 namespace kvkeep {

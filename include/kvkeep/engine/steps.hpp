@@ -256,14 +256,18 @@ struct show_plan {
   }
 };
 
-/// Fixes a prompt's budget for decoding; index: KV head.
+/// Fixes a budget for decoding, which keeps at least what it protects; index: KV head.
 template <class Space>
-struct copy_budget {
-  tensor_ref<index_t, 2, Space> from;  ///< [layer, head]
+struct fix_budget {
+  tensor_ref<index_t, 2, Space> from;  ///< [layer, head] the prompt's, or null: written already
   index_t layer;
   tensor_ref<index_t, 2, Space> to;  ///< [id, head]
   index_t id;
-  KVKEEP_HD void operator()(index_t h) const noexcept { to(id, h) = from(layer, h); }
+  index_t least;
+  KVKEEP_HD void operator()(index_t h) const noexcept {
+    index_t const k = from.data != nullptr ? from(layer, h) : to(id, h);
+    to(id, h) = k > least ? k : least;
+  }
 };
 
 /// Tokens that a decision keeps: what the budget says where a cut is due, else everything.

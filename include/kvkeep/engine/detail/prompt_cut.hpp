@@ -261,7 +261,8 @@ status session<Ctx, P, D>::decide_sequence_prompt(source const& at, workspace& w
   return status::ok;
 }
 
-/// The tokens per head that decoding keeps. A prompt shorter than the capacity leaves the capacity.
+/// The tokens per head that decoding keeps. A prompt shorter than the capacity leaves the capacity; a head
+/// whose share is less than what decoding protects (zero is legal, spec 9.10) keeps that.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::fix_decode_budget(layer_data& l, index_t id, index_t tokens,
                                              workspace& w) noexcept {
@@ -276,11 +277,14 @@ status session<Ctx, P, D>::fix_decode_budget(layer_data& l, index_t id, index_t 
   b.k.stride[1] = 1;  // stride[0] = 0: every layer number is this layer
   index_t const capacity =
       traits.inherits ? prompt_.budget.capacity() : decode_.budget.capacity();
-  if (traits.fixed) return decode_.budget.allocate(*ctx_, b, w);
-  if (tokens < capacity) return detail::fill_layer(*ctx_, b, l.number, capacity, w);
-  if (one_policy_ || traits.inherits)
-    return each(heads, detail::copy_budget<space>{shared_.prompt_k, l.number, l.k, id}, w);
-  return decode_.budget.allocate(*ctx_, b, w);
+  detail::fix_budget<space> fix{{}, l.number, l.k, id, detail::least_budget(decode_)};
+  if (!traits.fixed && tokens < capacity)
+    KVKEEP_TRY(detail::fill_layer(*ctx_, b, l.number, capacity, w));
+  else if (!traits.fixed && (one_policy_ || traits.inherits))
+    fix.from = shared_.prompt_k;
+  else
+    KVKEEP_TRY(decode_.budget.allocate(*ctx_, b, w));
+  return each(heads, fix, w);
 }
 
 }  // namespace kvkeep

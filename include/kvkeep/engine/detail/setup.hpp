@@ -107,6 +107,11 @@ void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) 
   bool const cuts_prompt = prompt_.score.least_tokens() != std::numeric_limits<index_t>::max();
   bool const cuts_decode = decode_.score.traits().at_decode &&
                            decode_.score.least_tokens() != std::numeric_limits<index_t>::max();
+  index_t const guarded = decode_.keep.sinks + decode_.keep.recent;
+  KVKEEP_EXPECTS(!db.inherits || !cuts_decode || prompt_.budget.capacity() > guarded,
+                 "prompt.capacity", prompt_.budget.capacity(),
+                 "> sinks + window = " + std::to_string(guarded) +
+                     " of the decode policy, which inherits it");
   if (cuts_prompt && cuts_decode && !one_policy_) {
     KVKEEP_EXPECTS(decode_.width() == scope::head || prompt_.width() >= decode_.width(),
                    "decode.per", to_string(decode_.width()),
