@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Heads that differ: budgets below what decoding protects, heads of which only some have a free slot.
+// Heads and sequences that differ: budgets below what decoding protects, heads of which only some have a
+// free slot, batches of which only some sequences need a cut.
 #include "../support/catch.hpp"
 #include "../support/oracle_budget.hpp"
 #include "../support/session_run.hpp"
@@ -160,4 +161,58 @@ TEST_CASE("a head without a free slot asks for one, and the others do not") {
     e.check({&s});
   });
   CHECK(mixed > 0);
+}
+
+TEST_CASE("one sequence that needs a cut leaves the others their victims") {
+  for (decode_case const& c : all_decode_cases()) {
+    if (!is_plain(c)) continue;
+    for_seeds(2, [&](generator& g) {
+      INFO(c.name);
+      world w;
+      w.shape.n_seq = 4;
+      w.draft = 4;
+      w.prompt = 24;
+      w.seed = g.next();
+      engine_options const o = w.options(c.policy);
+      engine e(o, c.policy);
+      std::vector<text> texts;
+      for (std::uint64_t i = 0; i < 4; ++i) texts.push_back(w.words(i));
+      std::vector<std::unique_ptr<engine>> singles;
+      std::vector<stream> together, apart;
+      std::vector<stream*> who;
+      for (text const& t : texts) {
+        index_t const prompt = g.integer(3, w.prompt);
+        together.push_back(e.begin(t));
+        e.prompt(together.back(), prompt);
+        singles.push_back(std::make_unique<engine>(o, c.policy));
+        apart.push_back(singles.back()->begin(t));
+        singles.back()->prompt(apart.back(), prompt);
+      }
+      for (stream& s : together) who.push_back(&s);
+      for (index_t round = 0; round < 15; ++round) {
+        index_t const n = g.integer(1, w.draft);
+        for (index_t t = 0; t < n; ++t) {
+          auto const r = e.token(who);
+          for (std::size_t i = 0; i < who.size(); ++i) {
+            auto const alone = singles[i]->token({&apart[i]});
+            for (std::size_t l = 0; l < alone.size(); ++l)
+              require_same(r[l * who.size() + i], alone[l], false);
+          }
+        }
+        REQUIRE(e.session().confirm(engine::batch_of(who).batch(), n) == status::ok);
+        std::int64_t victims = 0, evicted = 0;
+        for (std::size_t i = 0; i < who.size(); ++i) {
+          any_session& single = singles[i]->session();
+          REQUIRE(single.confirm(engine::batch_of({&apart[i]}).batch(), n) == status::ok);
+          victims += single.count().victims;
+          evicted += single.count().evicted;
+          for (index_t l = 0; l < w.n_layers; ++l)
+            REQUIRE(e.kept(l, together[i]) == singles[i]->kept(l, apart[i]));
+        }
+        REQUIRE(e.session().count().victims == victims);
+        REQUIRE(e.session().count().evicted == evicted);
+      }
+      for (stream const& s : together) e.check({&s});
+    });
+  }
 }

@@ -144,6 +144,13 @@ class session {
     index_t* ids = nullptr;
     index_t* rows = nullptr;
   };
+  /// Sequences that are due: from each of the first `single` one token leaves.
+  struct due_entries {
+    index_t n = 0;
+    index_t* ids = nullptr;
+    index_t* rows = nullptr;
+    index_t single = 0;
+  };
 
   // set-up (setup.hpp)
   KVKEEP_COLD void check_setup(std::span<layer_spec<space> const> layers) const;
@@ -218,16 +225,20 @@ class session {
                           workspace& w) noexcept;
   status score_tokens(layer_data& l, source const& s, index_t extra, score_map<space> out,
                       workspace& w) noexcept;
-  bool one_leaves(layer_data const& l, source const& s, index_t extra) const noexcept;
   status resolve_keep(layer_data const& l, source const& s, index_t extra,
                       tensor_ref<index_t, 2, space>& keep, workspace& w) const noexcept;
   status take_victims(layer_data& l, source const& s, workspace& w) noexcept;
+  status evict_single(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
+                      index_t extra, workspace& w) noexcept;
+  status evict_several(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
+                       index_t extra, workspace& w) noexcept;
   status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
                index_t extra, workspace& w) noexcept;
   KVKEEP_COLD status attend_special(layer_data& l, source const& s, op::attend<space>& a,
                         workspace& w) noexcept;
-  index_t list_due(layer_data const& l, index_t const* ids, index_t const* rows, index_t n,
-                   index_t extra, index_t* due_ids, index_t* due_rows) const noexcept;
+  due_entries list_due(layer_data const& l, index_t const* ids, index_t const* rows, index_t n,
+                       index_t extra, workspace& w) const noexcept;
+  bool one_leaves(layer_data const& l, index_t id, index_t extra) const noexcept;
   index_t excess(layer_data const& l, index_t id, index_t extra) const noexcept;
 
   KVKEEP_COLD status let_go(layer_data& l, source const& s, score_map<space> scores, workspace& w) noexcept;

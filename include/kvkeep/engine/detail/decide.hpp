@@ -36,18 +36,34 @@ index_t session<Ctx, P, D>::excess(layer_data const& l, index_t id, index_t extr
   return most;
 }
 
-/// The sequences of a batch for which a decision is due in a layer.
+/// Whether one token leaves every head that is due, so that its slot can be given to the next one.
 template <backend Ctx, class P, class D>
-index_t session<Ctx, P, D>::list_due(layer_data const& l, index_t const* ids, index_t const* rows,
-                                     index_t n, index_t extra, index_t* due_ids,
-                                     index_t* due_rows) const noexcept {
-  index_t count = 0;
+bool session<Ctx, P, D>::one_leaves(layer_data const& l, index_t id, index_t extra) const noexcept {
+  return decode_.select.traits().evicts_one && excess(l, id, extra) == 1;
+}
+
+/// The sequences of a batch for which a decision is due in a layer, those that need no cut first. The whole
+/// batch while measuring.
+template <backend Ctx, class P, class D>
+auto session<Ctx, P, D>::list_due(layer_data const& l, index_t const* ids, index_t const* rows,
+                                  index_t n, index_t extra, workspace& w) const noexcept
+    -> due_entries {
+  auto const size = static_cast<std::size_t>(n);
+  due_entries due{n, w.take<index_t>(size), w.take<index_t>(size), n};
+  if (w.measuring() || !w.ok()) return due;
+  due.n = due.single = 0;
   for (index_t i = 0; i < n; ++i) {
     if (excess(l, ids[i], extra) == 0) continue;
-    due_ids[count] = ids[i];
-    due_rows[count++] = rows[i];
+    index_t at = due.n++;
+    if (one_leaves(l, ids[i], extra)) {
+      due.ids[at] = due.ids[due.single];
+      due.rows[at] = due.rows[due.single];
+      at = due.single++;
+    }
+    due.ids[at] = ids[i];
+    due.rows[at] = rows[i];
   }
-  return count;
+  return due;
 }
 
 /// Scores of all slots in use, joined over heads where one set serves a layer.
@@ -69,15 +85,6 @@ status session<Ctx, P, D>::score_tokens(layer_data& l, source const& s, index_t 
   KVKEEP_TRY(decode_.score.score(*ctx_, in, out, w));
   if (decode_.width() == scope::head || !decode_.score.traits().comparable) return status::ok;
   return run(*ctx_, op::mean_heads<space>{s.batch, s.layer.slots, out}, w);
-}
-
-/// Whether one token leaves every head that is due.
-template <backend Ctx, class P, class D>
-bool session<Ctx, P, D>::one_leaves(layer_data const& l, source const& s,
-                                    index_t extra) const noexcept {
-  index_t most = 0;
-  for (index_t i = 0; i < s.batch.n; ++i) most = std::max(most, excess(l, s.batch.id[i], extra));
-  return most == 1 && decode_.select.traits().evicts_one;
 }
 
 /// Tokens that each head of a source keeps, `[id, kv_head]`, in scratch.
@@ -112,46 +119,73 @@ status session<Ctx, P, D>::take_victims(layer_data& l, source const& s, workspac
   }
 }
 
-/// Turns scores into victims where one token leaves every head, else into a cut.
+/// Turns scores into one victim per head of each sequence.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::apply(layer_data& l, source const& s,
-                                 tensor_ref<float const, 3, space> scores, index_t extra,
-                                 workspace& w) noexcept {
+status session<Ctx, P, D>::evict_single(layer_data& l, source const& s,
+                                        tensor_ref<float const, 3, space> scores, index_t extra,
+                                        workspace& w) noexcept {
   workspace::frame const frame(w);
-  bool const measuring = w.measuring();
   index_t const heads = shape_.cache.n_kv_heads, n = s.batch.n;
   guard_ref<space> guard = guard_of(false, 0);
   guard.recent += extra;
   tensor_ref<index_t, 2, space> keep;
   KVKEEP_TRY(resolve_keep(l, s, extra, keep, w));
-  if (measuring || one_leaves(l, s, extra)) {
-    op::evict_one<space> evict{s.batch, s.layer.slots, scores, guard, l.victim};
-    bool const one_set = decode_.width() != scope::head;  // then all heads hold the same slots
-    if (one_set) evict.slots.lengths.extent[1] = 1;
-    KVKEEP_TRY(run(*ctx_, evict, w));
-    if (one_set)
-      KVKEEP_TRY(each(n * heads, detail::share_victim<space>{l.victim, s.batch.id, heads}, w));
-    KVKEEP_TRY(each(n * heads,
-                    detail::drop_idle_victims<space>{l.slots, keep, l.victim, s.batch.id, heads},
-                    w));
-    if (!measuring) {
-      for (index_t i = 0; i < n; ++i) next_generation(s.batch.id[i]);
-      note_victims(l, s.batch);
-      return status::ok;
-    }
-  }
+  op::evict_one<space> evict{s.batch, s.layer.slots, scores, guard, l.victim};
+  bool const one_set = decode_.width() != scope::head;  // then all heads hold the same slots
+  if (one_set) evict.slots.lengths.extent[1] = 1;
+  KVKEEP_TRY(run(*ctx_, evict, w));
+  if (one_set)
+    KVKEEP_TRY(each(n * heads, detail::share_victim<space>{l.victim, s.batch.id, heads}, w));
+  KVKEEP_TRY(each(n * heads,
+                  detail::drop_idle_victims<space>{l.slots, keep, l.victim, s.batch.id, heads}, w));
+  if (w.measuring()) return status::ok;
+  for (index_t i = 0; i < n; ++i) next_generation(s.batch.id[i]);
+  note_victims(l, s.batch);
+  return status::ok;
+}
+
+/// Cuts each sequence down to what it keeps.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::evict_several(layer_data& l, source const& s,
+                                         tensor_ref<float const, 3, space> scores, index_t extra,
+                                         workspace& w) noexcept {
+  workspace::frame const frame(w);
+  index_t const heads = shape_.cache.n_kv_heads, n = s.batch.n;
+  guard_ref<space> guard = guard_of(false, 0);
+  guard.recent += extra;
+  tensor_ref<index_t, 2, space> keep;
+  KVKEEP_TRY(resolve_keep(l, s, extra, keep, w));
   auto const size = product(n, heads);
   index_t const slots = l.kv.shape.max_slots;
   keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
                               row_major<space>(w.take<index_t>(size), n, heads)};
-  if (!measuring && !w.ok()) return status::workspace_too_small;
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   KVKEEP_TRY(decode_.select.select(*ctx_, s.batch, s.layer.slots, scores, keep, guard, plan, w));
-  if (!measuring) {
+  if (!w.measuring()) {
     note_cut(l, s, plan);
     for (index_t i = 0; i < n; ++i) next_generation(s.batch.id[i]);
   }
   op::compact<space> move{s.batch, s.layer, s.batch, s.layer, plan, op::move_kind::fill_holes};
   return run(*ctx_, move, w);
+}
+
+/// Applies scores to sequences that are due; those that come first and lose one token need no cut.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::apply(layer_data& l, source const& s,
+                                 tensor_ref<float const, 3, space> scores, index_t extra,
+                                 workspace& w) noexcept {
+  if (w.measuring()) {
+    KVKEEP_TRY(evict_single(l, s, scores, extra, w));
+    return evict_several(l, s, scores, extra, w);
+  }
+  index_t single = 0;
+  while (single < s.batch.n && one_leaves(l, s.batch.id[single], extra)) ++single;
+  source part = s;
+  part.batch.n = single;
+  if (single > 0) KVKEEP_TRY(evict_single(l, part, scores, extra, w));
+  if (single == s.batch.n) return status::ok;
+  part.batch = {s.batch.n - single, s.batch.row + single, s.batch.id + single};
+  return evict_several(l, part, detail::rebase(scores, single), extra, w);
 }
 
 /// Decides for the sequences that are due in one layer.
@@ -161,19 +195,17 @@ status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t con
   bool const whole = decode_.score.least_tokens() == std::numeric_limits<index_t>::max();
   if (!decode_.score.traits().at_decode || whole) return status::ok;
   workspace::frame const frame(w);
-  index_t* due_ids = w.take<index_t>(static_cast<std::size_t>(n));
-  index_t* due_rows = w.take<index_t>(static_cast<std::size_t>(n));
-  if (!w.measuring()) {
-    if (!w.ok()) return status::workspace_too_small;
-    n = list_due(l, ids, rows, n, extra, due_ids, due_rows);
-    if (n == 0) return status::ok;
-  }
-  source const s = pool(l, due_ids, due_rows, n);
+  due_entries const due = list_due(l, ids, rows, n, extra, w);
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  index_t found = 0;  // sequences whose scorer finds the victims itself
   bool const finds = decode_.score.traits().finds_victims && decode_.width() == scope::head;
-  if (finds && (w.measuring() || (extra == 0 && one_leaves(l, s, 0)))) {
-    KVKEEP_TRY(take_victims(l, s, w));
-    if (!w.measuring()) return status::ok;
+  if (finds && (w.measuring() || (extra == 0 && due.single > 0))) {
+    KVKEEP_TRY(take_victims(l, pool(l, due.ids, due.rows, due.single), w));
+    if (!w.measuring()) found = due.single;
   }
+  n = due.n - found;
+  if (n == 0) return status::ok;
+  source const s = pool(l, due.ids + found, due.rows + found, n);
   index_t const heads = shape_.cache.n_kv_heads, slots = l.kv.shape.max_slots;
   auto const scores = row_major<space>(
       w.take<float>(product(n, heads, slots)), n, heads, slots);
@@ -189,20 +221,17 @@ status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* r
   bool const whole = decode_.score.least_tokens() == std::numeric_limits<index_t>::max();
   if (!decode_.score.traits().at_decode || whole) return status::ok;
   workspace::frame const frame(w);
-  index_t* due_ids = w.take<index_t>(static_cast<std::size_t>(n));
-  index_t* due_rows = w.take<index_t>(static_cast<std::size_t>(n));
-  if (!w.measuring()) {
-    if (!w.ok()) return status::workspace_too_small;
-    n = list_due(layers_[0], ids, rows, n, 0, due_ids, due_rows);
-    if (n == 0) return status::ok;
-  }
+  due_entries const due = list_due(layers_[0], ids, rows, n, 0, w);
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  if (due.n == 0) return status::ok;
+  n = due.n;
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   auto const scores = row_major<space>(
       w.take<float>(product(n, heads, slots)), n, heads, slots);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   auto const n_layers = static_cast<index_t>(layers_.size());
   for (auto& l : layers_) {
-    source const s = pool(l, due_ids, due_rows, n);
+    source const s = pool(l, due.ids, due.rows, n);
     KVKEEP_TRY(score_tokens(l, s, 0, scores, w));
     KVKEEP_TRY(run(*ctx_,
                    op::mean_layers<space>{s.batch, s.layer.slots, scores, l.number == 0,
@@ -211,7 +240,7 @@ status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* r
                    w));
   }
   for (auto& l : layers_)
-    KVKEEP_TRY(apply(l, pool(l, due_ids, due_rows, n), shared_.sequence_scores, 0, w));
+    KVKEEP_TRY(apply(l, pool(l, due.ids, due.rows, n), shared_.sequence_scores, 0, w));
   return status::ok;
 }
 
