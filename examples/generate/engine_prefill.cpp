@@ -15,11 +15,24 @@ bool works_in_place(policy_pair const& p, engine_options const& o) {
   return o.in_place || !p.cuts_prompt() || p.joins_layers();
 }
 
+limits limits_of(policy_pair const& p, engine_options const& o) {
+  limits lim;
+  lim.max_sequences = o.max_sequences;
+  lim.max_prompt = works_in_place(p, o) ? 0 : o.max_prompt;
+  lim.max_chunk = o.chunk;
+  return lim;
+}
+
 cache_shape shape_of(model const& m, policy_pair const& p, engine_options const& o) {
   model_config const& c = m.config;
   cache_shape s{o.max_sequences, c.n_q_heads, c.n_kv_heads, c.head_dim, c.head_dim, 1};
-  bool const in_place = works_in_place(p, o);
-  s.max_slots = slots_needed(p, s, c.n_layers, {o.max_prompt, o.max_tokens, in_place});
+  cache_demand d{s, c.n_layers, -1, limits_of(p, o)};
+  d.longest_prompt = o.max_prompt;
+  d.longest_sequence = o.max_tokens;
+  s.max_slots = slots_needed(p.prompt, p.decode, d);
+  if (s.max_slots > most_tokens)
+    throw std::invalid_argument("--budget: expected at most " + std::to_string(most_tokens) +
+                                " slots");
   return s;
 }
 
@@ -84,12 +97,8 @@ engine::state::state(runtime& r, model const& weights, policy_pair const& polici
 any_cpu_session engine::state::bind(policy_pair const& policies) {
   std::vector<layer_spec<>> layers;
   for (index_t l = 0; l < config.n_layers; ++l) layers.push_back(cache.view(l));
-  limits lim;
-  lim.max_sequences = options.max_sequences;
-  lim.max_prompt = in_place ? 0 : options.max_prompt;
-  lim.max_chunk = options.chunk;
   return bind_session(rt.ctx, policies.prompt, policies.decode,
-                      std::span<layer_spec<> const>(layers), lim);
+                      std::span<layer_spec<> const>(layers), limits_of(policies, options));
 }
 
 void engine::state::check_token(index_t token) const {

@@ -2,7 +2,6 @@
 #include "generate/policies.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string_view>
@@ -99,11 +98,6 @@ any decode_policy(policy_info const& info, policy_request const& r, any const& p
   return p;
 }
 
-/// Slots in use when `held` tokens are kept: C + 1, in bursts ceil((1 + C) x) (DESIGN, contract 6).
-double slots_at_most(double held, cadence const& when) {
-  return std::max(held + 1, std::ceil((1 + held) * when.evict_after)) - when.room;
-}
-
 }  // namespace
 
 policy_pair make_policies(policy_request const& r) {
@@ -125,30 +119,6 @@ policy_pair make_policies(policy_request const& r) {
   if (plus == std::string::npos) return p;
   p.decode = decode_policy(second, r, p.prompt);
   return p;
-}
-
-index_t slots_needed(policy_pair const& p, cache_shape const& shape, index_t n_layers,
-                     sequence_bounds const& b) {
-  // A prompt shorter than the capacity leaves every head the capacity.
-  auto const most = [&](any const& policy) {
-    index_t const guarded = policy.keep.sinks + policy.keep.recent;
-    return std::max(policy.budget.most(n_layers, shape, guarded, b.max_prompt),
-                    policy.budget.capacity());
-  };
-  auto const checked = [](double slots) {
-    if (slots > most_tokens)
-      throw std::invalid_argument("--budget: expected at most " + std::to_string(most_tokens) +
-                                  " slots");
-    return static_cast<index_t>(slots);
-  };
-  index_t const kept = most(p.prompt);
-  // A prompt's policy lets a burst of its own stand.
-  index_t const prompt = p.cuts_prompt() && !b.in_place
-                             ? std::min(b.max_prompt, checked(slots_at_most(kept, p.prompt.when)))
-                             : b.max_prompt;
-  if (!p.cuts_decode()) return std::max(b.max_tokens, prompt);
-  index_t const held = p.decode.budget.traits().inherits ? kept : most(p.decode);
-  return std::max({checked(slots_at_most(held, p.decode.when)), prompt, 1});
 }
 
 }  // namespace kvkeep::generate

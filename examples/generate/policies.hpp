@@ -40,13 +40,4 @@ struct policy_pair {
 /// @throws std::invalid_argument naming option, value and what is allowed
 policy_pair make_policies(policy_request const& r);
 
-/// Slots per KV head that a policy needs for prompts and sequences of these lengths.
-struct sequence_bounds {
-  index_t max_prompt = 0;
-  index_t max_tokens = 0;  ///< prompt and generated
-  bool in_place = false;   ///< prompts are written into the cache itself
-};
-index_t slots_needed(policy_pair const& p, cache_shape const& shape, index_t n_layers,
-                     sequence_bounds const& b);
-
 }  // namespace kvkeep::generate

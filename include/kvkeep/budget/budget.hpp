@@ -65,6 +65,16 @@ concept budget_rule = requires(B const& b, Ctx& c, budget_input<space_of<Ctx>> c
 
 namespace detail {
 
+/// `most` of one layer, where a budget knows that.
+template <class B>
+index_t most_in(B const& b, index_t layer, index_t n_layers, cache_shape const& shape,
+                index_t protect, index_t tokens) {
+  if constexpr (requires { b.most_in(layer, n_layers, shape, protect, tokens); })
+    return b.most_in(layer, n_layers, shape, protect, tokens);
+  else
+    return b.most(n_layers, shape, protect, tokens);
+}
+
 template <class Space>
 struct fill_budget {
   tensor_ref<index_t, 2, Space> k{};

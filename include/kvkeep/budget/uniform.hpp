@@ -53,6 +53,9 @@ struct per_layer {
     for (index_t l = 0; l < n; ++l) m = tokens[l] > m ? tokens[l] : m;
     return m;
   }
+  index_t most_in(index_t layer, index_t, cache_shape const&, index_t, index_t) const {
+    return layer < n ? tokens[layer] : 0;
+  }
   layer_range due(index_t layer, index_t) const { return {layer, layer + 1}; }
   void check(index_t n_layers, cache_shape const&, index_t protect) const {
     KVKEEP_EXPECTS(n == n_layers, "per_layer.n", n, std::to_string(n_layers) + " (layers)");

@@ -136,6 +136,11 @@ class any_budget {
   index_t most(index_t n_layers, cache_shape const& s, index_t protect, index_t prompt) const {
     return std::visit([&](auto const& b) { return b.most(n_layers, s, protect, prompt); }, b_);
   }
+  index_t most_in(index_t layer, index_t n_layers, cache_shape const& s, index_t protect,
+                  index_t prompt) const {
+    return std::visit(
+        [&](auto const& b) { return detail::most_in(b, layer, n_layers, s, protect, prompt); }, b_);
+  }
   layer_range due(index_t layer, index_t n) const {
     return std::visit([&](auto const& b) { return b.due(layer, n); }, b_);
   }

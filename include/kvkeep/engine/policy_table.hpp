@@ -20,6 +20,7 @@
 #include "../policy/streamingllm.hpp"
 #include "../policy/tova.hpp"
 #include "any_policy.hpp"
+#include "slots.hpp"
 
 namespace kvkeep {
 
@@ -104,11 +105,6 @@ inline constexpr parameter_info morph_parameters[] = {
     {"capacity", 3, big}, {"window", 2, big}, {"n_rows", 0, big}, {"evict_after", 1, 1024}};
 inline constexpr parameter_info lag_parameters[] = {{"capacity", 1, big}, {"sinks", 0, big}, {"lag", 1, big}};
 
-template <class S>
-constexpr bool cuts_while_decoding(S const& s) {
-  return s.traits().at_decode && s.least_tokens() != std::numeric_limits<index_t>::max();
-}
-
 /// Name, paper, parameters, and how a policy is made: the one table.
 template <class F>
 void each_policy(policy_options const& o, F&& f) {
@@ -151,8 +147,7 @@ void list_policies(F&& f) {
                               std::span<parameter_info const> parameters) {
     scorer_traits const t = p.score.traits();
     budget_traits const b = p.budget.traits();
-    bool const cuts = p.score.least_tokens() != std::numeric_limits<index_t>::max();
-    f(policy_info{p.name, source, cuts && t.at_prompt, detail::cuts_while_decoding(p.score),
+    f(policy_info{p.name, source, t.at_prompt && !detail::keeps_all(p.score), detail::cuts_while_decoding(p.score),
                   t.prompt, t.decode, t.chunk_invariant, t.prefix_safe, t.draft_safe,
                   !t.whole_layer, !b.varies_over_heads,
                   !b.varies_over_heads && !b.varies_over_layers, parameters});

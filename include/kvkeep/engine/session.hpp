@@ -99,7 +99,8 @@ class session {
   tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept;
   /// Tokens seen by a sequence and confirmed; the next token's position while nothing is unconfirmed.
   index_t tokens(index_t id) const noexcept { return shared_.confirmed[id]; }
-  /// Most slots per head that this session may need.
+  /// Most slots per head that this session may need, besides prompts that are written into the cache itself
+  /// (slots_needed counts those too, and needs no session).
   index_t slots_needed() const noexcept { return slots_needed_; }
   /// Checks every live sequence: budgets, protected tokens, positions, state. Host-readable memory only.
   KVKEEP_COLD status verify() const noexcept;
@@ -155,6 +156,8 @@ class session {
   // set-up (setup.hpp)
   KVKEEP_COLD void check_setup(std::span<layer_spec<space> const> layers) const;
   KVKEEP_COLD void check_evidence() const;
+  KVKEEP_COLD void check_slots() const;
+  cache_demand demand() const;
   KVKEEP_COLD void plan_state();
   KVKEEP_COLD void carve(workspace& w);
   KVKEEP_COLD void measure();

@@ -7,48 +7,11 @@
 #include <string>
 
 #include "../session.hpp"
+#include "offers.hpp"
 
 namespace kvkeep {
 
 namespace detail {
-
-/// Refuses evidence that cannot serve a scorer.
-template <class Score>
-KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limits const& lim, bool decode_role) {
-  scorer_traits const t = score.traits();
-  auto const wants = [&](char const* field, char const* offer, char const* need) {
-    refuse(field, std::string(offer), std::string(need) + " for the scorer " + t.name);
-  };
-  if (t.at_prompt || decode_role) {
-    if (t.prompt == evidence::all_queries && lim.prompt != prompt_offer::all_queries)
-      wants("limits.prompt", to_string(lim.prompt), "all_queries");
-    if (t.prompt == evidence::window_queries && lim.prompt != prompt_offer::all_queries &&
-        lim.prompt != prompt_offer::window_queries)
-      wants("limits.prompt", to_string(lim.prompt), "window_queries or all_queries");
-    if (t.prompt == evidence::engine_scores && lim.prompt != prompt_offer::scores)
-      wants("limits.prompt", to_string(lim.prompt), "scores");
-  }
-  if (!decode_role || !t.at_decode) return;
-  if (t.decode == evidence::token_queries) {
-    bool const needs_queries = score.state(shape).ring_at_decode;
-    if (lim.decode != decode_offer::attend &&
-        (needs_queries || lim.decode != decode_offer::attention_rows))
-      wants("limits.decode", to_string(lim.decode),
-            needs_queries ? "attend" : "attend or attention_rows");
-  }
-  if (t.decode == evidence::engine_scores && lim.decode != decode_offer::scores)
-    wants("limits.decode", to_string(lim.decode), "scores");
-  KVKEEP_EXPECTS(lim.max_draft == 0 || t.draft_safe, "limits.max_draft", lim.max_draft,
-                 std::string("0 for the scorer ") + t.name);
-}
-
-/// The scorer can decide with the newest token's own query, or per query head.
-template <class Score, class Ctx>
-concept scores_directly =
-    requires(Score const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
-             score_map<space_of<Ctx>> m, tensor_ref<float, 3, space_of<Ctx>> h, workspace& w) {
-      { s.score_direct(c, in, m, h, w) } -> std::same_as<status>;
-    };
 
 KVKEEP_COLD inline void check_limits(limits const& l) {
   auto const within = [](char const* field, index_t v, index_t least, index_t most) {
@@ -104,9 +67,8 @@ void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) 
                  "a budget of its own (inherit is for a decode policy beside another)");
   KVKEEP_EXPECTS(one_policy_ || !db.needs_scores, "decode.budget", db.name,
                  "uniform, per_layer, pyramid or inherit beside another prompt policy");
-  bool const cuts_prompt = prompt_.score.least_tokens() != std::numeric_limits<index_t>::max();
-  bool const cuts_decode = decode_.score.traits().at_decode &&
-                           decode_.score.least_tokens() != std::numeric_limits<index_t>::max();
+  bool const cuts_prompt = !detail::keeps_all(prompt_.score);
+  bool const cuts_decode = detail::cuts_while_decoding(decode_.score);
   index_t const guarded = decode_.keep.sinks + decode_.keep.recent;
   KVKEEP_EXPECTS(!db.inherits || !cuts_decode || prompt_.budget.capacity() > guarded,
                  "prompt.capacity", prompt_.budget.capacity(),
@@ -122,8 +84,7 @@ void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) 
     KVKEEP_EXPECTS(limits_.max_prompt == 0 || prompt_.width() != scope::sequence,
                    "limits.max_prompt", limits_.max_prompt,
                    "0, for one set per sequence (all layers are decided together, in place)");
-  bool const special = decode_.when.before_attention || decode_.when.per_head_mask;
-  if (special) {
+  if (detail::decides_late(decode_.when)) {
     KVKEEP_EXPECTS(decode_.score.traits().direct, "when.before_attention",
                    decode_.score.traits().name, "a scorer of recent query rows (MorphKV)");
     KVKEEP_EXPECTS(limits_.max_draft == 0 && limits_.max_prompt == 0 && !limits_.engine_commits,
@@ -143,11 +104,32 @@ void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) 
     if (!ps.moves_tokens || !ds.moves_tokens)
       KVKEEP_EXPECTS(limits_.max_prompt == 0, "limits.max_prompt", limits_.max_prompt,
                      "0 with whole blocks, which never move");
-    if (cuts_decode && !db.varies_over_layers && !db.varies_over_heads && !db.inherits)
-      KVKEEP_EXPECTS(l.kv.shape.max_slots >= slots_needed_,
-                     ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
-                     l.kv.shape.max_slots,
-                     ">= " + std::to_string(slots_needed_) + " (slots_needed)");
+  }
+  check_slots();
+}
+
+/// What the session knows of the cache that it needs.
+template <backend Ctx, class P, class D>
+cache_demand session<Ctx, P, D>::demand() const {
+  cache_demand d{shape_.cache, static_cast<index_t>(layers_.size()), -1, limits_};
+  d.longest_prompt = limits_.max_prompt;
+  return d;
+}
+
+/// Refuses caches that are certainly too small: budgets that depend on the prompt may be lucky.
+template <backend Ctx, class P, class D>
+void session<Ctx, P, D>::check_slots() const {
+  auto const pb = prompt_.budget.traits(), db = decode_.budget.traits();
+  if (detail::cuts_while_decoding(decode_.score) && !db.fixed && !(db.inherits && pb.fixed)) return;
+  cache_demand d = demand();
+  if (!pb.fixed) d.longest_prompt = 0;
+  d.shortest_prompt = d.longest_prompt;
+  for (auto const& l : layers_) {
+    d.layer = l.number;
+    index_t const least = kvkeep::slots_needed(prompt_, decode_, d);
+    KVKEEP_EXPECTS(l.kv.shape.max_slots >= least,
+                   ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
+                   l.kv.shape.max_slots, ">= " + std::to_string(least) + " (slots_needed)");
   }
 }
 
@@ -195,8 +177,7 @@ void session<Ctx, P, D>::plan_state() {
   if (prompt_.budget.traits().couples_layers) r.score_at = r.total++;
   index_t const queries = std::max(ps.query_ring, at_decode ? ds.query_ring : 0);
   r.query_ring = queries > 0 ? queries + limits_.max_draft + 1 : 0;
-  index_t const k = decode_.budget.capacity();
-  slots_needed_ = detail::decode_slots(k, decode_.when) + limits_.max_draft;
+  slots_needed_ = kvkeep::slots_needed(prompt_, decode_, demand());
 }
 
 template <backend Ctx, class P, class D>

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Whether what an engine brings serves a scorer.
+#pragma once
+
+#include <string>
+
+#include "../../score/scorer.hpp"
+#include "../limits.hpp"
+
+namespace kvkeep::detail {
+
+/// Refuses evidence that cannot serve a scorer.
+template <class Score>
+KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limits const& lim, bool decode_role) {
+  scorer_traits const t = score.traits();
+  auto const wants = [&](char const* field, char const* offer, char const* need) {
+    refuse(field, std::string(offer), std::string(need) + " for the scorer " + t.name);
+  };
+  if (t.at_prompt || decode_role) {
+    if (t.prompt == evidence::all_queries && lim.prompt != prompt_offer::all_queries)
+      wants("limits.prompt", to_string(lim.prompt), "all_queries");
+    if (t.prompt == evidence::window_queries && lim.prompt != prompt_offer::all_queries &&
+        lim.prompt != prompt_offer::window_queries)
+      wants("limits.prompt", to_string(lim.prompt), "window_queries or all_queries");
+    if (t.prompt == evidence::engine_scores && lim.prompt != prompt_offer::scores)
+      wants("limits.prompt", to_string(lim.prompt), "scores");
+  }
+  if (!decode_role || !t.at_decode) return;
+  if (t.decode == evidence::token_queries) {
+    bool const needs_queries = score.state(shape).ring_at_decode;
+    if (lim.decode != decode_offer::attend &&
+        (needs_queries || lim.decode != decode_offer::attention_rows))
+      wants("limits.decode", to_string(lim.decode),
+            needs_queries ? "attend" : "attend or attention_rows");
+  }
+  if (t.decode == evidence::engine_scores && lim.decode != decode_offer::scores)
+    wants("limits.decode", to_string(lim.decode), "scores");
+  KVKEEP_EXPECTS(lim.max_draft == 0 || t.draft_safe, "limits.max_draft", lim.max_draft,
+                 std::string("0 for the scorer ") + t.name);
+}
+
+/// The scorer can decide with the newest token's own query, or per query head.
+template <class Score, class Ctx>
+concept scores_directly =
+    requires(Score const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
+             score_map<space_of<Ctx>> m, tensor_ref<float, 3, space_of<Ctx>> h, workspace& w) {
+      { s.score_direct(c, in, m, h, w) } -> std::same_as<status>;
+    };
+
+}  // namespace kvkeep::detail
