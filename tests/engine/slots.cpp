@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// How many slots a cache needs, asked before there is one: so many serve every prompt, and fewer are refused.
+// How many slots a cache needs, asked before there is one: so many serve every prompt, and fewer are
+// refused.
 #include "../support/catch.hpp"
 #include "../support/session_run.hpp"
 

@@ -48,8 +48,8 @@ struct budget_input {
 
 /// A budget rule. `allocate` writes `k` for layer `in.layer`; where layers are coupled also, at a
 /// checkpoint, smaller `k` of earlier layers. `due(layer, n)` names the layers to be cut after `layer`.
-/// `most` bounds what any head keeps, of prompts of up to `tokens` tokens and while decoding: never less than
-/// the capacity, which prompts shorter than that leave.
+/// `most` bounds what any head keeps, of prompts of up to `tokens` tokens and while decoding: never
+/// less than the capacity, which prompts shorter than that leave.
 template <class B, class Ctx>
 concept budget_rule = requires(B const& b, Ctx& c, budget_input<space_of<Ctx>> const& in,
                                cache_shape const& shape, guard_ref<space_of<Ctx>> const& g,

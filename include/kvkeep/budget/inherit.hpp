@@ -9,8 +9,8 @@ namespace kvkeep {
 
 /// For a decode policy beside a prompt policy with uneven budgets (say AdaKV, then MorphKV): every head
 /// stays at the count that the first cut left, or at the prompt policy's mean capacity where the prompt
-/// was too short to be cut. A head that is left fewer tokens than the decode policy protects goes back up to
-/// those; that the mean capacity exceeds them is checked when both policies are bound.
+/// was too short to be cut. A head that is left fewer tokens than the decode policy protects grows back
+/// to as many; that the mean capacity exceeds them is checked when both policies are bound.
 struct inherit {
   budget_traits traits() const {
     budget_traits t{"inherit"};

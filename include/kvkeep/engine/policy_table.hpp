@@ -147,10 +147,10 @@ void list_policies(F&& f) {
                               std::span<parameter_info const> parameters) {
     scorer_traits const t = p.score.traits();
     budget_traits const b = p.budget.traits();
-    f(policy_info{p.name, source, t.at_prompt && !detail::keeps_all(p.score), detail::cuts_while_decoding(p.score),
-                  t.prompt, t.decode, t.chunk_invariant, t.prefix_safe, t.draft_safe,
-                  !t.whole_layer, !b.varies_over_heads,
-                  !b.varies_over_heads && !b.varies_over_layers, parameters});
+    bool const cuts = t.at_prompt && !detail::keeps_all(p.score);
+    f(policy_info{p.name, source, cuts, detail::cuts_while_decoding(p.score), t.prompt, t.decode,
+                  t.chunk_invariant, t.prefix_safe, t.draft_safe, !t.whole_layer,
+                  !b.varies_over_heads, !b.varies_over_heads && !b.varies_over_layers, parameters});
   });
 }
 

@@ -99,8 +99,8 @@ class session {
   tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept;
   /// Tokens seen by a sequence and confirmed; the next token's position while nothing is unconfirmed.
   index_t tokens(index_t id) const noexcept { return shared_.confirmed[id]; }
-  /// Most slots per head that this session may need, besides prompts that are written into the cache itself
-  /// (slots_needed counts those too, and needs no session).
+  /// Most slots per head that this session may need, besides prompts that are written into the cache
+  /// itself (the free function counts those too, and needs no session).
   index_t slots_needed() const noexcept { return slots_needed_; }
   /// Checks every live sequence: budgets, protected tokens, positions, state. Host-readable memory only.
   KVKEEP_COLD status verify() const noexcept;

@@ -38,7 +38,7 @@ inline bool decides_late(cadence const& when) noexcept {
   return when.before_attention || when.per_head_mask;
 }
 
-/// Fewest tokens that decoding can hold a head to: the protected ones, and the room for the next one.
+/// Fewest tokens that decoding can hold a head to: the protected ones and the room for the next one.
 template <class P>
 index_t least_budget(P const& decode) noexcept {
   return decode.keep.sinks + decode.keep.recent + decode.when.room;
@@ -52,7 +52,7 @@ index_t most_kept(P const& p, cache_demand const& d) {
   return p.budget.most(d.n_layers, d.shape, protect, d.longest_prompt);
 }
 
-/// Most slots in use when a policy keeps `k` tokens: those at which a cut is due, and blocks wait until they are full.
+/// Most slots in use when a policy keeps `k` tokens: those at which a cut is due; blocks leave once full.
 template <class P>
 index_t peak_slots(P const& p, index_t k) {
   index_t const block = p.select.traits().block, slots = decode_slots(k, p.when);
@@ -72,9 +72,9 @@ index_t prompt_slots(P const& prompt, index_t kept, cache_demand const& d) {
 
 }  // namespace detail
 
-/// Slots per sequence and KV head that a cache needs for these policies, so that no call of a session finds it
-/// too small: every head may take what its budget leaves at most. `bind_session` refuses caches that are
-/// smaller, where no budget depends on the prompt. Frozen prefixes beyond a budget come on top.
+/// Slots per sequence and KV head that a cache needs for these policies, so that no call of a session
+/// finds it too small: every head may take what its budget leaves at most. `bind_session` refuses
+/// smaller caches where no budget depends on the prompt. Frozen prefixes beyond a budget come on top.
 /// @throws std::invalid_argument naming field, value and allowed range
 template <class P, class D>
 KVKEEP_COLD index_t slots_needed(P const& prompt, D const& decode, cache_demand demand) {

@@ -127,8 +127,8 @@ auto session<Ctx, P, D>::list(batch const& b, workspace& w) const noexcept -> en
   return e;
 }
 
-/// Room for `more` tokens in every head, of which a free slot takes the first, and block table entries in range
-/// for all slots in use then.
+/// Room for `more` tokens in every head, of which a free slot takes the first, and block table entries
+/// in range for all slots in use then.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::check_blocks(layer_data const& l, index_t row, index_t id,
                                         index_t more) const noexcept {

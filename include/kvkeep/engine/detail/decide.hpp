@@ -15,7 +15,7 @@ status session<Ctx, P, D>::after_token(layer_data& l, index_t const* ids, index_
                                        index_t n, workspace& w) noexcept {
   KVKEEP_TRY(fold(l, ids, rows, n, 0, w));
   bool const later = decode_.width() == scope::sequence || limits_.engine_commits ||
-                     decode_.when.before_attention || decode_.when.per_head_mask;
+                     detail::decides_late(decode_.when);
   if (later && !w.measuring()) return status::ok;
   return decide(l, ids, rows, n, 0, w);
 }
@@ -42,8 +42,8 @@ bool session<Ctx, P, D>::one_leaves(layer_data const& l, index_t id, index_t ext
   return decode_.select.traits().evicts_one && excess(l, id, extra) == 1;
 }
 
-/// The sequences of a batch for which a decision is due in a layer, those that need no cut first. The whole
-/// batch while measuring.
+/// The sequences of a batch for which a decision is due in a layer, those that need no cut first. The
+/// whole batch while measuring.
 template <backend Ctx, class P, class D>
 auto session<Ctx, P, D>::list_due(layer_data const& l, index_t const* ids, index_t const* rows,
                                   index_t n, index_t extra, workspace& w) const noexcept
@@ -192,8 +192,7 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t const* rows,
                                   index_t n, index_t extra, workspace& w) noexcept {
-  bool const whole = decode_.score.least_tokens() == std::numeric_limits<index_t>::max();
-  if (!decode_.score.traits().at_decode || whole) return status::ok;
+  if (!detail::cuts_while_decoding(decode_.score)) return status::ok;
   workspace::frame const frame(w);
   due_entries const due = list_due(l, ids, rows, n, extra, w);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
@@ -218,8 +217,7 @@ status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t con
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* rows, index_t n,
                                             workspace& w) noexcept {
-  bool const whole = decode_.score.least_tokens() == std::numeric_limits<index_t>::max();
-  if (!decode_.score.traits().at_decode || whole) return status::ok;
+  if (!detail::cuts_while_decoding(decode_.score)) return status::ok;
   workspace::frame const frame(w);
   due_entries const due = list_due(layers_[0], ids, rows, n, 0, w);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;

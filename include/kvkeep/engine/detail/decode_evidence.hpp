@@ -35,7 +35,7 @@ status session<Ctx, P, D>::observe(index_t layer, batch const& b, queries const&
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0 || q.data == nullptr || q.n_rows != 1) return status::bad_argument;
-  if (decode_.when.before_attention || decode_.when.per_head_mask) return status::unsupported;
+  if (detail::decides_late(decode_.when)) return status::unsupported;
   return show_token(m, b, q, nullptr, nullptr);
 }
 
@@ -93,7 +93,7 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
     a.ring_stride = l.slots.rows.stride[2];
   }
   if (attention_folds_) a.fold = decode_.score.attention_fold(input(l, s, false, nullptr));
-  if (decode_.when.before_attention || decode_.when.per_head_mask)
+  if (detail::decides_late(decode_.when))
     KVKEEP_TRY(attend_special(l, s, a, w));
   else if (out != nullptr || shape_.rows.weight_ring > 0 || attention_folds_ || measuring)
     KVKEEP_TRY(run(*ctx_, a, w));

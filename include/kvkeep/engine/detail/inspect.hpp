@@ -127,10 +127,9 @@ status session<Ctx, P, D>::verify_head(layer_data const& l, index_t id, index_t 
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::verify_budget(layer_data const& l, index_t id, index_t h,
                                          index_t live) const noexcept {
-  bool const whole = decode_.score.least_tokens() == std::numeric_limits<index_t>::max();
-  if (!decode_.score.traits().at_decode || whole || limits_.engine_commits) return status::ok;
+  if (!detail::cuts_while_decoding(decode_.score) || limits_.engine_commits) return status::ok;
   if (decode_.score.least_tokens() > live) return status::ok;
-  bool const special = decode_.when.before_attention || decode_.when.per_head_mask;
+  bool const special = detail::decides_late(decode_.when);
   // Before its first decision a special policy still holds the whole prompt.
   if (special && l.seen[id] == live) return status::ok;
   index_t const pending = l.appended[id] - l.seen[id];

@@ -89,8 +89,7 @@ void session<Ctx, P, D>::record_blocks(layer_data& l, batch_ref<space> const& b,
 template <backend Ctx, class P, class D>
 bool session<Ctx, P, D>::due(batch const& b) const noexcept {
   if (check_batch(b) != status::ok || !limits_.engine_commits) return false;
-  bool const whole = decode_.score.least_tokens() == std::numeric_limits<index_t>::max();
-  if (!decode_.score.traits().at_decode || whole) return false;
+  if (!detail::cuts_while_decoding(decode_.score)) return false;
   for (auto const& l : layers_)
     for (index_t const id : b.ids)
       if (l.appended[id] == shared_.confirmed[id] && excess(l, id, 0) > 0) return true;

@@ -91,7 +91,7 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
   bool const measuring = w.measuring();
   index_t const heads = shape_.cache.n_kv_heads;
   index_t const tokens = measuring ? 0 : from.layer.slots.lengths(from.batch.id[0], 0);
-  bool const whole = prompt_.score.least_tokens() == std::numeric_limits<index_t>::max();
+  bool const whole = detail::keeps_all(prompt_.score);
   bool const wide = prompt_.width() == scope::sequence;
   auto const bt = prompt_.budget.traits();
   budget_input<space> b{static_cast<index_t>(layers_.size()), l.number, heads, tokens,
@@ -173,7 +173,7 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::hand_over(layer_data& l, source const& to, workspace& w) noexcept {
   bool const moved = prompt_.select.traits().moves_tokens;
   if (moved) KVKEEP_TRY(settle(l, to, w));
-  bool const late = decode_.when.before_attention || decode_.when.per_head_mask;
+  bool const late = detail::decides_late(decode_.when);
   if (one_policy_ || late || limits_.engine_commits || !moved) return status::ok;
   index_t const* const id = to.batch.id;
   index_t const* const row = to.batch.row;
@@ -201,7 +201,7 @@ status session<Ctx, P, D>::keep_scores(layer_data const&, source const& s, score
 /// Whether some head of a prompt is over the budget that `allocate` has just written.
 template <backend Ctx, class P, class D>
 bool session<Ctx, P, D>::cuts_at_prompt(layer_data const& l, source const& s) const noexcept {
-  if (prompt_.when.before_attention || prompt_.when.per_head_mask) return false;
+  if (detail::decides_late(prompt_.when)) return false;
   // The prompt's tokens count: a coupled layer may hold fewer by now.
   if (l.appended[s.id0 + s.batch.id[0]] < prompt_.score.least_tokens()) return false;
   index_t const block = prompt_.select.traits().block;
@@ -261,8 +261,8 @@ status session<Ctx, P, D>::decide_sequence_prompt(source const& at, workspace& w
   return status::ok;
 }
 
-/// The tokens per head that decoding keeps. A prompt shorter than the capacity leaves the capacity; a head
-/// whose share is less than what decoding protects (zero is legal, spec 9.10) keeps that.
+/// The tokens per head that decoding keeps. A prompt shorter than the capacity leaves the capacity; a
+/// head whose share is less than what decoding protects (even none is legal) keeps that.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::fix_decode_budget(layer_data& l, index_t id, index_t tokens,
                                              workspace& w) noexcept {
