@@ -2,8 +2,8 @@
 // Attention mass per column against plain loops in double; chunks of rows give the same bits.
 #include <kvkeep/backend/cpu/window_score.hpp>
 
-#include "../support/run_op.hpp"
 #include "../support/test_rows.hpp"
+#include "layers.hpp"
 
 namespace {
 
@@ -63,36 +63,19 @@ void check(test::test_layer const& l, test_rows const& rows, sums_run const& s,
 }  // namespace
 
 TEST_CASE("column sums equal the oracle, with and without log-sum-exp") {
-  test::for_seeds(24, [](generator& g) {
-    test::layer_options o;
-    o.cache.shape = test::random_shape(g, 60, 5);
-    o.n_batch = g.integer(1, o.cache.shape.n_seq);
-    o.cache.seed = g.next();
-    o.cache.layout = g.one_of(test::all_layouts());
-    o.cache.type = g.one_of(test::all_dtypes());
-    INFO(o.cache.layout << " " << o.cache.type);
-    test::test_layer const l(o);
+  test::for_layers(24, 60, 5, [](test::test_layer const& l, generator& g) {
     test_rows rows(l, g, g.integer(1, 40), g.chance(0.5F), g.chance(0.3F) ? 1 : 0);
     sums_run s(l, rows.ref(), g.chance(0.5F), g.chance(0.5F));
-    std::vector<float> const sinks = g.normals(uz(l.shape().n_q_heads), 2);
-    if (g.chance(0.3F)) s.op.layer.kv.softcap = g.uniform(0.5F, 5);
-    if (g.chance(0.3F)) s.op.layer.kv.sink_logits = sinks.data();
+    test::random_logits const logits(g, s.op.layer.kv);
     s.op.clear = g.chance(0.5F);
     if (g.chance(0.5F)) s.op.rows = rows.with_lse(l, test::rule_of(s.op.layer.kv));
     test::run_op(s.op, s.out);
     check(l, rows, s);
-    CHECK(l.cache.canaries_intact());
   });
 }
 
 TEST_CASE("any chunking of the rows gives the same bits") {
-  test::for_seeds(12, [](generator& g) {
-    test::layer_options o;
-    o.cache.shape = test::random_shape(g, 50, 4);
-    o.cache.seed = g.next();
-    o.cache.layout = g.one_of(test::all_layouts());
-    o.cache.type = g.one_of(test::all_dtypes());
-    test::test_layer const l(o);
+  test::for_layers(12, 50, 4, [](test::test_layer const& l, generator& g) {
     index_t const n = g.integer(2, 300);
     test_rows rows(l, g, n, false, 0.2F);
     query_rows<> const all =
@@ -111,23 +94,14 @@ TEST_CASE("any chunking of the rows gives the same bits") {
 }
 
 TEST_CASE("column sums have the same bits in every layout") {
-  for (dtype const type : test::all_dtypes()) {
-    std::vector<float> first;
-    for (test::layout_id const layout : test::all_layouts()) {
-      INFO(layout << " " << type);
-      test::layer_options o;
-      o.cache = {layout, type, {2, 6, 2, 20, 4, 45}, 8, 5, {}};
-      test::test_layer const l(o);
-      generator g(9);
-      test_rows const rows(l, g, 17, false);
-      sums_run s(l, rows.ref(), false, false);
-      test::run_op(s.op, s.out);
-      check(l, rows, s);
-      CHECK(l.cache.canaries_intact());
-      if (first.empty()) first = s.out.data();
-      CHECK(test::same_bits(first, s.out.data()));
-    }
-  }
+  test::same_in_every_layout({2, 6, 2, 20, 4, 45}, [](test::test_layer const& l) {
+    generator g(9);
+    test_rows const rows(l, g, 17, false);
+    sums_run s(l, rows.ref(), false, false);
+    test::run_op(s.op, s.out);
+    check(l, rows, s);
+    return std::vector<std::vector<float>>{s.out.data()};
+  });
 }
 
 TEST_CASE("more packed rows than one block holds") {

@@ -2,8 +2,8 @@
 // MorphKV's direct scores against plain loops in double.
 #include <kvkeep/backend/cpu/window_score.hpp>
 
-#include "../support/run_op.hpp"
 #include "../support/test_rows.hpp"
+#include "layers.hpp"
 
 namespace {
 
@@ -80,44 +80,25 @@ void check(test::test_layer const& l, test_rows const& rows, fused_run const& f)
 }  // namespace
 
 TEST_CASE("fused rows equal the oracle") {
-  test::for_seeds(24, [](generator& g) {
-    test::layer_options o;
-    o.cache.shape = test::random_shape(g, 50, 5);
-    o.n_batch = g.integer(1, o.cache.shape.n_seq);
-    o.cache.seed = g.next();
-    o.cache.layout = g.one_of(test::all_layouts());
-    o.cache.type = g.one_of(test::all_dtypes());
-    INFO(o.cache.layout << " " << o.cache.type);
-    test::test_layer const l(o);
+  test::for_layers(24, 50, 5, [](test::test_layer const& l, generator& g) {
     test_rows const rows(l, g, g.integer(1, 12), g.chance(0.5F), g.chance(0.4F) ? 1 : 0);
     fused_run f(l, rows.ref(), g.integer(0, 12), g.chance(0.5F) ? reduction::max : reduction::sum);
-    std::vector<float> const sinks = g.normals(uz(l.shape().n_q_heads), 2);
-    if (g.chance(0.3F)) f.op.layer.kv.softcap = g.uniform(0.5F, 5);
-    if (g.chance(0.3F)) f.op.layer.kv.sink_logits = sinks.data();
+    test::random_logits const logits(g, f.op.layer.kv);
     if (g.chance(0.5F)) f.op.out_heads = {};
     test::run_op(f.op, f.out, f.out_heads);
     check(l, rows, f);
-    CHECK(l.cache.canaries_intact());
   });
 }
 
 TEST_CASE("fused rows have the same bits in every layout") {
-  for (dtype const type : test::all_dtypes()) {
-    std::vector<float> first;
-    for (test::layout_id const layout : test::all_layouts()) {
-      INFO(layout << " " << type);
-      test::layer_options o;
-      o.cache = {layout, type, {2, 6, 2, 20, 4, 45}, 8, 5, {}};
-      test::test_layer const l(o);
-      generator g(9);
-      test_rows const rows(l, g, 7, true);
-      fused_run f(l, rows.ref(), 8, reduction::sum);
-      test::run_op(f.op, f.out, f.out_heads);
-      check(l, rows, f);
-      if (first.empty()) first = f.out.data();
-      CHECK(test::same_bits(first, f.out.data()));
-    }
-  }
+  test::same_in_every_layout({2, 6, 2, 20, 4, 45}, [](test::test_layer const& l) {
+    generator g(9);
+    test_rows const rows(l, g, 7, true);
+    fused_run f(l, rows.ref(), 8, reduction::sum);
+    test::run_op(f.op, f.out, f.out_heads);
+    check(l, rows, f);
+    return std::vector<std::vector<float>>{f.out.data(), f.out_heads.data()};
+  });
 }
 
 TEST_CASE("without a present row the score is the position; recent slots are never ranked") {

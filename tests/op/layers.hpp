@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The layers that the tests of attention and scoring ops run over.
+#pragma once
+
+#include "../support/run_op.hpp"
+
+namespace kvkeep::test {
+
+/// Calls f(layer, generator) for layers of random shape, layout and element type, whose batches hold some of
+/// their sequences.
+template <class F>
+void for_layers(int seeds, index_t max_slots, index_t max_group, F&& f) {
+  for_seeds(seeds, [&](generator& g) {
+    layer_options o;
+    o.cache.shape = random_shape(g, max_slots, max_group);
+    o.n_batch = g.integer(1, o.cache.shape.n_seq);
+    o.cache.seed = g.next();
+    o.cache.layout = g.one_of(all_layouts());
+    o.cache.type = g.one_of(all_dtypes());
+    INFO(o.cache.layout << " " << o.cache.type);
+    test_layer const l(o);
+    f(l, g);
+    CHECK(l.cache.canaries_intact());
+  });
+}
+
+/// One layer in every layout: `results(layer)` are rows of floats whose bits do not depend on it, for each
+/// element type.
+template <class F>
+void same_in_every_layout(cache_shape const& shape, F&& results) {
+  for (dtype const type : all_dtypes()) {
+    std::vector<std::vector<float>> first;
+    for (layout_id const layout : all_layouts()) {
+      INFO(layout << " " << type);
+      layer_options o;
+      o.cache = {layout, type, shape, 8, 5, {}};
+      test_layer const l(o);
+      std::vector<std::vector<float>> const got = results(l);
+      CHECK(l.cache.canaries_intact());
+      if (first.empty()) first = got;
+      REQUIRE(got.size() == first.size());
+      for (std::size_t i = 0; i < got.size(); ++i) CHECK(same_bits(first[i], got[i]));
+    }
+  }
+}
+
+/// A softcap and sink logits on some views.
+class random_logits {
+ public:
+  random_logits(generator& g, kv_ref<>& kv) : sinks_(g.normals(uz(kv.shape.n_q_heads), 2)) {
+    if (g.chance(0.3F)) kv.softcap = g.uniform(0.5F, 5);
+    if (g.chance(0.3F)) kv.sink_logits = sinks_.data();
+  }
+  random_logits(random_logits const&) = delete;
+  random_logits& operator=(random_logits const&) = delete;
+
+ private:
+  std::vector<float> sinks_;
+};
+
+}  // namespace kvkeep::test
