@@ -69,11 +69,11 @@ std::vector<token> tokens_of(test_layer const& l, index_t seq, index_t id, index
 
 std::size_t check_workspace(op::compact<> const& o) {
   workspace measure;
-  REQUIRE(enqueue(test::one_thread(), o, measure) == status::ok);
+  REQUIRE(test::call(test::one_thread(), o, measure) == status::ok);
   if (measure.peak() > 0) {
     test::aligned_block const block(measure.peak());
     workspace small(block.span(1));
-    CHECK(enqueue(test::one_thread(), o, small) == status::workspace_too_small);
+    CHECK(test::call(test::one_thread(), o, small) == status::workspace_too_small);
   }
   return measure.peak();
 }

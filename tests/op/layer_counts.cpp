@@ -136,5 +136,5 @@ TEST_CASE("several maps cannot be normalised") {
   counts_run c(g, 2, 1, 3, 8, 0);
   c.op.normalize = true;
   workspace ws;
-  CHECK(enqueue(test::one_thread(), c.op, ws) == status::bad_argument);
+  CHECK(test::call(test::one_thread(), c.op, ws) == status::bad_argument);
 }

@@ -132,7 +132,7 @@ TEST_CASE("even kernels, and ages without the tokens seen, are refused") {
   workspace ws;
   for (index_t const kernel : {4, 0, -1}) {
     p.kernel = kernel;
-    CHECK(enqueue(test::one_thread(), p, ws) == status::bad_argument);
+    CHECK(test::call(test::one_thread(), p, ws) == status::bad_argument);
   }
   op::reduce_rows<> r;
   r.batch = l.batch();

@@ -185,9 +185,9 @@ TEST_CASE("bad arguments of the ring are refused") {
   test_rows const rows(l, g, 2, false);
   ring_run x(l, rows, 2, 0, reduction::mean);
   workspace ws;
-  CHECK(enqueue(test::one_thread(), x.score, ws) == status::bad_argument);
+  CHECK(test::call(test::one_thread(), x.score, ws) == status::bad_argument);
   x.score.fuse = reduction::sum;
   x.score.ring = x.write.ring = 0;
-  CHECK(enqueue(test::one_thread(), x.score, ws) == status::bad_argument);
-  CHECK(enqueue(test::one_thread(), x.write, ws) == status::bad_argument);
+  CHECK(test::call(test::one_thread(), x.score, ws) == status::bad_argument);
+  CHECK(test::call(test::one_thread(), x.write, ws) == status::bad_argument);
 }

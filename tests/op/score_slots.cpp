@@ -50,7 +50,7 @@ op::score_slots<Fn> make(test::test_layer const& l, Fn fn, padded<float, 3> cons
 
 TEST_CASE("a functor sees position, tokens seen, and both rows as floats") {
   for (test::layout_id const layout : test::all_layouts())
-    for (dtype const type : test::all_dtypes())
+    for (dtype const type : test::readable_dtypes())
       test::for_seeds(2, [&](generator& g) {
         INFO(layout << " " << type);
         test::layer_options lo;
@@ -116,14 +116,14 @@ TEST_CASE("a functor that reads no rows gets none, and opaque rows need no reade
   auto rows = make(l, with_rows{}, out, true);
   rows.layer.kv.v.reader = {};
   workspace ws;
-  CHECK(enqueue(test::one_thread(), rows, ws) == status::unsupported);
+  CHECK(test::call(test::one_thread(), rows, ws) == status::unsupported);
 }
 
 TEST_CASE("for_each calls its functor once for every index") {
   std::vector<index_t> out(20, -1);
   op::for_each<write_square> o{17, {out.data()}};
   workspace measure;
-  REQUIRE(enqueue(test::two_threads(), o, measure) == status::ok);
+  REQUIRE(test::call(test::two_threads(), o, measure) == status::ok);
   CHECK(out[0] == -1);
   REQUIRE(test::run_exact(test::two_threads(), o) == status::ok);
   for (index_t i = 0; i < 20; ++i) CHECK(out[uz(i)] == (i < 17 ? i * i : -1));

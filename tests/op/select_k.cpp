@@ -329,8 +329,8 @@ TEST_CASE("select_blocks refuses a block of no slots and the mean") {
   o.out = s.plan();
   workspace ws;
   o.block = 0;
-  CHECK(enqueue(test::one_thread(), o, ws) == status::bad_argument);
+  CHECK(test::call(test::one_thread(), o, ws) == status::bad_argument);
   o.block = 4;
   o.how = reduction::mean;
-  CHECK(enqueue(test::one_thread(), o, ws) == status::bad_argument);
+  CHECK(test::call(test::one_thread(), o, ws) == status::bad_argument);
 }

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Runs an op on the CPU backend and checks what every op promises: it measures what it uses,
-/// writes nothing when it gets less, stays inside its arrays, and gives the same bits on one and
-/// two threads.
+/// Runs an op on a backend and checks what every op promises: it measures what it uses, writes nothing
+/// when it gets less, stays inside its arrays, and gives the same bits again (on the CPU: with two
+/// threads). The backend is the CPU's, or, with KVKEEP_TEST_CUDA, that for CUDA.
 #pragma once
 
 #include <cstring>
 #include <new>
 #include <tuple>
 
-#include <kvkeep/backend/cpu/context.hpp>
-
 #include "test_layer.hpp"
+#if defined(KVKEEP_TEST_CUDA)
+#include "op_cuda.hpp"
+#else
+#include "op_cpu.hpp"
+#endif
 
 namespace kvkeep::test {
 
@@ -32,26 +35,16 @@ class aligned_block {
   std::size_t n_;
 };
 
-inline cpu::context& one_thread() {
-  static cpu::context ctx{};
-  return ctx;
-}
-inline cpu::context& two_threads() {
-  static cpu::thread_pool pool(2);
-  static cpu::context ctx{&pool};
-  return ctx;
-}
-
 /// Measures, then runs in exactly that much memory.
 template <class Op>
-status run_exact(cpu::context& ctx, Op const& op) {
+status run_exact(op_context& ctx, Op const& op) {
   workspace measure;
-  status const measured = enqueue(ctx, op, measure);
+  status const measured = call(ctx, op, measure);
   if (measured != status::ok) return measured;
   CHECK(measure.used() == 0);
   aligned_block const block(measure.peak());
   workspace place(block.span());
-  status const result = enqueue(ctx, op, place);
+  status const result = call(ctx, op, place);
   CHECK(place.peak() == measure.peak());
   CHECK(place.used() == 0);
   return result;
@@ -70,12 +63,12 @@ void run_op(Op const& op, Out&... outputs) {
     return same;
   };
   workspace measure;
-  REQUIRE(enqueue(one_thread(), op, measure) == status::ok);
+  REQUIRE(call(one_thread(), op, measure) == status::ok);
   CHECK(unchanged());
   if (measure.peak() > 0) {
     aligned_block const block(measure.peak());
     workspace small(block.span(1));
-    CHECK(enqueue(one_thread(), op, small) == status::workspace_too_small);
+    CHECK(call(one_thread(), op, small) == status::workspace_too_small);
     CHECK(unchanged());
   }
   REQUIRE(run_exact(one_thread(), op) == status::ok);

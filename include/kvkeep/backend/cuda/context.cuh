@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The CUDA backend's context: the caller's stream, and what set-up has learned of its device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../../op/backend.hpp"
+
+namespace kvkeep::cuda {
+
+/// Ops are enqueued on the caller's stream: no allocation, no synchronisation, nothing read back. The
+/// constructor reads the current device's properties, which is set-up; `enqueue` calls the runtime for
+/// launches alone, so that all of it can be captured in a graph.
+struct context {
+  explicit context(cudaStream_t s) : stream(s) {
+    int device = 0;
+    bool good = cudaGetDevice(&device) == cudaSuccess;
+    auto const read = [&](cudaDeviceAttr what, int& value) {
+      good = good && cudaDeviceGetAttribute(&value, what, device) == cudaSuccess;
+    };
+    int major = 0, minor = 0;
+    read(cudaDevAttrMultiProcessorCount, n_sm);
+    read(cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_bytes);
+    read(cudaDevAttrComputeCapabilityMajor, major);
+    read(cudaDevAttrComputeCapabilityMinor, minor);
+    if (!good) fail_setup("no CUDA device answers");
+    capability = 10 * major + minor;
+    KVKEEP_EXPECTS(capability >= 80, "compute capability", capability, ">= 80");
+  }
+
+  cudaStream_t stream;
+  int n_sm = 0;          ///< multiprocessors
+  int shared_bytes = 0;  ///< shared memory that one block may use
+  int capability = 0;    ///< 80, 90, ...
+};
+
+}  // namespace kvkeep::cuda
+
+template <>
+struct kvkeep::backend_traits<kvkeep::cuda::context> {
+  using space = kvkeep::device_space;
+  static constexpr char const* name = "cuda";
+};

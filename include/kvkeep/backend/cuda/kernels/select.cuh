@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The k best of a head's slots, found by one block: score descending, position ascending.
+/// Scores are compared as integers, so that ties, -0, NaN and fast-math cannot change a kept set.
+#pragma once
+
+#include "../../../op/select_k.hpp"
+#include "guard.cuh"
+
+namespace kvkeep::cuda {
+
+inline constexpr int select_bins = 2048;
+
+/// Monotone key of a score: -0 equals +0, NaN lowest but above 0, which marks "no candidate".
+__device__ inline unsigned order_key(float x) {
+  unsigned const u = __float_as_uint(x), magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 1u;
+  return u >> 31 ? 0x80000000u - magnitude : 0x80000000u + magnitude;
+}
+
+/// Shared memory of a selection.
+struct select_box {
+  unsigned* bins;  ///< [select_bins]
+  int* box;        ///< [warps + 3]
+
+  __device__ explicit select_box(shared_pieces& s)
+      : bins(s.take<unsigned>(select_bins)), box(s.take<int>(warp_size + 3)) {}
+  static constexpr std::size_t bytes() {
+    return shared_pieces::bytes<unsigned>(select_bins) + shared_pieces::bytes<int>(warp_size + 3);
+  }
+};
+
+/// Where a rank lies among values in descending order.
+struct ranked {
+  unsigned value = 0;  ///< the value that has the rank
+  index_t rank = 0;    ///< its rank among the equal ones, from 1
+  index_t equals = 0;  ///< how many are equal
+};
+
+/// Counts one digit of the values that share the bits above it, and finds the bin of the rank.
+/// @return the bin; `rank` becomes the rank inside it, `count` the number of its members
+template <class Value>
+__device__ unsigned bin_of_rank(index_t n, Value const& value, unsigned above, unsigned prefix,
+                                int shift, select_box const& s, index_t& rank, index_t& count) {
+  int const each = select_bins / threads_of_block();
+  for (int b = thread_of_block(); b < select_bins; b += threads_of_block()) s.bins[b] = 0;
+  __syncthreads();
+  for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {
+    unsigned const v = value(j);
+    if (v != 0 && (v & above) == prefix) atomicAdd(&s.bins[v >> shift & (select_bins - 1u)], 1u);
+  }
+  __syncthreads();
+  // Thread t looks at bins from the top: those of lower threads hold larger values.
+  int const top = select_bins - 1 - thread_of_block() * each;
+  int own = 0;
+  for (int i = 0; i < each; ++i) own += static_cast<int>(s.bins[top - i]);
+  int sum = own;
+  for (int step = 1; step < warp_size; step *= 2) {
+    int const below = __shfl_up_sync(all_lanes, sum, static_cast<unsigned>(step));
+    if (lane_of_warp() >= step) sum += below;
+  }
+  if (lane_of_warp() == warp_size - 1) s.box[warp_of_block()] = sum;
+  __syncthreads();
+  int before = sum - own;
+  for (int w = 0; w < warp_of_block(); ++w) before += s.box[w];
+  int* const found = s.box + warps_of_block();
+  if (before < rank && rank <= before + own) {
+    int bin = top, left = rank - before;
+    for (; left > static_cast<int>(s.bins[bin]); --bin) left -= static_cast<int>(s.bins[bin]);
+    found[0] = bin;
+    found[1] = left;
+    found[2] = static_cast<int>(s.bins[bin]);
+  }
+  __syncthreads();
+  unsigned const bin = static_cast<unsigned>(found[0]);
+  rank = found[1];
+  count = found[2];
+  __syncthreads();
+  return bin;
+}
+
+/// The value of a rank (from 1, descending) among those that are not 0. Precondition: there are as many.
+template <class Value>
+__device__ ranked find_rank(index_t n, index_t rank, Value const& value, select_box const& s) {
+  ranked r;
+  r.rank = rank;
+  unsigned const high = bin_of_rank(n, value, 0u, 0u, 21, s, r.rank, r.equals) << 21;
+  unsigned const middle = high | bin_of_rank(n, value, 0xffe00000u, high, 10, s, r.rank, r.equals)
+                                     << 10;
+  // Ten bits are left: the bin's highest bit is the last one above, which all of them share.
+  unsigned const low = bin_of_rank(n, value, 0xfffffc00u, middle, 0, s, r.rank, r.equals);
+  r.value = middle | (low & 0x3ffu);
+  return r;
+}
+
+/// What is kept of the candidates: keys above `key`, and of equal ones positions up to `position`.
+struct keep_limit {
+  unsigned key = 0;
+  index_t position = 0;
+
+  __device__ bool keeps(unsigned k, index_t p) const {
+    return k > key || (k == key && p <= position);
+  }
+};
+
+/// The limit that keeps the `wanted` best of `n_candidates`. @param key of slot j, 0: no candidate
+template <class Key, class Position>
+__device__ keep_limit find_limit(index_t n, index_t wanted, index_t n_candidates, Key const& key,
+                                 Position const& position, select_box const& s) {
+  if (wanted <= 0) return {0xffffffffu, -1};
+  if (wanted >= n_candidates) return {1u, 0x7fffffff};
+  ranked const r = find_rank(n, wanted, key, s);
+  if (r.rank == r.equals) return {r.value, 0x7fffffff};
+  ranked const p = find_rank(
+      n, r.rank,
+      [&](index_t j) { return key(j) == r.value ? ~static_cast<unsigned>(position(j)) : 0u; }, s);
+  return {r.value, static_cast<index_t>(~p.value)};
+}
+
+/// Lists the slots that are kept, ascending. @return how many, in every thread
+template <class Keep>
+__device__ index_t list_kept(index_t n, Keep const& keep, index_t* out, int* box) {
+  index_t count = 0;
+  for (index_t base = 0; base < n; base += threads_of_block()) {
+    index_t const j = base + thread_of_block();
+    bool const mine = j < n && keep(j);
+    flag_rank const r = rank_flags(mine, box);
+    if (mine) out[count + r.before] = j;
+    count += r.total;
+  }
+  return count;
+}
+
+struct select_kernel {
+  static constexpr int most_threads = 1024, blocks_per_sm = 1;
+};
+
+__device__ inline guard_counts counts_of(guard_ref<device_space> const& g, index_t id) {
+  return {g.sinks, g.recent, g.frozen != nullptr ? g.frozen[id] : 0};
+}
+
+/// One block per head. Cost: scores and positions five times, from the first-level cache when they fit.
+struct select_k_kernel : select_kernel {
+  op::select_k<device_space> o;
+
+  __device__ void operator()() const {
+    shared_pieces shared;
+    select_box const s(shared);
+    block_head const at(o.slots.lengths.extent[1]);
+    index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
+    index_t const k = o.k(id, at.head);
+    index_t const* const positions = o.slots.positions.at(id, at.head, 0);
+    float const* const scores = o.scores.at(at.entry, at.head, 0);
+    index_t* const out = o.out.slots.at(at.entry, at.head, 0);
+    keep_limit limit{0u, 0};
+    open_range open;
+    if (k < n) {
+      open = find_open(positions, n, counts_of(o.guard, id), s.box);
+      index_t const candidates =
+          count_slots(n, s.box, [&](index_t j) { return open.has(positions[j]); });
+      auto const key = [&](index_t j) {
+        return open.has(positions[j]) ? order_key(scores[j]) : 0u;
+      };
+      limit = find_limit(
+          n, k - (n - candidates), candidates, key, [&](index_t j) { return positions[j]; }, s);
+    }
+    index_t const count = list_kept(
+        n,
+        [&](index_t j) {
+          return !open.has(positions[j]) || limit.keeps(order_key(scores[j]), positions[j]);
+        },
+        out, s.box);
+    if (thread_of_block() == 0) o.out.count(at.entry, at.head) = count;
+  }
+};
+
+/// Key and first position of each whole block, then as select_k. `blocks`: [entry * kv_head][most_blocks] scratch
+struct select_blocks_kernel : select_kernel {
+  op::select_blocks<device_space> o;
+  uint2* blocks;
+  index_t most_blocks;
+
+  __device__ void operator()() const {
+    shared_pieces shared;
+    select_box const s(shared);
+    block_head const at(o.slots.lengths.extent[1]);
+    index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
+    index_t const n_blocks = n / o.block, wanted = max(o.k(id, at.head), 0) / o.block;
+    index_t const* const positions = o.slots.positions.at(id, at.head, 0);
+    float const* const scores = o.scores.at(at.entry, at.head, 0);
+    uint2* const own = blocks + static_cast<offset_t>(blockIdx.x) * most_blocks;
+    open_range const open = find_open(positions, n, counts_of(o.guard, id), s.box);
+    for (index_t i = thread_of_block(); i < n_blocks; i += threads_of_block()) {
+      float sum = 0, best = __uint_as_float(0xff800000u);
+      bool allowed = true;
+      for (index_t j = i * o.block; j < (i + 1) * o.block; ++j) {
+        sum = __fadd_rn(sum, scores[j]);
+        if (order_key(scores[j]) > order_key(best)) best = scores[j];
+        allowed = allowed && open.has(positions[j]);
+      }
+      unsigned const key = order_key(o.how == reduction::max ? best : sum);
+      own[i] = make_uint2(allowed ? key : 0u, static_cast<unsigned>(positions[i * o.block]));
+    }
+    __syncthreads();
+    index_t const candidates =
+        count_slots(n_blocks, s.box, [&](index_t i) { return own[i].x != 0; });
+    keep_limit const limit = find_limit(
+        n_blocks, wanted - (n_blocks - candidates), candidates, [&](index_t i) { return own[i].x; },
+        [&](index_t i) { return static_cast<index_t>(own[i].y); }, s);
+    index_t const count = list_kept(
+        n,
+        [&](index_t j) {
+          uint2 const b = j < n_blocks * o.block ? own[j / o.block] : make_uint2(0u, 0u);
+          return b.x == 0 || limit.keeps(b.x, static_cast<index_t>(b.y));
+        },
+        o.out.slots.at(at.entry, at.head, 0), s.box);
+    if (thread_of_block() == 0) o.out.count(at.entry, at.head) = count;
+  }
+};
+
+/// One block per head. Lowest key, of equal ones the highest position.
+struct evict_one_kernel : select_kernel {
+  op::evict_one<device_space> o;
+
+  __device__ void operator()() const {
+    shared_pieces shared;
+    int* const box = shared.take<int>(warp_size);
+    auto* const wide = shared.take<unsigned long long>(warp_size);
+    constexpr unsigned long long none = ~0ull;
+    block_head const at(o.slots.lengths.extent[1]);
+    index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
+    index_t const* const positions = o.slots.positions.at(id, at.head, 0);
+    float const* const scores = o.scores.at(at.entry, at.head, 0);
+    open_range const open = find_open(positions, n, counts_of(o.guard, id), box);
+    unsigned long long least = none;
+    index_t slot = -1;
+    for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {
+      if (!open.has(positions[j])) continue;
+      unsigned long long const rank = static_cast<unsigned long long>(order_key(scores[j])) << 32 |
+                                      ~static_cast<unsigned>(positions[j]);
+      if (rank < least) least = rank, slot = j;
+    }
+    unsigned long long const victim = block_reduce(least, wide, smaller{});
+    if (victim == none ? thread_of_block() == 0 : victim == least) o.victim(id, at.head) = slot;
+  }
+};
+
+}  // namespace kvkeep::cuda

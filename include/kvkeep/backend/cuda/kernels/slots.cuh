@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Work per slot: means, folds, reductions, pooling, user functors. One thread per slot.
+#pragma once
+
+#include "../../../op/accumulate.hpp"
+#include "../../../op/reduce.hpp"
+#include "../../../op/score_slots.hpp"
+#include "../../../op/window_score.hpp"
+#include "guard.cuh"
+#include "rows.cuh"
+
+namespace kvkeep::cuda {
+
+/// A block takes 256 slots of a head (grid: heads, strides of slots).
+struct slot_kernel {
+  static constexpr int most_threads = 256, blocks_per_sm = 1;
+  __device__ static index_t slot() {
+    return static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
+  }
+};
+
+struct mean_heads_kernel : slot_kernel {
+  op::mean_heads<device_space> o;
+
+  __device__ void operator()() const {
+    index_t const b = static_cast<index_t>(blockIdx.x), j = slot();
+    index_t const heads = o.slots.lengths.extent[1];
+    if (j >= o.slots.lengths(o.batch.id_of(b), 0)) return;
+    float sum = o.scores(b, 0, j);
+    for (index_t h = 1; h < heads; ++h) sum = __fadd_rn(sum, o.scores(b, h, j));
+    float const mean = __fdiv_rn(sum, static_cast<float>(heads));
+    for (index_t h = 0; h < heads; ++h) o.scores(b, h, j) = mean;
+  }
+};
+
+struct mean_layers_kernel : slot_kernel {
+  op::mean_layers<device_space> o;
+
+  __device__ void operator()() const {
+    block_head const at(o.slots.lengths.extent[1]);
+    index_t const j = slot();
+    if (j >= o.slots.lengths(o.batch.id_of(at.entry), at.head)) return;
+    float sum = o.scores(at.entry, at.head, j);
+    if (!o.first) sum = __fadd_rn(o.sum(at.entry, at.head, j), sum);
+    o.sum(at.entry, at.head, j) = o.last ? __fdiv_rn(sum, static_cast<float>(o.n_layers)) : sum;
+  }
+};
+
+/// Factor that turns weights into probabilities.
+__device__ inline float inverse_of(float sum) { return sum > 0 ? __fdiv_rn(1.0f, sum) : 0.0f; }
+
+/// Folds one slot's weights, as in attention. @param e(g) weight  @param inverse(g) of its row
+/// @param at row of `fold.out`: entry or id
+template <class E, class I>
+__device__ void fold_slot(weight_fold<device_space> const& fold, index_t at, index_t id, index_t h,
+                          index_t j, index_t group, E const& e, I const& inverse) {
+  bool const fresh = fold.fresh_slot.data != nullptr && fold.fresh_slot(id, h) == j;
+  index_t const rows = fold.per_query_head ? group : 1, each = fold.per_query_head ? 1 : group;
+  for (index_t r = 0; r < rows; ++r) {
+    float sum = __fmul_rn(e(r), inverse(r));
+    for (index_t g = 1; g < each; ++g) sum = __fmaf_rn(e(g), inverse(g), sum);
+    float* const out = fold.out.at(at, h, r, j);
+    float const term = __fmul_rn(sum, fold.scale);
+    *out = fold.clear ? term : __fadd_rn(fresh ? 0.0f : *out, term);
+  }
+}
+
+struct accumulate_kernel : slot_kernel {
+  op::accumulate<device_space> o;
+
+  __device__ void operator()() const {
+    block_head const at(o.slots.lengths.extent[1]);
+    index_t const id = o.batch.id_of(at.entry), j = slot();
+    if (j >= o.slots.lengths(id, at.head)) return;
+    index_t const ring = o.ring_row != nullptr ? o.ring_row[at.entry] : 0;
+    fold_slot(
+        o.fold, o.fold.out_by_id ? id : at.entry, id, at.head, j, o.weights.extent[2],
+        [&](index_t g) { return o.weights.at(id, at.head, g, 0)[ring * o.ring_stride + j]; },
+        [&](index_t g) { return inverse_of(o.weight_sum(id, at.head, g, ring)); });
+  }
+};
+
+struct reduce_rows_kernel : slot_kernel {
+  op::reduce_rows<device_space> o;
+
+  __device__ void operator()() const {
+    block_head const at(o.slots.lengths.extent[1]);
+    index_t const id = o.batch.id_of(at.entry), j = slot(), n_rows = o.in.extent[2];
+    if (j >= o.slots.lengths(id, at.head)) return;
+    float const* const in = o.in.at(o.in_by_id ? id : at.entry, at.head, 0, j);
+    float x = in[0];
+    for (index_t r = 1; r < n_rows; ++r) {
+      float const y = in[r * o.in.stride[2]];
+      x = o.how == reduction::max ? (y > x ? y : x) : __fadd_rn(x, y);
+    }
+    if (o.how == reduction::mean) x = __fdiv_rn(x, static_cast<float>(n_rows));
+    x = __fmul_rn(x, o.scale);
+    if (o.by_age)
+      x = __fdiv_rn(x, static_cast<float>(o.seen[id] - o.slots.positions(id, at.head, j)));
+    o.out(at.entry, at.head, j) = x;
+  }
+};
+
+/// A thread's slot through the user's functor. @param copies [heads][slots][dim_k + dim_v] scratch for
+/// rows that do not lie as floats, or null
+template <class Fn>
+struct score_slots_kernel : slot_kernel {
+  op::score_slots<Fn, device_space> o;
+  float* copies;
+  bool copy_k, copy_v;
+
+  __device__ void operator()() const {
+    kv_ref<device_space> const& kv = o.layer.kv;
+    block_head const at(kv.shape.n_kv_heads);
+    index_t const id = o.batch.id_of(at.entry), seq = o.batch.row_of(at.entry), j = slot();
+    bool const mine = o.only.data != nullptr ? o.only(id, at.head) == j : j >= o.first_slot;
+    if (j >= o.layer.slots.lengths(id, at.head) || !mine) return;
+    float* copy = copies;
+    if (copies != nullptr)
+      copy += (static_cast<offset_t>(blockIdx.x) * kv.shape.max_slots + j) *
+              (kv.shape.dim_k + kv.shape.dim_v);
+    slot_values v;
+    v.position = o.layer.slots.positions(id, at.head, j);
+    v.seen = o.seen != nullptr ? o.seen[id] : 0;
+    v.dim_k = kv.shape.dim_k;
+    v.dim_v = kv.shape.dim_v;
+    if constexpr (Fn::reads_k) v.k = row_of(kv.k, seq, at.head, j, copy_k, copy);
+    if constexpr (Fn::reads_v) v.v = row_of(kv.v, seq, at.head, j, copy_v, copy + kv.shape.dim_k);
+    o.out(o.out_by_id ? id : at.entry, at.head, j) = o.fn(static_cast<slot_values const&>(v));
+  }
+
+ private:
+  __device__ static float const* row_of(plane_ref<device_space> const& p, index_t seq, index_t head,
+                                        index_t slot, bool copies, float* copy) {
+    head_rows const rows(p, seq, head);
+    if (!copies) return rows.template row<float>(slot);
+    std::byte const* const row = rows.bytes(slot);
+    for (index_t d = 0; d < p.dim; ++d) copy[d] = feature(p, row, d);
+    return copy;
+  }
+};
+
+template <class Fn>
+struct for_each_kernel {
+  static constexpr int most_threads = 256, blocks_per_sm = 1;
+  op::for_each<Fn, device_space> o;
+
+  __device__ void operator()() const {
+    index_t const i = static_cast<index_t>(blockIdx.x) * threads_of_block() + thread_of_block();
+    Fn fn = o.fn;
+    if (i < o.n) fn(i);
+  }
+};
+
+}  // namespace kvkeep::cuda

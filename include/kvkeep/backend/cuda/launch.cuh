@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Starting kernels: grids, the runtime's answers as status, and checks that every op shares.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "context.cuh"
+#include "plan.hpp"
+
+namespace kvkeep::cuda {
+
+/// Most shared memory that a launch gets without asking for more.
+inline constexpr std::size_t plain_shared_bytes = 48 * 1024;
+
+/// A kernel is a struct: its members are the parameters, `operator()` is what each thread does, and
+/// `most_threads` and `blocks_per_sm` bound the registers. (A `__global__` function that is no template
+/// cannot be in a header that two files include.)
+template <class K>
+__global__ void __launch_bounds__(K::most_threads, K::blocks_per_sm) start(K const kernel) {
+  kernel();
+}
+
+/// Starts a kernel on the context's stream. A grid without blocks starts nothing.
+/// @param shared dynamic shared memory in bytes
+template <class K>
+status launch(context const& c, grid const& g, std::size_t shared, K const& kernel) noexcept {
+  static_assert(std::is_trivially_copyable_v<K> && sizeof(K) <= 4096);
+  if (g.x == 0 || g.y == 0) return status::ok;
+  if (!g.fits() || g.threads > K::most_threads || shared > static_cast<std::size_t>(c.shared_bytes))
+    return status::unsupported;
+  if (shared > plain_shared_bytes &&
+      cudaFuncSetAttribute(start<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared)) != cudaSuccess)
+    return status::backend_error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(g.x), static_cast<unsigned>(g.y));
+  config.blockDim = dim3(static_cast<unsigned>(g.threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = c.stream;
+  return cudaLaunchKernelEx(&config, start<K>, kernel) == cudaSuccess ? status::ok
+                                                                      : status::backend_error;
+}
+
+/// After the scratch has been taken: whether there is memory to work on, and the result if not.
+inline bool placed(workspace const& ws) noexcept { return !ws.measuring() && ws.ok(); }
+inline status not_placed(workspace const& ws) noexcept {
+  return ws.measuring() ? status::ok : status::workspace_too_small;
+}
+
+/// Slots lie side by side in every row that the kernels read; null counts as fine.
+template <class T, int R, class S>
+bool slots_contiguous(tensor_ref<T, R, S> const& t) noexcept {
+  return t.data == nullptr || t.extent[R - 1] <= 1 || t.stride[R - 1] == 1;
+}
+
+/// Whether device code can reach the rows: no layout behind host functions, no opaque elements.
+inline bool movable(plane_ref<device_space> const& p) noexcept {
+  return p.layout.kind != layout_kind::custom;
+}
+inline bool readable(plane_ref<device_space> const& p) noexcept {
+  return movable(p) && p.type != dtype::opaque;
+}
+
+}  // namespace kvkeep::cuda

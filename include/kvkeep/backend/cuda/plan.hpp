@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Grids of kernel launches. Plain host code: it knows sizes, not CUDA.
+#pragma once
+
+#include "../../core/types.hpp"
+
+namespace kvkeep::cuda {
+
+/// Blocks of a launch, `threads` each. x may be large, y holds up to 65535.
+struct grid {
+  offset_t x = 0;
+  offset_t y = 1;
+  int threads = 0;
+
+  constexpr bool fits() const noexcept {
+    return x >= 0 && x <= 2147483647 && y >= 0 && y <= 65535 && threads > 0 && threads <= 1024 &&
+           threads % 32 == 0;
+  }
+};
+
+constexpr offset_t ceil_div(offset_t a, offset_t b) noexcept { return (a + b - 1) / b; }
+
+/// One block per (entry, KV head), in x: `blockIdx.x = entry * n_heads + kv_head`; y: parts of a head.
+constexpr grid head_grid(index_t n_entries, index_t n_heads, offset_t parts, int threads) noexcept {
+  return {static_cast<offset_t>(n_entries) * n_heads, parts, threads};
+}
+
+/// One thread per element.
+constexpr grid flat_grid(offset_t n, int threads) noexcept {
+  return {ceil_div(n, threads), 1, threads};
+}
+
+/// Threads of a block that works through `n` slots: a power of two of warps, about eight slots each.
+constexpr int threads_for(offset_t n) noexcept {
+  int threads = 64;
+  while (threads < 1024 && static_cast<offset_t>(threads) * 8 < n) threads *= 2;
+  return threads;
+}
+
+}  // namespace kvkeep::cuda

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// CUDA: ops that work slot by slot.
+#pragma once
+
+#include "kernels/slots.cuh"
+#include "launch.cuh"
+
+namespace kvkeep::cuda {
+
+inline constexpr int slot_threads = 256;
+
+/// A thread per slot of every head.
+inline grid slot_grid(index_t n_entries, index_t n_heads, index_t slots) noexcept {
+  return head_grid(n_entries, n_heads, ceil_div(slots, slot_threads), slot_threads);
+}
+
+/// Mean over the KV heads, written back to each.
+inline status enqueue(context& c, op::mean_heads<device_space> const& o, workspace& ws) noexcept {
+  if (!slots_contiguous(o.scores)) return status::bad_argument;
+  if (!placed(ws)) return not_placed(ws);
+  return launch(c, slot_grid(o.batch.n, 1, o.scores.extent[2]), 0, mean_heads_kernel{{}, o});
+}
+
+/// Running sum over layers, and the mean at the last one.
+inline status enqueue(context& c, op::mean_layers<device_space> const& o, workspace& ws) noexcept {
+  if (!slots_contiguous(o.scores) || !slots_contiguous(o.sum) || o.n_layers < 1)
+    return status::bad_argument;
+  if (!placed(ws)) return not_placed(ws);
+  return launch(c, slot_grid(o.batch.n, o.slots.lengths.extent[1], o.scores.extent[2]), 0,
+                mean_layers_kernel{{}, o});
+}
+
+/// Folds one token's weights into the slots' sums.
+inline status enqueue(context& c, op::accumulate<device_space> const& o, workspace& ws) noexcept {
+  if (!slots_contiguous(o.weights) || !slots_contiguous(o.fold.out)) return status::bad_argument;
+  if (!placed(ws)) return not_placed(ws);
+  return launch(c, slot_grid(o.batch.n, o.slots.lengths.extent[1], o.weights.extent[3]), 0,
+                accumulate_kernel{{}, o});
+}
+
+/// Reduces rows.
+inline status enqueue(context& c, op::reduce_rows<device_space> const& o, workspace& ws) noexcept {
+  if (!slots_contiguous(o.in) || !slots_contiguous(o.out) ||
+      (o.by_age && o.seen == nullptr && !ws.measuring()) || !slots_contiguous(o.slots.positions))
+    return status::bad_argument;
+  if (!placed(ws)) return not_placed(ws);
+  return launch(c, slot_grid(o.batch.n, o.slots.lengths.extent[1], o.in.extent[3]), 0,
+                reduce_rows_kernel{{}, o});
+}
+
+/// Whether a functor reads the plane's rows where they lie.
+inline bool as_floats(plane_ref<device_space> const& p) noexcept {
+  return p.type == dtype::f32 && p.contiguous();
+}
+
+/// Scores every slot by a functor. Scratch: rows as floats, where they are not.
+template <class Fn>
+status enqueue(context& c, op::score_slots<Fn, device_space> const& o, workspace& ws) noexcept {
+  kv_ref<device_space> const& kv = o.layer.kv;
+  if ((Fn::reads_k && !readable(kv.k)) || (Fn::reads_v && !readable(kv.v)))
+    return status::unsupported;
+  if (!slots_contiguous(o.out) || !slots_contiguous(o.layer.slots.positions) || o.first_slot < 0)
+    return status::bad_argument;
+  workspace::frame const frame(ws);
+  score_slots_kernel<Fn> kernel{
+      {}, o, nullptr, Fn::reads_k && !as_floats(kv.k), Fn::reads_v && !as_floats(kv.v)};
+  std::size_t const floats =
+      product(o.batch.n, kv.shape.n_kv_heads, kv.shape.max_slots, kv.shape.dim_k + kv.shape.dim_v);
+  if (kernel.copy_k || kernel.copy_v) kernel.copies = ws.take<float>(floats);
+  if (!placed(ws)) return not_placed(ws);
+  return launch(c, slot_grid(o.batch.n, kv.shape.n_kv_heads, kv.shape.max_slots), 0, kernel);
+}
+
+/// fn(0), fn(1), ... in any order, at once: a functor writes what no other index touches.
+template <class Fn>
+status enqueue(context& c, op::for_each<Fn, device_space> const& o, workspace& ws) noexcept {
+  if (!placed(ws)) return not_placed(ws);
+  return launch(c, flat_grid(o.n, slot_threads), 0, for_each_kernel<Fn>{o});
+}
+
+}  // namespace kvkeep::cuda

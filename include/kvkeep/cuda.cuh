@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The CUDA backend's ops.
+#pragma once
+
+#include "backend/cuda/compact.cuh"
+#include "backend/cuda/select_k.cuh"
+#include "backend/cuda/slots.cuh"

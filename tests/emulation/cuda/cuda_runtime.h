@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Stands in for the CUDA Toolkit's header, so that a host compiler builds the CUDA backend and the op
+/// tests run its kernels without a device. Threads of a block are fibers that change places where they
+/// meet; blocks run one after another. It knows what our kernels use, and refuses what they must not:
+/// a barrier that some thread misses, a warp operation in part of a warp. Shared memory starts poisoned,
+/// and the order of threads between barriers is drawn anew each time, so that a missing barrier shows.
+/// Not a model of time, of memory ordering between blocks, or of a race inside one instruction.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+// -- vector types -----------------------------------------------------------------------------------
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+constexpr float2 make_float2(float x, float y) { return {x, y}; }
+constexpr float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+constexpr uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+constexpr uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+/// Where the running fiber stands: changed at every switch.
+inline uint3 threadIdx{}, blockIdx{};
+inline dim3 blockDim, gridDim;
+
+// -- the fibers -------------------------------------------------------------------------------------
+namespace emulation {
+
+inline constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
+
+/// Runs `body` once per thread of one block after another.
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> const& body);
+
+/// Waits until every thread of the block has come. @return for each thread the number of those that
+/// brought `true`
+int block_barrier(bool value);
+/// Waits for the warp, exchanging 8 bytes per lane. @return 32 values, valid until the next call
+std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char const* what);
+
+/// Copies that have been started and not been waited for (cp.async).
+void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros);
+void end_copy_group();
+void wait_copy_groups(int pending);
+
+/// Calls into the runtime since the program started, except launches, and launches.
+struct calls {
+  long launches = 0;
+  long others = 0;
+};
+calls& count() noexcept;
+
+template <class T>
+std::uint64_t pack(T x) noexcept {
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+  std::uint64_t r = 0;
+  std::memcpy(&r, &x, sizeof x);
+  return r;
+}
+template <class T>
+T unpack(std::uint64_t x) noexcept {
+  T r;
+  std::memcpy(&r, &x, sizeof r);
+  return r;
+}
+inline unsigned linear_thread() noexcept {
+  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+inline unsigned lane() noexcept { return linear_thread() % warp_size; }
+
+}  // namespace emulation
+
+// -- barriers and warp operations -------------------------------------------------------------------
+inline void __syncthreads() { emulation::block_barrier(false); }
+inline int __syncthreads_count(int x) { return emulation::block_barrier(x != 0); }
+inline int __syncthreads_or(int x) { return emulation::block_barrier(x != 0) != 0; }
+inline int __syncthreads_and(int x) { return emulation::block_barrier(x == 0) == 0; }
+inline void __syncwarp(unsigned mask = emulation::all_lanes) {
+  emulation::warp_exchange(0, mask, "__syncwarp");
+}
+template <class T>
+T __shfl_sync(unsigned mask, T x, int from, int width = 32) {
+  unsigned const l = emulation::lane(), w = static_cast<unsigned>(width);
+  return emulation::unpack<T>(emulation::warp_exchange(
+      emulation::pack(x), mask, "__shfl_sync")[l / w * w + static_cast<unsigned>(from) % w]);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int bits, int = 32) {
+  unsigned const l = emulation::lane();
+  return emulation::unpack<T>(emulation::warp_exchange(
+      emulation::pack(x), mask, "__shfl_xor_sync")[l ^ static_cast<unsigned>(bits)]);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, unsigned by, int = 32) {
+  unsigned const l = emulation::lane();
+  return emulation::unpack<T>(
+      emulation::warp_exchange(emulation::pack(x), mask, "__shfl_up_sync")[l >= by ? l - by : l]);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, unsigned by, int = 32) {
+  unsigned const l = emulation::lane();
+  return emulation::unpack<T>(emulation::warp_exchange(
+      emulation::pack(x), mask, "__shfl_down_sync")[l + by < 32 ? l + by : l]);
+}
+inline unsigned __ballot_sync(unsigned mask, int x) {
+  std::uint64_t const* const all = emulation::warp_exchange(x != 0 ? 1 : 0, mask, "__ballot_sync");
+  unsigned r = 0;
+  for (unsigned l = 0; l < 32; ++l) r |= static_cast<unsigned>(all[l]) << l;
+  return r;
+}
+inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
+inline int __all_sync(unsigned mask, int x) {
+  return __ballot_sync(mask, x) == emulation::all_lanes;
+}
+
+// -- scalar functions -------------------------------------------------------------------------------
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline int min(int a, int b) { return b < a ? b : a; }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline unsigned min(unsigned a, unsigned b) { return b < a ? b : a; }
+inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
+inline long long min(long long a, long long b) { return b < a ? b : a; }
+inline long long max(long long a, long long b) { return a < b ? b : a; }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline float max(float a, float b) { return std::fmax(a, b); }
+template <class T>
+T __ldg(T const* p) {
+  return *p;
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+template <class T>
+T atomicAdd(T* p, T x) {
+  T const old = *p;
+  *p = old + x;
+  return old;
+}
+template <class T>
+T atomicMax(T* p, T x) {
+  T const old = *p;
+  if (x > old) *p = x;
+  return old;
+}
+template <class T>
+T atomicMin(T* p, T x) {
+  T const old = *p;
+  if (x < old) *p = x;
+  return old;
+}
+template <class T>
+T atomicOr(T* p, T x) {
+  T const old = *p;
+  *p = old | x;
+  return old;
+}
+
+// -- runtime ----------------------------------------------------------------------------------------
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = struct emulated_stream*;
+struct cudaLaunchAttribute {};
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+char const* cudaGetErrorString(cudaError_t e);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaGetLastError();
+cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t stream);
+cudaError_t emulated_check(cudaLaunchConfig_t const& c);
+
+template <class K>
+cudaError_t cudaFuncSetAttribute(K*, cudaFuncAttribute, int) {
+  ++emulation::count().others;
+  return cudaSuccess;
+}
+
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* c, void (*kernel)(P...), A&&... args) {
+  if (cudaError_t const e = emulated_check(*c); e != cudaSuccess) return e;
+  std::tuple<P...> const copies(static_cast<P>(args)...);
+  emulation::run_grid(c->gridDim, c->blockDim, c->dynamicSmemBytes,
+                      [&] { std::apply([&](auto const&... p) { kernel(p...); }, copies); });
+  return cudaSuccess;
+}

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Fibers that stand in for the threads of a CUDA block (see cuda_runtime.h beside this).
+// Fortified longjmp refuses to change stacks.
+#undef _FORTIFY_SOURCE
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include <ucontext.h>
+
+#include <cuda_runtime.h>
+
+namespace kvkeep::cuda {
+/// What `extern __shared__` names in our kernels.
+alignas(128) uint4 shared_words[227 * 1024 / 16];
+}  // namespace kvkeep::cuda
+
+namespace emulation {
+namespace {
+
+constexpr std::size_t stack_bytes = 96 * 1024, most_threads = 1024, most_shared = 227 * 1024;
+
+[[noreturn]] void fail(char const* what) {
+  std::fprintf(stderr, "emulated kernel: %s (block %u,%u,%u thread %u,%u,%u)\n", what, blockIdx.x,
+               blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+  std::abort();
+}
+
+enum class state : char { ready, at_barrier, in_warp, done };
+
+struct copy_started {
+  void* to;
+  void const* from;
+  std::size_t bytes, zeros;
+};
+
+struct fiber {
+  state now = state::done;
+  std::jmp_buf at{};
+  std::unique_ptr<char[]> stack;
+  uint3 thread{};
+  unsigned long warp_calls = 0;
+  std::vector<std::vector<copy_started>> groups;
+  std::vector<copy_started> open;
+};
+
+/// Values of a warp's last two exchanges: a lane may be one ahead of the others.
+struct warp_box {
+  std::uint64_t value[2][warp_size]{};
+  unsigned arrived[2]{};
+};
+
+struct machine {
+  calls counted;
+  std::vector<fiber> fibers{most_threads};
+  std::vector<warp_box> warps{most_threads / warp_size};
+  std::jmp_buf scheduler{};
+  std::function<void()> const* body = nullptr;
+  fiber* running = nullptr;
+  unsigned n = 0, waiting = 0, brought = 0, result = 0, finished = 0;
+  std::minstd_rand order{1};
+};
+machine& m() {
+  static machine instance;
+  return instance;
+}
+
+void leave() {
+  if (_setjmp(m().running->at) == 0) std::longjmp(m().scheduler, 1);
+}
+
+/// First function on a fiber's stack: one thread of one block after another. Never returns.
+void enter() {
+  for (;;) {
+    (*m().body)();
+    fiber& f = *m().running;
+    if (!f.open.empty() || !f.groups.empty())
+      fail("asynchronous copies are left when the thread ends");
+    f.now = state::done;
+    ++m().finished;
+    leave();
+  }
+}
+
+void start(fiber& f) {
+  f.stack = std::make_unique<char[]>(stack_bytes);
+  ucontext_t to;
+  getcontext(&to);
+  to.uc_stack.ss_sp = f.stack.get();
+  to.uc_stack.ss_size = stack_bytes;
+  to.uc_link = nullptr;
+  makecontext(&to, enter, 0);
+  if (_setjmp(m().scheduler) == 0) setcontext(&to);
+}
+
+/// Lets a fiber run until it waits.
+void resume(fiber& f) {
+  if (!f.stack)
+    start(f);
+  else if (_setjmp(m().scheduler) == 0)
+    std::longjmp(f.at, 1);
+}
+
+void run_block() {
+  machine& k = m();
+  std::memset(kvkeep::cuda::shared_words, 0xff, most_shared);
+  for (auto& w : k.warps) w = {};
+  k.waiting = k.brought = k.finished = 0;
+  unsigned const per_row = blockDim.x, per_plane = per_row * blockDim.y;
+  for (unsigned i = 0; i < k.n; ++i) {
+    fiber& f = k.fibers[i];
+    f.now = state::ready;
+    f.warp_calls = 0;
+    f.thread = {i % per_row, i / per_row % blockDim.y, i / per_plane};
+  }
+  while (k.finished < k.n) {
+    bool moved = false;
+    unsigned const first = static_cast<unsigned>(k.order()) % k.n;
+    bool const backwards = k.order() % 2 == 0;
+    for (unsigned j = 0; j < k.n; ++j) {
+      unsigned const i = (first + (backwards ? k.n - j : j)) % k.n;
+      fiber& f = k.fibers[i];
+      if (f.now != state::ready) continue;
+      moved = true;
+      k.running = &f;
+      threadIdx = f.thread;
+      resume(f);
+    }
+    if (!moved) fail("threads wait for others that never come (divergent barrier?)");
+  }
+}
+
+}  // namespace
+
+calls& count() noexcept { return m().counted; }
+
+void run_grid(dim3 grid, dim3 block, std::size_t, std::function<void()> const& body) {
+  machine& k = m();
+  ++k.counted.launches;
+  k.n = block.x * block.y * block.z;
+  k.body = &body;
+  blockDim = block;
+  gridDim = grid;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = {x, y, z};
+        run_block();
+      }
+}
+
+int block_barrier(bool value) {
+  machine& k = m();
+  k.brought += value ? 1 : 0;
+  if (++k.waiting < k.n) {
+    k.running->now = state::at_barrier;
+    leave();
+    return static_cast<int>(k.result);
+  }
+  k.result = k.brought;
+  k.waiting = k.brought = 0;
+  for (unsigned i = 0; i < k.n; ++i)
+    if (k.fibers[i].now == state::at_barrier) k.fibers[i].now = state::ready;
+  return static_cast<int>(k.result);
+}
+
+std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char const* what) {
+  machine& k = m();
+  if (mask != all_lanes) fail(what);
+  unsigned const t = linear_thread(), first = t / warp_size * warp_size;
+  if (first + warp_size > k.n) fail("a warp operation in a block that ends inside a warp");
+  warp_box& w = k.warps[t / warp_size];
+  unsigned long const turn = k.running->warp_calls++ % 2;
+  w.value[turn][t % warp_size] = value;
+  w.arrived[turn] |= 1u << (t % warp_size);
+  if (w.arrived[turn] != all_lanes) {
+    k.running->now = state::in_warp;
+    leave();
+    return w.value[turn];
+  }
+  w.arrived[turn] = 0;
+  for (unsigned l = 0; l < warp_size; ++l)
+    if (k.fibers[first + l].now == state::in_warp) k.fibers[first + l].now = state::ready;
+  return w.value[turn];
+}
+
+void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros) {
+  m().running->open.push_back({to, from, bytes, zeros});
+}
+void end_copy_group() {
+  fiber& f = *m().running;
+  f.groups.push_back(std::move(f.open));
+  f.open.clear();
+}
+void wait_copy_groups(int pending) {
+  auto& groups = m().running->groups;
+  while (groups.size() > static_cast<std::size_t>(pending)) {
+    for (copy_started const& c : groups.front()) {
+      if (c.bytes > 0) std::memcpy(c.to, c.from, c.bytes);
+      std::memset(static_cast<char*>(c.to) + c.bytes, 0, c.zeros);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace emulation
+
+char const* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "refused"; }
+cudaError_t cudaGetDevice(int* device) {
+  ++emulation::count().others;
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  ++emulation::count().others;
+  switch (what) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 132;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 227 * 1024;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  ++emulation::count().others;
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t) {
+  ++emulation::count().others;
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+/// The limits of a launch on a device.
+cudaError_t emulated_check(cudaLaunchConfig_t const& c) {
+  unsigned long const threads =
+      static_cast<unsigned long>(c.blockDim.x) * c.blockDim.y * c.blockDim.z;
+  bool const fits = threads >= 1 && threads <= 1024 && c.gridDim.x >= 1 &&
+                    c.gridDim.x <= 2147483647 && c.gridDim.y >= 1 && c.gridDim.y <= 65535 &&
+                    c.gridDim.z >= 1 && c.gridDim.z <= 65535 && c.dynamicSmemBytes <= 227 * 1024;
+  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+}

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Op tests on the CPU backend.
+#pragma once
+
+#include <kvkeep/backend/cpu/context.hpp>
+
+namespace kvkeep::test {
+
+using op_context = cpu::context;
+
+inline cpu::context& one_thread() {
+  static cpu::context ctx{};
+  return ctx;
+}
+inline cpu::context& two_threads() {
+  static cpu::thread_pool pool(2);
+  static cpu::context ctx{&pool};
+  return ctx;
+}
+
+template <class Op>
+status call(op_context& ctx, Op const& op, workspace& ws) {
+  return enqueue(ctx, op, ws);
+}
+
+}  // namespace kvkeep::test
