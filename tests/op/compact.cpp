@@ -257,7 +257,9 @@ TEST_CASE("moves that cannot be are refused, and nothing has moved") {
   auto const refused = [&](test_layer& to, status expected) {
     auto const k = to.cache.k().bytes(), v = to.cache.v().bytes();
     auto const lengths = to.lengths.data(), positions = to.positions.data();
-    CHECK(test::run_exact(test::one_thread(), bad) == expected);
+    // Where counts lie on a device, a head whose plan does not fit just stays as it is.
+    bool const seen = test::host_reads_rows || expected != status::capacity_exceeded;
+    CHECK(test::run_exact(test::one_thread(), bad) == (seen ? expected : status::ok));
     CHECK((to.cache.k().bytes() == k && to.cache.v().bytes() == v));
     CHECK((to.lengths.data() == lengths && to.positions.data() == positions));
     bad = o;
