@@ -6,6 +6,7 @@
 #include "backend/cpu/cpu.hpp"
 #include "engine/cpu_engine.hpp"
 #include "engine/policy_table.hpp"
+#include "engine/device_session.hpp"
 #include "engine/session.hpp"
 #include "policy/adakv.hpp"
 #include "policy/dynamickv.hpp"

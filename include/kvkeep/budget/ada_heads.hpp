@@ -97,7 +97,7 @@ struct ada_heads {
     index_t* room;
     offset_t* remainder;
 
-    void operator()(index_t) const noexcept {
+    KVKEEP_HD void operator()(index_t) const noexcept {
       index_t const n = in.n_kv_heads;
       index_t const base = rule.tokens - in.protect();
       index_t const sure = static_cast<index_t>(base * rule.alpha);
@@ -113,7 +113,7 @@ struct ada_heads {
         for (index_t h = 0; h < n; ++h) {
           float const mixed = static_cast<float>(counts[h]) * static_cast<float>(1 - rule.alpha) +
                               static_cast<float>(sure);
-          set(h, static_cast<index_t>(std::nearbyintf(mixed)));
+          set(h, static_cast<index_t>(nearbyintf(mixed)));
         }
         return;
       }

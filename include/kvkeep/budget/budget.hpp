@@ -41,9 +41,9 @@ struct budget_input {
   tensor_ref<float const, 4, Space> scores{};
   tensor_ref<index_t, 2, Space> k{};  ///< [layer, kv_head] tokens to keep, protected ones included
 
-  index_t protect() const noexcept { return sinks + recent; }
+  KVKEEP_HD index_t protect() const noexcept { return sinks + recent; }
   /// Unprotected tokens, T'.
-  index_t candidates() const noexcept { return tokens > protect() ? tokens - protect() : 0; }
+  KVKEEP_HD index_t candidates() const noexcept { return tokens > protect() ? tokens - protect() : 0; }
 };
 
 /// A budget rule. `allocate` writes `k` for layer `in.layer`; where layers are coupled also, at a

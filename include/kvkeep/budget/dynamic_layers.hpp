@@ -15,7 +15,7 @@ namespace kvkeep {
 /// The published integer and float arithmetic of DreamMr/DynamicKV dynamic_v11.py (spec 5.2 steps 2 to 4),
 /// window excluded, after layers [0, n) of `n_layers`.
 /// @param[in,out] budget [n] in: entries of each layer in the global top; out: its budget
-inline void published_dynamic_budgets(offset_t* budget, index_t n, index_t n_layers,
+KVKEEP_HD inline void published_dynamic_budgets(offset_t* budget, index_t n, index_t n_layers,
                                       index_t n_heads, index_t base, index_t cap,
                                       offset_t scores_per_layer) noexcept {
   offset_t sum = 0;
@@ -133,7 +133,7 @@ struct dynamic_layers {
     index_t const* counts;
     offset_t* scratch;
 
-    void operator()(index_t) const noexcept {
+    KVKEEP_HD void operator()(index_t) const noexcept {
       index_t const n = in.layer + 1;
       index_t const base = rule.tokens - in.protect();
       if (rule.published) return published_split(n, base);
@@ -157,7 +157,7 @@ struct dynamic_layers {
       apportion((all < held_sum ? all : held_sum) - low_sum, weight, room, n, part, remainder);
       for (index_t i = 0; i < n; ++i) set(i, low[i] + part[i]);
     }
-    void published_split(index_t n, index_t base) const noexcept {
+    KVKEEP_HD void published_split(index_t n, index_t base) const noexcept {
       for (index_t i = 0; i < n; ++i) {
         scratch[i] = 0;
         for (index_t h = 0; h < in.n_kv_heads; ++h) scratch[i] += counts[i * in.n_kv_heads + h];
@@ -171,7 +171,7 @@ struct dynamic_layers {
         set(i, static_cast<index_t>(b));
       }
     }
-    void set(index_t layer, index_t b) const noexcept {
+    KVKEEP_HD void set(index_t layer, index_t b) const noexcept {
       for (index_t h = 0; h < in.n_kv_heads; ++h) in.k(layer, h) = b + in.protect();
     }
   };

@@ -193,7 +193,7 @@ class session {
   bool cuts_at_prompt(layer_data const& l, source const& s) const noexcept;
   status push_ring(layer_data& l, index_t id, queries const& q, index_t entry, index_t first,
                    workspace& w) noexcept;
-  status feed_scorers(layer_data& l, index_t id, source const& s, queries const& q, index_t p0,
+  status feed_scorers(layer_data& l, source const& s, queries const& q, index_t p0,
                       workspace& w) noexcept;
   status score_prompt(layer_data& l, source const& s, score_map<space> out, workspace& w) noexcept;
   status decide_prompt(layer_data& l, index_t id, source const& from, source const& to,

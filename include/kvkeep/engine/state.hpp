@@ -33,6 +33,41 @@ struct state_shape {
   row_plan rows{};
 };
 
+/// What two policies ask for together.
+struct bound_rows {
+  row_plan rows{};
+  bool rings_tokens = false;     ///< decoded tokens' queries enter the ring
+  bool attention_folds = false;  ///< attention does the decode scorer's fold
+};
+
+/// Rows of the state of a prompt policy and a decode policy; `one`: they are the same.
+template <class P, class D>
+bound_rows plan_rows(P const& prompt, D const& decode, bool one, limits const& lim,
+                     cache_shape const& cache) {
+  bound_rows b;
+  row_plan& r = b.rows;
+  state_spec const ps = prompt.score.state(cache);
+  state_spec const ds = one ? ps : decode.score.state(cache);
+  r.prompt_rows = ps.slot_rows;
+  r.decode_at = one ? 0 : ps.slot_rows;
+  r.decode_rows = ds.slot_rows;
+  r.weights_at = one ? ps.slot_rows : ps.slot_rows + ds.slot_rows;
+  bool const at_decode = decode.score.traits().at_decode;
+  b.rings_tokens = at_decode && ds.ring_at_decode;
+  b.attention_folds = at_decode && ds.folds_weights && lim.decode == decode_offer::attend &&
+                      lim.max_draft == 0;
+  if (at_decode && ds.weight_ring > 0 && !b.attention_folds)
+    r.weight_ring = ds.weight_ring + lim.max_draft;
+  r.loose_at = r.weights_at + r.weight_ring * cache.group();
+  r.loose_rows = at_decode ? ds.loose_rows : 0;
+  r.head_floats = at_decode ? ds.head_floats : 0;
+  r.total = r.loose_at + r.loose_rows;
+  if (prompt.budget.traits().couples_layers) r.score_at = r.total++;
+  index_t const queries = at_decode && ds.query_ring > ps.query_ring ? ds.query_ring : ps.query_ring;
+  r.query_ring = queries > 0 ? queries + lim.max_draft + 1 : 0;
+  return b;
+}
+
 /// State of one managed layer.
 template <class Space>
 struct layer_state {
@@ -165,6 +200,36 @@ tensor_ref<float, 4, Space> weight_rows(tensor_ref<float, 4, Space> rows, row_pl
   auto t = rows_from(rows, p.weights_at, group);
   t.stride[2] *= p.weight_ring;
   return t;
+}
+
+/// What a scorer sees of a layer, but for the guard and what a call adds. `prompt`: in the prompt's role.
+template <class Space>
+score_input<Space> view_of(layer_state<Space> const& l, row_plan const& r,
+                           batch_ref<Space> const& batch, layer_ref<Space> const& layer,
+                           bool prompt) noexcept {
+  score_input<Space> in;
+  in.batch = batch;
+  in.layer = layer;
+  in.seen = l.seen;
+  in.rows = prompt ? rows_from(layer.slots.rows, 0, r.prompt_rows)
+                   : rows_from(layer.slots.rows, r.decode_at, r.decode_rows);
+  in.ring_q = l.ring_q;
+  in.ring_lse = l.ring_lse;
+  in.ring_from = l.ring_from;
+  in.query_ring = r.query_ring;
+  in.weights = weight_rows(layer.slots.rows, r, layer.kv.shape.group());
+  in.weight_sum = l.weight_sum;
+  in.weight_stride = layer.slots.rows.stride[2];
+  in.weight_ring = r.weight_ring;
+  in.weight_max = l.weight_max;
+  in.loose = rows_from(layer.slots.rows, r.loose_at, r.loose_rows);
+  in.head = l.head;
+  in.fresh.data = l.fresh.data;
+  for (int a = 0; a < 2; ++a) {
+    in.fresh.extent[a] = l.fresh.extent[a + 1];
+    in.fresh.stride[a] = l.fresh.stride[a + 1];
+  }
+  return in;
 }
 
 /// One slot row as a score map `[id, kv_head, slot]`.

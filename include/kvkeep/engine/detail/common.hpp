@@ -62,7 +62,7 @@ void session<Ctx, P, D>::measure() {
       from.layer.kv.shape.max_slots = limits_.max_prompt;
       from.layer.slots = shared_.staging.slots;
     }
-    take([&](workspace& w) { return feed_scorers(l, 0, from, q, 0, w); });
+    take([&](workspace& w) { return feed_scorers(l, from, q, 0, w); });
     take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
     if (limits_.decode == decode_offer::attend)
       take([&](workspace& w) { return weigh(l, largest, q, nullptr, nullptr, w); });
@@ -182,35 +182,20 @@ void session<Ctx, P, D>::next_generation(index_t id) const noexcept {
 template <backend Ctx, class P, class D>
 auto session<Ctx, P, D>::input(layer_data const& l, source const& s, bool prompt,
                                index_t const* newest) const noexcept -> score_input<space> {
-  auto const& r = shape_.rows;
-  score_input<space> in;
-  in.batch = s.batch;
-  in.layer = s.layer;
+  score_input<space> in = detail::view_of(l, shape_.rows, s.batch, s.layer, prompt);
   in.guard = guard_of(prompt, s.id0);
-  auto const at = [&](auto* p) { return p == nullptr ? nullptr : p + s.id0; };
-  in.seen = at(l.seen);
-  in.rows = prompt ? detail::rows_from(s.layer.slots.rows, 0, r.prompt_rows)
-                   : detail::rows_from(s.layer.slots.rows, r.decode_at, r.decode_rows);
+  // A transient prompt's arrays have one row, that of sequence `id0`.
+  if (in.seen != nullptr) in.seen += s.id0;
   in.ring_q = detail::rebase(l.ring_q, s.id0);
   in.ring_lse = detail::rebase(l.ring_lse, s.id0);
-  in.ring_from = at(l.ring_from);
-  in.query_ring = r.query_ring;
+  if (in.ring_from != nullptr) in.ring_from += s.id0;
+  in.weight_sum = s.weight_sum;
+  in.weight_max = detail::rebase(l.weight_max, s.id0);
+  in.head = detail::rebase(l.head, s.id0);
   // Log-sum-exps serve the end of a prompt, where a batch has one entry; measuring assumes them.
   in.has_lse = newest == nullptr &&
                (l.has_lse == nullptr || (s.batch.n == 1 && l.has_lse[s.id0 + s.batch.id[0]] != 0));
-  in.weights = detail::weight_rows(s.layer.slots.rows, r, shape_.cache.group());
-  in.weight_sum = s.weight_sum;
-  in.weight_stride = s.layer.slots.rows.stride[2];
-  in.weight_ring = r.weight_ring;
-  in.weight_max = detail::rebase(l.weight_max, s.id0);
-  in.loose = detail::rows_from(s.layer.slots.rows, r.loose_at, r.loose_rows);
-  in.head = detail::rebase(l.head, s.id0);
   in.newest_row = newest;
-  in.fresh.data = l.fresh.data;
-  for (int a = 0; a < 2; ++a) {
-    in.fresh.extent[a] = l.fresh.extent[a + 1];
-    in.fresh.stride[a] = l.fresh.stride[a + 1];
-  }
   return in;
 }
 

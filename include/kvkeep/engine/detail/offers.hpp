@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Whether what an engine brings serves a scorer.
+/// Whether what an engine declares can be: bounds, and evidence that serves a scorer.
 #pragma once
 
 #include <string>
@@ -38,6 +38,18 @@ KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limit
     wants("limits.decode", to_string(lim.decode), "scores");
   KVKEEP_EXPECTS(lim.max_draft == 0 || t.draft_safe, "limits.max_draft", lim.max_draft,
                  std::string("0 for the scorer ") + t.name);
+}
+
+KVKEEP_COLD inline void check_limits(limits const& l) {
+  auto const within = [](char const* field, index_t v, index_t least, index_t most) {
+    KVKEEP_EXPECTS(v >= least && v <= most, field, v,
+                   std::to_string(least) + ".." + std::to_string(most));
+  };
+  within("limits.max_sequences", l.max_sequences, 1, 1 << 20);
+  within("limits.max_batch", l.max_batch, 1, l.max_sequences);
+  within("limits.max_prompt", l.max_prompt, 0, most_tokens);
+  within("limits.max_chunk", l.max_chunk, 1, 1 << 20);
+  within("limits.max_draft", l.max_draft, 0, 1 << 16);
 }
 
 /// The scorer can decide with the newest token's own query, or per query head.

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../session.hpp"
+#include "prompt_steps.hpp"
 
 namespace kvkeep {
 
@@ -266,25 +267,9 @@ status session<Ctx, P, D>::decide_sequence_prompt(source const& at, workspace& w
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::fix_decode_budget(layer_data& l, index_t id, index_t tokens,
                                              workspace& w) noexcept {
-  if (w.measuring()) return status::ok;
-  auto const traits = decode_.budget.traits();
-  index_t const heads = shape_.cache.n_kv_heads;
-  budget_input<space> b{static_cast<index_t>(layers_.size()), l.number, heads,
-                        tokens, decode_.keep.sinks, decode_.keep.recent, {}, {}};
-  b.k.data = l.k.at(id);
-  b.k.extent[0] = b.n_layers;
-  b.k.extent[1] = heads;
-  b.k.stride[1] = 1;  // stride[0] = 0: every layer number is this layer
-  index_t const capacity =
-      traits.inherits ? prompt_.budget.capacity() : decode_.budget.capacity();
-  detail::fix_budget<space> fix{{}, l.number, l.k, id, detail::least_budget(decode_)};
-  if (!traits.fixed && tokens < capacity)
-    KVKEEP_TRY(detail::fill_layer(*ctx_, b, l.number, capacity, w));
-  else if (!traits.fixed && (one_policy_ || traits.inherits))
-    fix.from = shared_.prompt_k;
-  else
-    KVKEEP_TRY(decode_.budget.allocate(*ctx_, b, w));
-  return each(heads, fix, w);
+  return detail::fix_decode_budget(*ctx_, prompt_, decode_, one_policy_,
+                                   static_cast<index_t>(layers_.size()), l, id, tokens,
+                                   shared_.prompt_k, w);
 }
 
 }  // namespace kvkeep

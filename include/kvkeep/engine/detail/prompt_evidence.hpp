@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../session.hpp"
+#include "prompt_steps.hpp"
 
 namespace kvkeep {
 
@@ -47,7 +48,7 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
   l.appended[id] = l.seen[id] = l.attended[id] = p0 + n;
   l.count.tokens += n;
   KVKEEP_TRY(push_ring(l, id, q, 0, p0 + n - q.n_rows, w));
-  if (q.n_rows > 0) KVKEEP_TRY(feed_scorers(l, id, from, q, p0, w));
+  if (q.n_rows > 0) KVKEEP_TRY(feed_scorers(l, from, q, p0, w));
   note_scratch(l, w);
   return status::ok;
 }
@@ -99,43 +100,14 @@ status session<Ctx, P, D>::push_ring(layer_data& l, index_t id, queries const& q
   return each(shape_.cache.n_q_heads * count, push, w);
 }
 
-/// Hands prompt queries to the scorers that want all of them, `max_chunk` rows at a time.
+/// Hands prompt queries to the scorers that want all of them.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::feed_scorers(layer_data& l, index_t id, source const& s,
-                                        queries const& q, index_t p0, workspace& w) noexcept {
-  index_t const heads = shape_.cache.n_q_heads, dim = shape_.cache.dim_k;
-  auto const feed = [&](auto const& policy, bool role) -> status {
-    if (policy.score.traits().prompt != evidence::all_queries) return status::ok;
-    for (index_t first = 0; first < q.n_rows; first += limits_.max_chunk) {
-      workspace::frame const frame(w);
-      index_t const n = std::min(limits_.max_chunk, q.n_rows - first);
-      auto const size = product(heads, n);
-      bool const lse = q.lse != nullptr || w.measuring();
-      float* rows = w.take<float>(product(size, dim));
-      float* row_lse = lse ? w.take<float>(size) : nullptr;
-      index_t* position = w.take<index_t>(static_cast<std::size_t>(n));
-      if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-      KVKEEP_TRY(each(heads * n,
-                      detail::copy_queries<space>{q, 0, first, n, p0 + first, dim, rows, row_lse,
-                                                  position},
-                      w));
-      query_rows<space> block;
-      block.q = row_major<space>(static_cast<float const*>(rows), 1, heads, n, dim);
-      block.position = row_major<space>(static_cast<index_t const*>(position), 1, n);
-      block.lse = row_major<space>(static_cast<float const*>(row_lse), 1, heads, n);
-      KVKEEP_TRY(policy.score.observe_prompt(*ctx_, input(l, s, role, nullptr), block, w));
-      // Without log-sum-exp the op needs more scratch: measure that form as well.
-      if (w.measuring()) {
-        block.lse = {};
-        KVKEEP_TRY(policy.score.observe_prompt(*ctx_, input(l, s, role, nullptr), block, w));
-      }
-    }
-    return status::ok;
-  };
-  (void)id;
-  KVKEEP_TRY(feed(prompt_, true));
-  if (!one_policy_ && decode_.score.traits().at_decode) KVKEEP_TRY(feed(decode_, false));
-  return status::ok;
+status session<Ctx, P, D>::feed_scorers(layer_data& l, source const& s, queries const& q, index_t p0,
+                                        workspace& w) noexcept {
+  index_t const most = limits_.max_chunk;
+  KVKEEP_TRY(detail::feed_prompt(*ctx_, prompt_.score, input(l, s, true, nullptr), q, p0, most, w));
+  if (one_policy_ || !decode_.score.traits().at_decode) return status::ok;
+  return detail::feed_prompt(*ctx_, decode_.score, input(l, s, false, nullptr), q, p0, most, w);
 }
 
 }  // namespace kvkeep

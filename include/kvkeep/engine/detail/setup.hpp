@@ -13,18 +13,6 @@ namespace kvkeep {
 
 namespace detail {
 
-KVKEEP_COLD inline void check_limits(limits const& l) {
-  auto const within = [](char const* field, index_t v, index_t least, index_t most) {
-    KVKEEP_EXPECTS(v >= least && v <= most, field, v,
-                   std::to_string(least) + ".." + std::to_string(most));
-  };
-  within("limits.max_sequences", l.max_sequences, 1, 1 << 20);
-  within("limits.max_batch", l.max_batch, 1, l.max_sequences);
-  within("limits.max_prompt", l.max_prompt, 0, most_tokens);
-  within("limits.max_chunk", l.max_chunk, 1, 1 << 20);
-  within("limits.max_draft", l.max_draft, 0, 1 << 16);
-}
-
 /// Whole blocks leave tables, so everything that shares a table shares a kept set.
 template <class Space>
 KVKEEP_COLD void check_blocks_view(kv_ref<Space> const& kv, index_t block, scope width, bool moves) {
@@ -158,25 +146,10 @@ void session<Ctx, P, D>::plan_state() {
   shape_.n_sequences = limits_.max_sequences;
   shape_.max_prompt = limits_.max_prompt;
   shape_.drafts = std::max(1, limits_.max_draft);
-  state_spec const ps = prompt_.score.state(cache);
-  state_spec const ds = one_policy_ ? ps : decode_.score.state(cache);
-  auto& r = shape_.rows;
-  r.prompt_rows = ps.slot_rows;
-  r.decode_at = one_policy_ ? 0 : ps.slot_rows;
-  r.decode_rows = ds.slot_rows;
-  r.weights_at = one_policy_ ? ps.slot_rows : ps.slot_rows + ds.slot_rows;
-  bool const at_decode = decode_.score.traits().at_decode;
-  rings_tokens_ = at_decode && ds.ring_at_decode;
-  attention_folds_ = at_decode && ds.folds_weights && limits_.decode == decode_offer::attend &&
-                     limits_.max_draft == 0;
-  r.weight_ring = at_decode && ds.weight_ring > 0 && !attention_folds_ ? ds.weight_ring + limits_.max_draft : 0;
-  r.loose_at = r.weights_at + r.weight_ring * cache.group();
-  r.loose_rows = at_decode ? ds.loose_rows : 0;
-  r.head_floats = at_decode ? ds.head_floats : 0;
-  r.total = r.loose_at + r.loose_rows;
-  if (prompt_.budget.traits().couples_layers) r.score_at = r.total++;
-  index_t const queries = std::max(ps.query_ring, at_decode ? ds.query_ring : 0);
-  r.query_ring = queries > 0 ? queries + limits_.max_draft + 1 : 0;
+  detail::bound_rows const bound = detail::plan_rows(prompt_, decode_, one_policy_, limits_, cache);
+  shape_.rows = bound.rows;
+  rings_tokens_ = bound.rings_tokens;
+  attention_folds_ = bound.attention_folds;
   slots_needed_ = kvkeep::slots_needed(prompt_, decode_, demand());
 }
 

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Device session: decoding. Nothing here depends on what only the backend knows.
+#pragma once
+
+#include "../device_session.hpp"
+
+namespace kvkeep {
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& b,
+                                         index_t* slots) noexcept {
+  index_t const m = managed(layer);
+  if (m == -1) return status::ok;
+  if (m < 0 || slots == nullptr || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
+  layer_data& l = layers_[static_cast<std::size_t>(m)];
+  workspace w = scratch();
+  return each(b.n * shape_.cache.n_kv_heads,
+              detail::take_slot<space>{l, shape_.rows, b, faults_, slots}, w);
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::attend(index_t layer, batch_ref<space> const& b, queries const& q,
+                                         float* out, float* lse) noexcept {
+  if (out == nullptr) return status::bad_argument;
+  return show_token(layer, b, q, out, lse);
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::observe(index_t layer, batch_ref<space> const& b,
+                                          queries const& q) noexcept {
+  return show_token(layer, b, q, nullptr, nullptr);
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::show_token(index_t layer, batch_ref<space> const& b,
+                                             queries const& q, float* out, float* lse) noexcept {
+  index_t const m = managed(layer);
+  if (m == -1) return out != nullptr ? status::unsupported : status::ok;
+  if (m < 0 || q.data == nullptr || q.n_rows != 1 || b.n < 1 || b.n > limits_.max_batch)
+    return status::bad_argument;
+  workspace w = scratch();
+  return weigh(layers_[static_cast<std::size_t>(m)], b, q, out, lse, w);
+}
+
+/// Attention (or, without `out`, weights alone), the query ring, and what follows a token.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b, queries const& q,
+                                        float* out, float* lse, workspace& w) noexcept {
+  bool const measuring = w.measuring();
+  index_t const hq = shape_.cache.n_q_heads, dim = shape_.cache.dim_k;
+  index_t const ring = shape_.rows.weight_ring;
+  index_t* const ring_row = w.take<index_t>(static_cast<std::size_t>(b.n));
+  bool const in_place = q.type == dtype::f32 && !measuring;
+  float* const dense = in_place ? nullptr : w.take<float>(product(b.n, hq, dim));
+  if (!measuring && !w.ok()) return status::workspace_too_small;
+  if (bound_.rings_tokens) KVKEEP_TRY(each(b.n * hq, detail::push_token<space>{l, b, q}, w));
+  if (!in_place) KVKEEP_TRY(each(b.n * hq, detail::dense_queries{q, hq, dim, dense}, w));
+  if (ring > 0) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l, b, ring, ring_row}, w));
+  op::attend<space> a{b, {l.kv, l.slots}};
+  a.q = row_major<space>(static_cast<float const*>(dense), b.n, hq, dim);
+  if (in_place) {
+    a.q.data = static_cast<float const*>(q.data);
+    a.q.stride[0] = q.entry_stride;
+    a.q.stride[1] = q.head_stride;
+  }
+  if (out != nullptr || measuring) a.out = row_major<space>(out, b.n, hq, shape_.cache.dim_v);
+  if (lse != nullptr) a.lse = row_major<space>(lse, b.n, hq);
+  if (ring > 0) {
+    a.weights = detail::weight_rows(l.slots.rows, shape_.rows, shape_.cache.group());
+    a.weight_sum = l.weight_sum;
+    if (shape_.rows.head_floats > 0) a.weight_max = l.weight_max;
+    a.weight_row = ring_row;
+    a.ring_stride = l.slots.rows.stride[2];
+  }
+  auto in = input(l, b, false);
+  if (bound_.attention_folds) a.fold = decode_.score.attention_fold(in);
+  if (out != nullptr || ring > 0 || bound_.attention_folds || measuring)
+    KVKEEP_TRY(run(*ctx_, a, w));
+  KVKEEP_TRY(each(b.n, detail::count_tokens<space>{l, b}, w));
+  in.newest_row = measuring ? &shape_.n_sequences : ring_row;  // measuring: any pointer
+  if (decode_.score.traits().at_decode && !bound_.attention_folds)
+    KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
+  return decide(l, b, w);
+}
+
+/// Scores of all slots in use, joined over heads where one set serves a layer.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::score_tokens(score_input<space> const& in, score_map<space> out,
+                                               workspace& w) noexcept {
+  workspace::frame const frame(w);
+  KVKEEP_TRY(decode_.score.score(*ctx_, in, out, w));
+  if (decode_.width() == scope::head || !decode_.score.traits().comparable) return status::ok;
+  return run(*ctx_, op::mean_heads<space>{in.batch, in.layer.slots, out}, w);
+}
+
+/// The decision after a token, for the next one.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::decide(layer_data& l, batch_ref<space> const& b,
+                                         workspace& w) noexcept {
+  bool const decides = detail::cuts_while_decoding(decode_.score);
+  if (decides && (one_leaves_ || w.measuring())) {
+    auto in = input(l, b, false);
+    KVKEEP_TRY(evict(l, in, w));
+  }
+  if (decides && !one_leaves_) KVKEEP_TRY(cut(l, b, w));
+  if (decides && one_leaves_) return status::ok;
+  return each(b.n * shape_.cache.n_kv_heads, detail::settle_victims<space>{l, {}, {}, b, false}, w);
+}
+
+/// One victim per head over its budget.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const& in,
+                                        workspace& w) noexcept {
+  workspace::frame const frame(w);
+  bool const measuring = w.measuring();
+  batch_ref<space> const& b = in.batch;
+  index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
+  index_t const n_ids = shape_.n_sequences;
+  auto const ids = static_cast<std::size_t>(n_ids);
+  auto const keep = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
+  auto const found = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
+  index_t* const newest = w.take<index_t>(static_cast<std::size_t>(b.n));
+  if (!measuring && !w.ok()) return status::workspace_too_small;
+  detail::resolve_keep<space> const resolve{l.k, l.slots, b.id, b.id, heads, 1.0, decode_.when.room,
+                                            0,   1,       0,    keep};
+  KVKEEP_TRY(each(b.n * heads, resolve, w));
+  bool const one_set = decode_.width() != scope::head;
+  bool finds = false;
+  if constexpr (finds_victims<typename D::score_type, Ctx>) {
+    finds = decode_.score.traits().finds_victims && !one_set;
+    if (finds) KVKEEP_TRY(decode_.score.victims(*ctx_, in, keep, found, w));
+  }
+  if (!finds) {
+    auto const scores =
+        row_major<space>(w.take<float>(product(b.n, heads, slots)), b.n, heads, slots);
+    if (!measuring && !w.ok()) return status::workspace_too_small;
+    auto now = in;
+    // The newest row is that of the token before the one that comes next.
+    index_t const ring = std::max(1, shape_.rows.weight_ring);
+    KVKEEP_TRY(each(b.n, detail::newest_rows_of<space>{l, b, ring, newest}, w));
+    now.newest_row = measuring ? &shape_.n_sequences : newest;
+    KVKEEP_TRY(score_tokens(now, scores, w));
+    op::evict_one<space> one{b, l.slots, scores, in.guard, found};
+    if (one_set) one.slots.lengths.extent[1] = 1;
+    KVKEEP_TRY(run(*ctx_, one, w));
+  }
+  return each(b.n * heads, detail::settle_victims<space>{l, keep, found, b, one_set}, w);
+}
+
+/// A cut of the heads for which one is due.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::cut(layer_data& l, batch_ref<space> const& b,
+                                      workspace& w) noexcept {
+  workspace::frame const frame(w);
+  bool const measuring = w.measuring();
+  index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
+  index_t const n_ids = shape_.n_sequences;
+  auto const ids = static_cast<std::size_t>(n_ids);
+  auto const keep = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
+  auto const due = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
+  index_t* const newest = w.take<index_t>(static_cast<std::size_t>(b.n));
+  auto const scores =
+      row_major<space>(w.take<float>(product(b.n, heads, slots)), b.n, heads, slots);
+  auto const size = product(b.n, heads);
+  keep_plan<space> const plan{
+      row_major<space>(w.take<index_t>(product(size, slots)), b.n, heads, slots),
+      row_major<space>(w.take<index_t>(size), b.n, heads)};
+  if (!measuring && !w.ok()) return status::workspace_too_small;
+  detail::resolve_keep<space> const resolve{l.k,
+                                            l.slots,
+                                            b.id,
+                                            b.id,
+                                            heads,
+                                            decode_.when.evict_after,
+                                            decode_.when.room,
+                                            0,
+                                            decode_.select.traits().block,
+                                            0,
+                                            keep};
+  KVKEEP_TRY(each(b.n * heads, detail::list_due<space>{resolve, due}, w));
+  auto in = input(l, b, false);
+  in.layer.slots.lengths = due;
+  index_t const ring = std::max(1, shape_.rows.weight_ring);
+  KVKEEP_TRY(each(b.n, detail::newest_rows_of<space>{l, b, ring, newest}, w));
+  in.newest_row = measuring ? &shape_.n_sequences : newest;
+  KVKEEP_TRY(score_tokens(in, scores, w));
+  KVKEEP_TRY(decode_.select.select(*ctx_, b, in.layer.slots, scores, keep, in.guard, plan, w));
+  KVKEEP_TRY(
+      run(*ctx_, op::compact<space>{b, in.layer, b, in.layer, plan, op::move_kind::fill_holes}, w));
+  return each(b.n * heads, detail::adopt_lengths<space>{l.slots, keep, due, b, heads}, w);
+}
+
+}  // namespace kvkeep

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Device session: set-up, memory, begin and end of sequences.
+#pragma once
+
+#include <algorithm>
+
+#include "../device_session.hpp"
+
+namespace kvkeep {
+
+template <backend Ctx, class P, class D>
+void device_session<Ctx, P, D>::check_setup() const {
+  KVKEEP_EXPECTS(!layers_.empty(), "layers", layers_.size(), "at least one that is not skipped");
+  cache_shape const& first = layers_[0].kv.shape;
+  for (auto const& l : layers_) {
+    std::string const name = "layers[" + std::to_string(l.spec) + "].shape";
+    check_shape(l.kv.shape);
+    cache_shape same = l.kv.shape;
+    same.max_slots = first.max_slots;
+    KVKEEP_EXPECTS(same == first, name.c_str(), "different",
+                   "as in the first layer, but for max_slots");
+  }
+  auto const n = static_cast<index_t>(layers_.size());
+  check_policy(prompt_, n, first);
+  check_policy(decode_, n, first);
+  detail::check_offer(prompt_.score, first, limits_, one_policy_);
+  if (!one_policy_) detail::check_offer(decode_.score, first, limits_, true);
+  auto const pb = prompt_.budget.traits(), db = decode_.budget.traits();
+  KVKEEP_EXPECTS(!pb.inherits, "budget", pb.name,
+                 "a budget of its own (inherit is for a decode policy beside another)");
+  KVKEEP_EXPECTS(one_policy_ || !db.needs_scores, "decode.budget", db.name,
+                 "uniform, per_layer, pyramid or inherit beside another prompt policy");
+  KVKEEP_EXPECTS(limits_.max_draft == 0, "limits.max_draft", limits_.max_draft,
+                 "0 in a device session");
+  KVKEEP_EXPECTS(limits_.max_prompt == 0, "limits.max_prompt", limits_.max_prompt,
+                 "0 in a device session");
+  KVKEEP_EXPECTS(!limits_.engine_commits, "limits.engine_commits", "true",
+                 "false in a device session");
+  KVKEEP_EXPECTS(limits_.decode == decode_offer::attend, "limits.decode", to_string(limits_.decode),
+                 "attend in a device session");
+  KVKEEP_EXPECTS(limits_.prompt != prompt_offer::scores, "limits.prompt", to_string(limits_.prompt),
+                 "queries or nothing in a device session");
+  for (auto const* policy_scope : {&prompt_.per, &decode_.per})
+    KVKEEP_EXPECTS(*policy_scope != scope::sequence, "per", to_string(*policy_scope),
+                   "head or layer in a device session");
+  KVKEEP_EXPECTS(!detail::decides_late(decode_.when) && !detail::decides_late(prompt_.when),
+                 "when.before_attention", "true", "false in a device session");
+  bool const moves = prompt_.select.traits().moves_tokens && decode_.select.traits().moves_tokens;
+  KVKEEP_EXPECTS(moves, "select", "whole_blocks", "top_k in a device session");
+  KVKEEP_EXPECTS(!detail::cuts_while_decoding(decode_.score) || decode_.select.traits().evicts_one,
+                 "decode.select", decode_.select.traits().name, "top_k");
+  cache_demand demand;
+  demand.shape = first;
+  demand.n_layers = n;
+  demand.lim = limits_;
+  if (!detail::cuts_while_decoding(decode_.score) || db.varies_over_heads ||
+      db.varies_over_layers || db.inherits)
+    return;
+  index_t const slots = slots_needed(prompt_, decode_, demand);
+  for (auto const& l : layers_)
+    KVKEEP_EXPECTS(l.kv.shape.max_slots >= slots,
+                   ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
+                   l.kv.shape.max_slots, ">= " + std::to_string(slots) + " (slots_needed)");
+}
+
+template <backend Ctx, class P, class D>
+device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
+                                          std::span<layer_spec<space> const> layers,
+                                          limits const& lim)
+    : ctx_(&ctx), prompt_(p), decode_(d), limits_(lim) {
+  if (limits_.max_batch == 0) limits_.max_batch = limits_.max_sequences;
+  detail::check_limits(limits_);
+  if constexpr (std::is_same_v<P, D>) one_policy_ = p.key() == d.key();
+  for (auto const& spec : layers) {
+    number_of_.push_back(spec.skip ? -1 : static_cast<index_t>(layers_.size()));
+    if (spec.skip) continue;
+    layer_data l;
+    l.kv = spec.kv;
+    l.spec = static_cast<index_t>(number_of_.size()) - 1;
+    l.number = number_of_.back();
+    layers_.push_back(l);
+  }
+  check_setup();
+  cache_shape cache = layers_[0].kv.shape;
+  for (auto const& l : layers_) cache.max_slots = std::max(cache.max_slots, l.kv.shape.max_slots);
+  shape_.cache = cache;
+  shape_.n_sequences = limits_.max_sequences;
+  bound_ = detail::plan_rows(prompt_, decode_, one_policy_, limits_, cache);
+  shape_.rows = bound_.rows;
+  one_leaves_ = decode_.when.evict_after == 1;
+  auto const n = static_cast<index_t>(layers_.size());
+  n_numbers_ = std::max({limits_.max_sequences, cache.n_seq, n, shape_.rows.total + 1});
+  sequences_.resize(static_cast<std::size_t>(limits_.max_sequences));
+  prompts_.resize(product(n, limits_.max_sequences));
+  workspace counting;
+  carve(counting);
+  state_bytes_ = counting.peak() + workspace::alignment;
+  measure();
+}
+
+template <backend Ctx, class P, class D>
+void device_session<Ctx, P, D>::carve(workspace& w) {
+  auto const n = static_cast<index_t>(layers_.size());
+  for (auto& l : layers_) {
+    detail::state_shape s = shape_;
+    s.cache = l.kv.shape;
+    detail::carve_layer(w, l, s);
+  }
+  bool const scores = prompt_.budget.traits().needs_scores;
+  detail::carve_shared(w, shared_, shape_, n, scores ? n : 0, 0);
+  numbers_ = w.take<index_t>(static_cast<std::size_t>(n_numbers_));
+  faults_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_sequences));
+}
+
+/// Runs every step with a measuring workspace and the largest arguments.
+template <backend Ctx, class P, class D>
+void device_session<Ctx, P, D>::measure() {
+  std::size_t most = 0;
+  auto const take = [&](auto&& step) {
+    workspace w;
+    if (status const s = step(w); s != status::ok)
+      fail_setup(std::string("the backend cannot run a step of this policy: ") + to_string(s));
+    most = std::max(most, w.peak());
+  };
+  queries q;
+  q.n_rows = q.tokens = limits_.max_chunk;
+  batch_ref<space> batch;
+  batch.n = 1;
+  for (auto& l : layers_) {
+    take([&](workspace& w) { return feed_scorers(l, batch, q, 0, w); });
+    take([&](workspace& w) { return decide_prompt(l, 0, batch, w); });
+  }
+  batch.n = limits_.max_batch;
+  q.n_rows = 1;
+  for (auto& l : layers_)
+    take([&](workspace& w) { return weigh(l, batch, q, nullptr, nullptr, w); });
+  scratch_bytes_ = (most + 2 * workspace::alignment) / workspace::alignment * workspace::alignment;
+}
+
+template <backend Ctx, class P, class D>
+void device_session<Ctx, P, D>::place(std::span<std::byte> memory) {
+  KVKEEP_EXPECTS(memory.size() >= bytes(), "memory.size", memory.size(),
+                 ">= " + std::to_string(bytes()) + " bytes of the backend's memory");
+  workspace w(memory);
+  carve(w);
+  scratch_ = memory.data() + state_bytes_;
+  if (each(n_numbers_, detail::count_up{numbers_}, w) != status::ok)
+    fail_setup("the backend cannot write the session's memory");
+}
+
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::input(layer_data const& l, batch_ref<space> const& b,
+                                      bool prompt) const noexcept -> score_input<space> {
+  auto in = detail::view_of(l, shape_.rows, b, layer_ref<space>{l.kv, l.slots}, prompt);
+  guard const g = prompt ? prompt_.keep : decode_.keep;
+  in.guard = {g.sinks, g.recent, shared_.frozen};
+  return in;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
+  index_t at = o.id;
+  if (at < 0)
+    for (at = 0; at < limits_.max_sequences && alive(at); ++at) {
+    }
+  if (at >= limits_.max_sequences)
+    return o.id < 0 ? status::capacity_exceeded : status::bad_sequence;
+  if (alive(at)) return status::bad_sequence;
+  if (o.frozen < 0) return status::bad_argument;
+  if (o.frozen > 0 && !(prompt_.score.traits().prefix_safe && decode_.score.traits().prefix_safe))
+    return status::unsupported;
+  for (auto const& l : layers_)
+    if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
+  workspace w = scratch();
+  index_t const heads = shape_.cache.n_kv_heads;
+  KVKEEP_TRY(each(1, detail::set_sequence{shared_.frozen, faults_, at, o.frozen}, w));
+  for (auto& l : layers_) {
+    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
+    KVKEEP_TRY(each(heads, detail::clear_fresh<space>{l, at}, w));
+    KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
+    KVKEEP_TRY(each(1, detail::set_counters<space>{l, at, o.frozen, o.frozen}, w));
+    KVKEEP_TRY(fix_budget(l, at, 0, w));
+    prompt_of(l, at) = {o.frozen, true};
+  }
+  sequences_[static_cast<std::size_t>(at)] = {true, o.frozen, 0};
+  id = at;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::end(index_t id) noexcept {
+  if (!alive(id)) return status::bad_sequence;
+  sequences_[static_cast<std::size_t>(id)].alive = false;
+  if (prompt_owner_ == id) prompt_owner_ = -1;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::lengths(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 2, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].slots.lengths;
+}
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::positions(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 3, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].slots.positions;
+}
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::free_slots(index_t layer) const noexcept
+    -> tensor_ref<index_t const, 2, space> {
+  index_t const m = managed(layer);
+  if (m < 0) return {};
+  return layers_[static_cast<std::size_t>(m)].victim;
+}
+template <backend Ctx, class P, class D>
+index_t const* device_session<Ctx, P, D>::tokens(index_t layer) const noexcept {
+  index_t const m = managed(layer);
+  return m < 0 ? nullptr : layers_[static_cast<std::size_t>(m)].seen;
+}
+
+/// Binds policies to the layers of a model. @see device_session
+/// @param memory  `device_session_bytes` bytes in the backend's memory space
+/// @throws std::invalid_argument naming field, value and allowed range
+template <backend Ctx, policy_on<Ctx> P, policy_on<Ctx> D>
+device_session<Ctx, P, D> bind_device_session(Ctx& ctx, P const& prompt, D const& decode,
+                                              std::span<layer_spec<space_of<Ctx>> const> layers,
+                                              limits const& lim, std::span<std::byte> memory) {
+  device_session<Ctx, P, D> s(ctx, prompt, decode, layers, lim);
+  s.place(memory);
+  return s;
+}
+
+/// Bytes of memory that `bind_device_session` with the same arguments needs.
+template <backend Ctx, policy_on<Ctx> P, policy_on<Ctx> D>
+std::size_t device_session_bytes(Ctx& ctx, P const& prompt, D const& decode,
+                                 std::span<layer_spec<space_of<Ctx>> const> layers,
+                                 limits const& lim) {
+  return device_session<Ctx, P, D>(ctx, prompt, decode, layers, lim).bytes();
+}
+
+}  // namespace kvkeep
+
+#include "device_prompt.hpp"

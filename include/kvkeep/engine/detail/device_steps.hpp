@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Per-index steps of a device session: what a session's host code does between ops, on the backend.
+#pragma once
+
+#include "../steps.hpp"
+
+namespace kvkeep {
+
+/// What can go wrong where the host does not look.
+enum class device_fault : index_t {
+  no_slot = 1,    ///< a head had no room for a token
+  bad_table = 2,  ///< a block table entry out of range
+  bad_order = 4   ///< a token was appended before the one before it was attended to
+};
+
+namespace detail {
+
+/// numbers[i] = i.
+struct count_up {
+  index_t* numbers;
+  KVKEEP_HD void operator()(index_t i) const noexcept { numbers[i] = i; }
+};
+
+/// A sequence's counters in one layer; index: 0.
+template <class Space>
+struct set_counters {
+  layer_state<Space> l;
+  index_t id;
+  index_t tokens;
+  index_t ring_from;  ///< oldest position in the query ring; -1: as it was
+  KVKEEP_HD void operator()(index_t) const noexcept {
+    l.seen[id] = tokens;
+    if (ring_from >= 0) l.ring_from[id] = ring_from;
+  }
+};
+
+/// A sequence's session-wide words; index: 0.
+struct set_sequence {
+  index_t* frozen;
+  index_t* faults;
+  index_t id;
+  index_t tokens;
+  KVKEEP_HD void operator()(index_t) const noexcept {
+    frozen[id] = tokens;
+    faults[id] = 0;
+  }
+};
+
+/// No head holds an unattended token; index: KV head.
+template <class Space>
+struct clear_fresh {
+  layer_state<Space> l;
+  index_t id;
+  KVKEEP_HD void operator()(index_t h) const noexcept { l.fresh(0, id, h) = -1; }
+};
+
+/// Room of one plane for slots of a head, and the validity of the page that `slot` lies in.
+template <class Space>
+KVKEEP_HD index_t fault_of(plane_ref<Space> const& p, index_t row, index_t h,
+                           index_t slot) noexcept {
+  any_layout const& l = p.layout;
+  if (l.kind == layout_kind::strided)
+    return slot < l.strided.capacity(row, h) ? 0 : static_cast<index_t>(device_fault::no_slot);
+  if (l.kind == layout_kind::ragged)
+    return slot < l.ragged.capacity(row, h) ? 0 : static_cast<index_t>(device_fault::no_slot);
+  if (slot >= l.paged.capacity(row, h)) return static_cast<index_t>(device_fault::no_slot);
+  index_t const page = l.paged.entry(row, h, slot / l.paged.block_size);
+  return page >= 0 && page < l.paged.n_blocks ? 0 : static_cast<index_t>(device_fault::bad_table);
+}
+
+/// Gives every head of every entry a slot for its next token: its free slot, else the tail. A sequence
+/// with a fault gets none. Index: entry * n_kv_heads + head.
+template <class Space>
+struct take_slot {
+  layer_state<Space> l;
+  row_plan rows;
+  batch_ref<Space> batch;
+  index_t* faults;
+  index_t* out;  ///< [entry, kv_head]
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const heads = l.kv.shape.n_kv_heads, h = i % heads;
+    index_t const id = batch.id_of(i / heads), row = batch.row_of(i / heads);
+    index_t const free = l.victim(id, h), slot = free >= 0 ? free : l.slots.lengths(id, h);
+    index_t fault = faults[id];
+    if (l.fresh(0, id, h) >= 0) fault |= static_cast<index_t>(device_fault::bad_order);
+    if (slot >= l.kv.shape.max_slots) fault |= static_cast<index_t>(device_fault::no_slot);
+    if (fault == 0) fault = fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
+    // Heads write the same word, all of them a fault: whichever remains says that there was one.
+    if (fault != 0) faults[id] |= fault;
+    out[i] = fault == 0 ? slot : -1;
+    if (fault != 0) return;
+    if (free < 0) l.slots.lengths(id, h) = slot + 1;
+    l.victim(id, h) = -1;
+    l.slots.positions(id, h, slot) = l.seen[id];
+    l.fresh(0, id, h) = slot;
+    for (index_t r = 0; r < rows.weights_at; ++r) l.slots.rows(id, h, r, slot) = 0;
+  }
+};
+
+/// Stores the newest tokens' queries in the rings. Index: entry * n_q_heads + query head.
+template <class Space>
+struct push_token {
+  layer_state<Space> l;
+  batch_ref<Space> batch;
+  queries q;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const heads = l.kv.shape.n_q_heads, entry = i / heads, head = i % heads;
+    index_t const id = batch.id_of(entry), at = l.seen[id] % l.ring_q.extent[2];
+    load_row(q, entry * q.entry_stride + head * q.head_stride, l.kv.shape.dim_k,
+             l.ring_q.at(id, head, at));
+  }
+};
+
+/// The newest tokens' queries as dense fp32 `[entry, q_head, dim]`. Index: entry * n_q_heads + query head.
+struct dense_queries {
+  queries q;
+  index_t heads;
+  index_t dim;
+  float* out;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    load_row(q, i / heads * q.entry_stride + i % heads * q.head_stride, dim,
+             out + static_cast<offset_t>(i) * dim);
+  }
+};
+
+/// Ring rows in which the newest tokens' weights go. Index: entry.
+template <class Space>
+struct ring_rows_of {
+  layer_state<Space> l;
+  batch_ref<Space> batch;
+  index_t ring;
+  index_t* out;  ///< [entry]
+  KVKEEP_HD void operator()(index_t i) const noexcept { out[i] = l.seen[batch.id_of(i)] % ring; }
+};
+
+/// Ring rows in which the newest tokens' weights lie, once these count as seen. Index: entry.
+template <class Space>
+struct newest_rows_of {
+  layer_state<Space> l;
+  batch_ref<Space> batch;
+  index_t ring;
+  index_t* out;  ///< [entry]
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    out[i] = (l.seen[batch.id_of(i)] + ring - 1) % ring;
+  }
+};
+
+/// The newest tokens count as seen. Index: entry.
+template <class Space>
+struct count_tokens {
+  layer_state<Space> l;
+  batch_ref<Space> batch;
+  KVKEEP_HD void operator()(index_t i) const noexcept { ++l.seen[batch.id_of(i)]; }
+};
+
+/// What a decision keeps in each head, and as `lengths` the slots of the heads for which one is due, 0 for
+/// others: ops leave those alone. Index: entry * n_kv_heads + head.
+template <class Space>
+struct list_due {
+  resolve_keep<Space> resolve;
+  tensor_ref<index_t, 2, Space> lengths;  ///< [id, head]
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    resolve(i);
+    index_t const id = resolve.id[i / resolve.n_kv_heads], h = i % resolve.n_kv_heads;
+    index_t const n = resolve.s.lengths(id, h);
+    lengths(id, h) = resolve.out(id, h) < n ? n : 0;
+  }
+};
+
+/// Takes the lengths after a cut, where one was due. Index: entry * n_kv_heads + head.
+template <class Space>
+struct adopt_lengths {
+  slot_state<Space> s;
+  tensor_ref<index_t, 2, Space> keep;     ///< [id, head]
+  tensor_ref<index_t, 2, Space> lengths;  ///< [id, head]
+  batch_ref<Space> batch;
+  index_t n_kv_heads;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const id = batch.id_of(i / n_kv_heads), h = i % n_kv_heads;
+    if (keep(id, h) < s.lengths(id, h)) s.lengths(id, h) = lengths(id, h);
+  }
+};
+
+/// After a decision: all heads of a layer that keeps one set have its first head's victim, heads for which
+/// nothing was due have none, and the newest token is settled. Index: entry * n_kv_heads + head.
+template <class Space>
+struct settle_victims {
+  layer_state<Space> l;
+  tensor_ref<index_t, 2, Space> keep;         ///< [id, head], or null: nothing was decided
+  tensor_ref<index_t const, 2, Space> found;  ///< [id, head] victims
+  batch_ref<Space> batch;
+  bool one_set;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const heads = l.kv.shape.n_kv_heads, id = batch.id_of(i / heads), h = i % heads;
+    l.fresh(0, id, h) = -1;
+    if (keep.data == nullptr) return;
+    index_t const victim = found(id, one_set ? 0 : h);
+    l.victim(id, h) = keep(id, h) < l.slots.lengths(id, h) ? victim : -1;
+  }
+};
+
+}  // namespace detail
+}  // namespace kvkeep

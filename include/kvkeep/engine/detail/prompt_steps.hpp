@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Steps of a prompt that every kind of session takes.
+#pragma once
+
+#include <algorithm>
+
+#include "../slots.hpp"
+#include "../steps.hpp"
+
+namespace kvkeep::detail {
+
+/// Hands prompt queries to a scorer that wants all of them, `max_chunk` rows at a time.
+/// @param p0 position of the first row of `q`
+template <class Ctx, class Score>
+status feed_prompt(Ctx& ctx, Score const& score, score_input<space_of<Ctx>> const& in,
+                   queries const& q, index_t p0, index_t max_chunk, workspace& w) noexcept {
+  using space = space_of<Ctx>;
+  if (score.traits().prompt != evidence::all_queries) return status::ok;
+  index_t const heads = in.layer.kv.shape.n_q_heads, dim = in.layer.kv.shape.dim_k;
+  for (index_t first = 0; first < q.n_rows; first += max_chunk) {
+    workspace::frame const frame(w);
+    index_t const n = std::min(max_chunk, q.n_rows - first);
+    auto const size = product(heads, n);
+    bool const lse = q.lse != nullptr || w.measuring();
+    float* rows = w.take<float>(product(size, dim));
+    float* row_lse = lse ? w.take<float>(size) : nullptr;
+    index_t* position = w.take<index_t>(static_cast<std::size_t>(n));
+    if (!w.measuring()) {
+      if (!w.ok()) return status::workspace_too_small;
+      copy_queries<space> const copy{q, 0, first, n, p0 + first, dim, rows, row_lse, position};
+      KVKEEP_TRY(run(ctx, op::for_each<copy_queries<space>, space>{heads * n, copy}, w));
+    }
+    query_rows<space> block;
+    block.q = row_major<space>(static_cast<float const*>(rows), 1, heads, n, dim);
+    block.position = row_major<space>(static_cast<index_t const*>(position), 1, n);
+    block.lse = row_major<space>(static_cast<float const*>(row_lse), 1, heads, n);
+    KVKEEP_TRY(score.observe_prompt(ctx, in, block, w));
+    if (!w.measuring()) continue;
+    block.lse = {};  // needs more scratch
+    KVKEEP_TRY(score.observe_prompt(ctx, in, block, w));
+  }
+  return status::ok;
+}
+
+/// The tokens per head that decoding keeps. A prompt shorter than the capacity leaves the capacity.
+/// @param one  one policy serves the prompt and decoding
+/// @param prompt_k  budgets of the prompt that has ended, `[layer, kv_head]`
+template <class Ctx, class P, class D>
+status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, index_t n_layers,
+                         layer_state<space_of<Ctx>> const& l, index_t id, index_t tokens,
+                         tensor_ref<index_t, 2, space_of<Ctx>> prompt_k, workspace& w) noexcept {
+  using space = space_of<Ctx>;
+  if (w.measuring()) return status::ok;
+  auto const traits = decode.budget.traits();
+  index_t const heads = l.kv.shape.n_kv_heads;
+  budget_input<space> b{n_layers, l.number, heads, tokens, decode.keep.sinks, decode.keep.recent,
+                        {}, {}};
+  b.k.data = l.k.at(id);
+  b.k.extent[0] = n_layers;
+  b.k.extent[1] = heads;
+  b.k.stride[1] = 1;  // stride[0] = 0: every layer number is this layer
+  index_t const capacity = traits.inherits ? prompt.budget.capacity() : decode.budget.capacity();
+  fix_budget<space> fix{{}, l.number, l.k, id, least_budget(decode)};
+  if (!traits.fixed && tokens < capacity)
+    KVKEEP_TRY(fill_layer(ctx, b, l.number, capacity, w));
+  else if (!traits.fixed && (one || traits.inherits))
+    fix.from = prompt_k;
+  else
+    KVKEEP_TRY(decode.budget.allocate(ctx, b, w));
+  return run(ctx, op::for_each<fix_budget<space>, space>{heads, fix}, w);
+}
+
+}  // namespace kvkeep::detail

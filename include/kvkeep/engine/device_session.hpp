@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// A session whose state the host never reads, for backends with memory and a stream of their own.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../budget/inherit.hpp"
+#include "../op/attend.hpp"
+#include "../op/reduce.hpp"
+#include "detail/device_steps.hpp"
+#include "detail/offers.hpp"
+#include "detail/prompt_steps.hpp"
+#include "slots.hpp"
+
+namespace kvkeep {
+
+/// Made by `bind_device_session`. The same policies and the same kept sets as `session`; what differs is who
+/// knows: here lengths, positions, budgets and victims are read by the backend's ops alone. A call only
+/// enqueues. While decoding it depends on nothing but the addresses and the size of the batch, so that a
+/// step (append, write K and V, attend, for every layer) can be captured in a graph and replayed.
+///
+/// - The host says how long prompts are; after their end only the backend counts.
+/// - Batches of decode calls (`batch_ref`: rows and ids) lie in the backend's memory.
+/// - A token is confirmed by its attention. No drafts, no fork, no transient prompts, no plans for engines
+///   that commit themselves, one kept set per head or layer: `session` has these.
+/// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
+///
+/// Without bursts one token leaves per step, by its slot being given to the next one. With bursts
+/// (`evict_after` > 1) every step launches the cut; heads that are not due take no part in it.
+/// Threads: calls of one session do not overlap.
+template <backend Ctx, class Prompt, class Decode = Prompt>
+class device_session {
+ public:
+  using space = space_of<Ctx>;
+
+  // -- life cycle ---------------------------------------------------------------------------------
+  /// Starts a sequence; `id` is set on success.
+  status begin(index_t& id, sequence_options const& o = {}) noexcept;
+  /// Frees a sequence's state.
+  status end(index_t id) noexcept;
+
+  // -- prompt -------------------------------------------------------------------------------------
+  /// A chunk of the prompt in one layer, keys and values already written at the tail. `row` is the
+  /// sequence row in the views (-1: the id).
+  status observe(index_t layer, index_t id, queries const& q, index_t row = -1) noexcept;
+  /// The first cut of a layer, in place. Layers end in ascending order.
+  status end_prompt(index_t layer, index_t id, index_t row = -1) noexcept;
+  /// The first cut of all layers.
+  status end_prompt(index_t id) noexcept;
+
+  // -- decoding -----------------------------------------------------------------------------------
+  /// A slot per sequence and KV head for the next token, `slots` `[entry, kv_head]`; -1 where the
+  /// sequence has a fault: nothing shall be written there.
+  status append(index_t layer, batch_ref<space> const& b, index_t* slots) noexcept;
+  /// Attention of the newest token over all slots in use, with evidence and the next decision.
+  /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
+  status attend(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
+                float* lse = nullptr) noexcept;
+  /// The engine has attended itself: the newest token's queries (K is read once more).
+  status observe(index_t layer, batch_ref<space> const& b, queries const& q) noexcept;
+
+  // -- reading: all in the backend's memory ---------------------------------------------------------
+  /// Slots in use, `[id, kv_head]`.
+  tensor_ref<index_t const, 2, space> lengths(index_t layer) const noexcept;
+  /// Original positions, `[id, kv_head, slot]`.
+  tensor_ref<index_t const, 3, space> positions(index_t layer) const noexcept;
+  /// Free slot inside the slots in use, `[id, kv_head]`, -1: none.
+  tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept;
+  /// Tokens seen by each sequence, `[id]`.
+  index_t const* tokens(index_t layer) const noexcept;
+  /// What went wrong, `[id]`: 0, or bits of device_fault. Cleared by `begin`.
+  index_t const* faults() const noexcept { return faults_; }
+
+  /// Bytes of memory that `bind_device_session` needs.
+  std::size_t bytes() const noexcept { return state_bytes_ + scratch_bytes_; }
+
+ private:
+  template <backend C, policy_on<C> P, policy_on<C> D>
+  friend device_session<C, P, D> bind_device_session(C&, P const&, D const&,
+                                                     std::span<layer_spec<space_of<C>> const>,
+                                                     limits const&, std::span<std::byte>);
+  template <backend C, policy_on<C> P, policy_on<C> D>
+  friend std::size_t device_session_bytes(C&, P const&, D const&,
+                                          std::span<layer_spec<space_of<C>> const>, limits const&);
+
+  using layer_data = detail::layer_state<space>;
+  /// What the host knows of one sequence.
+  struct host_state {
+    bool alive = false;
+    index_t frozen = 0;
+    index_t ended_layers = 0;  ///< layers whose prompt has ended
+  };
+  /// ... and of its prompt in one layer.
+  struct prompt_state {
+    index_t tokens = 0;
+    bool has_lse = true;
+  };
+
+  KVKEEP_COLD device_session(Ctx& ctx, Prompt const& p, Decode const& d,
+                             std::span<layer_spec<space> const> layers, limits const& lim);
+  KVKEEP_COLD void check_setup() const;
+  KVKEEP_COLD void carve(workspace& w);
+  KVKEEP_COLD void measure();
+  KVKEEP_COLD void place(std::span<std::byte> memory);
+
+  workspace scratch() const noexcept { return workspace({scratch_, scratch_bytes_}); }
+  bool alive(index_t id) const noexcept {
+    return id >= 0 && id < limits_.max_sequences && sequences_[static_cast<std::size_t>(id)].alive;
+  }
+  index_t managed(index_t layer) const noexcept {
+    bool const known = layer >= 0 && layer < static_cast<index_t>(number_of_.size());
+    return known ? number_of_[static_cast<std::size_t>(layer)] : -2;
+  }
+  prompt_state& prompt_of(layer_data const& l, index_t id) noexcept {
+    return prompts_[static_cast<std::size_t>(l.number * limits_.max_sequences + id)];
+  }
+  /// One sequence as a batch: `numbers_` holds 0, 1, 2, ... in the backend's memory.
+  batch_ref<space> one(index_t id, index_t row) const noexcept {
+    return {1, numbers_ + row, numbers_ + id};
+  }
+  template <class F>
+  status each(index_t n, F const& f, workspace& w) const noexcept {
+    if (w.measuring()) return status::ok;
+    return run(*ctx_, op::for_each<F, space>{n, f}, w);
+  }
+  score_input<space> input(layer_data const& l, batch_ref<space> const& b,
+                           bool prompt) const noexcept;
+
+  // device_prompt.hpp
+  status check_prompt(layer_data const& l, index_t id, index_t row) const noexcept;
+  status push_prompt(layer_data& l, index_t id, queries const& q, workspace& w) noexcept;
+  status feed_scorers(layer_data& l, batch_ref<space> const& b, queries const& q, index_t p0,
+                      workspace& w) noexcept;
+  status decide_prompt(layer_data& l, index_t id, batch_ref<space> const& b, workspace& w) noexcept;
+  status cut_prompt(layer_data& l, index_t id, batch_ref<space> const& b,
+                    tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
+  status fix_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept {
+    return detail::fix_decode_budget(*ctx_, prompt_, decode_, one_policy_,
+                                     static_cast<index_t>(layers_.size()), l, id, tokens,
+                                     shared_.prompt_k, w);
+  }
+
+  // device_decode.hpp
+  status show_token(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
+                    float* lse) noexcept;
+  status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, float* out, float* lse,
+               workspace& w) noexcept;
+  status decide(layer_data& l, batch_ref<space> const& b, workspace& w) noexcept;
+  status score_tokens(score_input<space> const& in, score_map<space> out, workspace& w) noexcept;
+  status evict(layer_data& l, score_input<space> const& in, workspace& w) noexcept;
+  status cut(layer_data& l, batch_ref<space> const& b, workspace& w) noexcept;
+
+  Ctx* ctx_ = nullptr;
+  Prompt prompt_{};
+  Decode decode_{};
+  bool one_policy_ = false;
+  bool one_leaves_ = true;  ///< no bursts: victims alone once a prompt has ended
+  detail::bound_rows bound_{};
+  limits limits_{};
+  detail::state_shape shape_{};
+  std::vector<index_t> number_of_;  ///< [layer] managed number, or -1
+  std::vector<layer_data> layers_;  ///< managed layers
+  std::vector<host_state> sequences_;
+  std::vector<prompt_state> prompts_;  ///< [managed layer, id]
+  index_t prompt_owner_ = -1;          ///< sequence whose coupled layers are being decided
+  detail::shared_state<space> shared_{};
+  index_t* numbers_ = nullptr;
+  index_t n_numbers_ = 0;
+  index_t* faults_ = nullptr;
+  std::size_t state_bytes_ = 0;
+  std::size_t scratch_bytes_ = 0;
+  std::byte* scratch_ = nullptr;
+};
+
+}  // namespace kvkeep
+
+#include "detail/device_setup.hpp"

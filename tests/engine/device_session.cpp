@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// A session whose state the host never reads keeps, and computes, what a session does.
+#include "../support/device_engine.hpp"
+
+namespace {
+
+using namespace kvkeep;
+using test::generator;
+using test::uz;
+
+struct pairing {
+  std::string prompt, decode;
+  policy_options o, d;
+};
+
+policy_options small(index_t capacity) {
+  policy_options o;
+  o.capacity = capacity;
+  o.window = 4;
+  o.sinks = 1;
+  o.kernel = 3;
+  o.lag = 4;
+  return o;
+}
+
+std::vector<pairing> pairings() {
+  std::vector<pairing> all;
+  list_policies([&](policy_info const& p) {
+    all.push_back({p.name, p.name, small(16), small(16)});
+  });
+  for (char const* prompt : {"snapkv", "pyramidkv", "dynamickv", "adakv"})
+    for (char const* decode : {"morphkv", "h2o", "streamingllm"}) {
+      pairing p{prompt, decode, small(16), small(16)};
+      p.d.budget = "inherit";
+      all.push_back(p);
+    }
+  pairing burst{"snapkv", "morphkv", small(16), small(14)};
+  burst.d.evict_after = 1.3;
+  all.push_back(burst);
+  burst.prompt = burst.decode = "knorm";
+  burst.o.evict_after = 1.3;
+  burst.d = burst.o;
+  all.push_back(burst);
+  for (morph_rows rows : {morph_rows::cached, morph_rows::lazy, morph_rows::direct}) {
+    pairing p{"morphkv", "morphkv", small(20), small(20)};
+    p.o.window = 9;
+    p.o.evaluation = rows;
+    p.o.fusion = rows == morph_rows::cached ? reduction::max : reduction::sum;
+    p.d = p.o;
+    all.push_back(p);
+  }
+  pairing layer{"knorm", "knorm", small(16), small(16)};
+  layer.o.per = layer.d.per = scope::layer;
+  all.push_back(layer);
+  return all;
+}
+
+std::string describe(pairing const& p) {
+  return p.prompt + ", then " + p.decode + ", evict_after " + std::to_string(p.d.evict_after);
+}
+
+/// Slots may differ (what a session frees as a victim may be a cut here), so outputs agree up to rounding.
+/// Two sequences of different lengths, then a third that begins while they decode.
+void compare(pairing const& p, test::world w, std::uint64_t seed) {
+  w.seed = seed;
+  generator g(seed);
+  auto const o = w.options(test::make(p.decode, p.d), w.prompt + 30);
+  test::engine host(o, test::make(p.prompt, p.o), test::make(p.decode, p.d));
+  test::device_engine device(o, make_policy<test::op_context>(p.prompt, p.o),
+                             make_policy<test::op_context>(p.decode, p.d));
+  auto const a = w.words(1), b = w.words(2), c = w.words(3);
+  auto const start = [&](test::text const& t, index_t n) {
+    test::stream h = host.begin(t), d = device.begin(t);
+    REQUIRE(h.id == d.id);
+    index_t const first = g.integer(1, n);
+    std::vector<index_t> const chunks =
+        first < n ? std::vector<index_t>{first, n - first} : std::vector<index_t>{n};
+    test::prompt_options how;
+    how.chunks = chunks;
+    host.prompt(h, n, how);
+    device.prompt(d, n, chunks);
+    for (index_t l = 0; l < w.n_layers; ++l) REQUIRE(host.kept(l, h) == device.kept(l, d));
+    return std::pair{h, d};
+  };
+  auto x = start(a, w.prompt), y = start(b, g.integer(3, w.prompt - 1));
+  std::vector<test::stream*> hosts{&x.first, &y.first}, devices{&x.second, &y.second};
+  for (int t = 0; t < 12; ++t) test::require_same(host.step(hosts), device.step(devices), false);
+  auto z = start(c, 18);
+  hosts = {&z.first, &x.first, &y.first};
+  devices = {&z.second, &x.second, &y.second};
+  for (int t = 0; t < 8; ++t) test::require_same(host.step(hosts), device.step(devices), false);
+  for (test::stream const* s : devices) REQUIRE(device.session().faults()[s->id] == 0);
+  CHECK(device.intact());
+}
+
+}  // namespace
+
+TEST_CASE("a device session keeps and computes what a session does, under every policy") {
+  for (pairing const& p : pairings())
+    test::for_seeds(2, [&](generator& g) {
+      INFO(describe(p));
+      test::world w;
+      w.layout = g.one_of(test::all_layouts());
+      w.type = g.one_of(std::array<dtype, 3>{dtype::f32, dtype::f16, dtype::bf16});
+      compare(p, w, g.next());
+    });
+}
+
+TEST_CASE("a sequence that finds no slot says so, and the others go on") {
+  policy_options o = small(64);
+  test::world w;
+  test::device_engine device(w.options(test::make("fullkv", o), w.prompt + 2),
+                             make_policy<test::op_context>("fullkv", o),
+                             make_policy<test::op_context>("fullkv", o));
+  auto const a = w.words(1), b = w.words(2);
+  test::stream x = device.begin(a), y = device.begin(b);
+  device.prompt(x, w.prompt, {w.prompt});
+  device.prompt(y, 5, {5});
+  for (int t = 0; t < 4; ++t) {
+    auto const r = device.step({&x, &y});
+    index_t const fault = t < 2 ? 0 : static_cast<index_t>(device_fault::no_slot);
+    CHECK(device.session().faults()[x.id] == fault);
+    CHECK(device.session().faults()[y.id] == 0);
+    CHECK(oracle::count(r[1].done[0]) == 6 + t);
+    CHECK(oracle::count(r[0].done[0]) == w.prompt + std::min(t + 1, 2));
+  }
+  CHECK(device.intact());
+  REQUIRE(device.session().end(x.id) == status::ok);
+  test::stream again = device.begin(a, x.id);
+  CHECK(again.id == x.id);
+  CHECK(device.session().faults()[x.id] == 0);
+}
+
+TEST_CASE("what a device session does not have is refused when it is bound") {
+  policy_options const o = small(16);
+  test::world w;
+  auto const refused = [&](policy_options const& options, limits const& lim, char const* name,
+                           char const* field) {
+    test::world bad = w;
+    bad.lim = lim;
+    auto const p = make_policy<test::op_context>(name, options);
+    auto e = bad.options(test::make("fullkv"), 60);
+    e.lim = lim;
+    CHECK_THROWS_WITH(test::device_engine(e, p, p), Catch::Matchers::Contains(field));
+  };
+  limits lim;
+  lim.max_draft = 2;
+  refused(o, lim, "h2o", "max_draft");
+  lim = {};
+  lim.engine_commits = true;
+  refused(o, lim, "h2o", "engine_commits");
+  policy_options wide = o;
+  wide.per = scope::sequence;
+  refused(wide, {}, "knorm", "per");
+  policy_options current = o;
+  current.include_current = true;
+  refused(current, {}, "morphkv", "before_attention");
+}
+
+TEST_CASE("calls out of order are refused before anything is enqueued") {
+  policy_options const o = small(16);
+  test::world w;
+  auto const p = make_policy<test::op_context>("streamingllm", o);
+  test::device_engine device(w.options(test::make("streamingllm", o), 60), p, p);
+  auto const a = w.words(1);
+  auto& s = device.session();
+  CHECK(s.end(0) == status::bad_sequence);
+  CHECK(s.observe(0, 0, tokens_only(3)) == status::bad_sequence);
+  test::stream x = device.begin(a);
+  CHECK(s.end_prompt(1, x.id) == status::bad_order);
+  CHECK(s.observe(5, x.id, tokens_only(3)) == status::bad_argument);
+  CHECK(s.observe(0, x.id, tokens_only(1000)) == status::capacity_exceeded);
+  device.prompt(x, 9, {9});
+  CHECK(s.observe(0, x.id, tokens_only(3)) == status::bad_order);
+  CHECK(s.append(0, {}, nullptr) == status::bad_argument);
+}

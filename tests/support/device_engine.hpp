@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// A small engine around a device session: on the CPU backend, or on that for CUDA (KVKEEP_TEST_CUDA).
+#pragma once
+
+#include <bit>
+
+#include <kvkeep/engine/device_session.hpp>
+
+#include "run_op.hpp"
+#include "session_run.hpp"
+
+namespace kvkeep::test {
+
+using device_any = any_policy<op_context>;
+using device_memory = space_of<op_context>;
+
+/// The tests' memory is the backend's: see op_cuda.hpp.
+template <template <class> class T>
+T<device_memory> to_device(T<host_space> const& x) {
+  if constexpr (std::is_same_v<device_memory, host_space>)
+    return x;
+  else
+    return std::bit_cast<T<device_memory>>(x);
+}
+
+/// Waits for what was enqueued, so that the host may look.
+inline void settle_device() {
+#if defined(KVKEEP_TEST_CUDA)
+  REQUIRE(cudaStreamSynchronize(one_thread().stream) == cudaSuccess);
+#endif
+}
+
+class device_engine {
+ public:
+  device_engine(engine_options o, device_any const& prompt, device_any const& decode)
+      : options_(std::move(o)), shape_(options_.cache.shape) {
+    for (index_t l = 0; l < options_.n_layers; ++l) {
+      cache_options c = options_.cache;
+      c.seed = c.seed * 31 + static_cast<std::uint64_t>(l);
+      caches_.emplace_back(c);
+    }
+    for (auto const& c : caches_) specs_.push_back({to_device(c.ref())});
+    options_.lim.max_sequences = std::max(options_.lim.max_sequences, shape_.n_seq);
+    std::span<layer_spec<device_memory> const> const specs(specs_);
+    memory_ = std::make_unique<aligned_block>(
+        device_session_bytes(one_thread(), prompt, decode, specs, options_.lim));
+    session_.emplace(
+        bind_device_session(one_thread(), prompt, decode, specs, options_.lim, memory_->span()));
+  }
+
+  auto& session() { return *session_; }
+
+  /// Rows run backwards, so that rows and ids differ.
+  stream begin(text const& t, index_t id = -1) {
+    stream s;
+    s.words = &t;
+    sequence_options o;
+    o.id = id;
+    REQUIRE(session_->begin(s.id, o) == status::ok);
+    s.row = shape_.n_seq - 1 - s.id;
+    return s;
+  }
+  void prompt(stream& s, index_t n, std::vector<index_t> const& chunks) {
+    for (index_t l = 0; l < options_.n_layers; ++l) {
+      index_t first = s.tokens;
+      for (index_t size : chunks) {
+        for (index_t h = 0; h < shape_.n_kv_heads; ++h)
+          for (index_t t = first; t < first + size; ++t) write(s, l, h, t, t);
+        auto const q = rows(s, l, first, size);
+        REQUIRE(session_->observe(l, s.id,
+                                  make_queries(q.data(), shape_.n_q_heads, size, shape_.dim_k),
+                                  s.row) == status::ok);
+        settle_device();  // the queries die here
+        first += size;
+      }
+      REQUIRE(session_->end_prompt(l, s.id, s.row) == status::ok);
+    }
+    s.tokens += n;
+  }
+  /// One token for each stream: `[layer * entries + entry]`.
+  std::vector<token_record> step(std::vector<stream*> const& who) {
+    index_t const n = oracle::count(who), heads = shape_.n_kv_heads;
+    std::vector<index_t> ids, at;
+    for (stream const* s : who) ids.push_back(s->id), at.push_back(s->row);
+    batch_ref<device_memory> const b{n, at.data(), ids.data()};
+    std::vector<token_record> r;
+    for (index_t l = 0; l < options_.n_layers; ++l) {
+      std::vector<index_t> slots(uz(n) * uz(heads), -7);
+      std::vector<float> q, out(uz(n) * uz(shape_.n_q_heads) * uz(shape_.dim_v));
+      REQUIRE(session_->append(l, b, slots.data()) == status::ok);
+      settle_device();
+      for (index_t i = 0; i < n; ++i) {
+        stream const& s = *who[uz(i)];
+        for (index_t h = 0; h < heads; ++h)
+          if (slots[uz(i * heads + h)] >= 0) write(s, l, h, slots[uz(i * heads + h)], s.tokens);
+        token_record t;
+        t.appended = kept(l, s);
+        auto const mine = rows(s, l, s.tokens, 1);
+        q.insert(q.end(), mine.begin(), mine.end());
+        r.push_back(std::move(t));
+      }
+      REQUIRE(session_->attend(l, b, make_queries(q.data(), shape_.n_q_heads, 1, shape_.dim_k),
+                               out.data()) == status::ok);
+      settle_device();
+      std::size_t const each = out.size() / uz(n);
+      for (std::size_t i = 0; i < uz(n); ++i) {
+        auto const from = out.begin() + static_cast<std::ptrdiff_t>(i * each);
+        r[uz(l) * uz(n) + i].out.assign(from, from + static_cast<std::ptrdiff_t>(each));
+        r[uz(l) * uz(n) + i].done = kept(l, *who[i]);
+      }
+    }
+    for (stream* s : who) ++s->tokens;
+    return r;
+  }
+  /// Live positions per head, ascending.
+  oracle::kept_sets kept(index_t l, stream const& s) {
+    oracle::kept_sets sets(uz(shape_.n_kv_heads));
+    for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
+      index_t const hole = session_->free_slots(l).data[session_->free_slots(l).offset(s.id, h)];
+      for (index_t t = 0; t < session_->lengths(l)(s.id, h); ++t)
+        if (t != hole) sets[uz(h)].push_back(session_->positions(l)(s.id, h, t));
+      std::sort(sets[uz(h)].begin(), sets[uz(h)].end());
+    }
+    return sets;
+  }
+  bool intact() const {
+    bool good = true;
+    for (auto const& c : caches_) good = good && c.canaries_intact();
+    return good;
+  }
+
+ private:
+  std::vector<float> rows(stream const& s, index_t l, index_t first, index_t n) const {
+    std::vector<float> q;
+    for (index_t h = 0; h < shape_.n_q_heads; ++h)
+      for (index_t r = 0; r < n; ++r)
+        for (double x : s.words->layer[uz(l)].q.row(h, first + r))
+          q.push_back(static_cast<float>(x));
+    return q;
+  }
+  void write(stream const& s, index_t l, index_t h, index_t slot, index_t position) {
+    auto const floats = [](auto const& x) {
+      std::vector<float> f;
+      for (double e : x) f.push_back(static_cast<float>(e));
+      return f;
+    };
+    auto const& w = s.words->layer[uz(l)];
+    caches_[uz(l)].set_k(s.row, h, slot, floats(w.k.row(h, position)));
+    caches_[uz(l)].set_v(s.row, h, slot, floats(w.v.row(h, position)));
+  }
+
+  engine_options options_;
+  cache_shape shape_;
+  std::vector<test_cache> caches_;
+  std::vector<layer_spec<device_memory>> specs_;
+  std::unique_ptr<aligned_block> memory_;
+  std::optional<device_session<op_context, device_any, device_any>> session_;
+};
+
+}  // namespace kvkeep::test
