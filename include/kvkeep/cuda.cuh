@@ -4,5 +4,6 @@
 #pragma once
 
 #include "backend/cuda/compact.cuh"
+#include "backend/cuda/pool.cuh"
 #include "backend/cuda/select_k.cuh"
 #include "backend/cuda/slots.cuh"
