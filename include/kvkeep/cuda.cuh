@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backend/cuda/compact.cuh"
+#include "backend/cuda/key_geometry.cuh"
 #include "backend/cuda/pool.cuh"
 #include "backend/cuda/select_k.cuh"
 #include "backend/cuda/slots.cuh"

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The features of a row, one after another or shared by the threads that work on it.
+#pragma once
+
+#include "rows.cuh"
+
+namespace kvkeep::cuda {
+
+template <class T, class F>
+__device__ void for_features_of(T const* row, feature_map const& map, index_t dim, index_t first,
+                                index_t step, F const& f) {
+  if (map.contiguous(dim)) {
+    for (index_t d = first; d < dim; d += step) f(d, to_float(row[d]));
+  } else {
+    for (index_t d = first; d < dim; d += step) f(d, to_float(row[map(d)]));
+  }
+}
+
+/// f(d, value) for the features first, first + step, ... of a row. Precondition: not opaque.
+template <class F>
+__device__ void for_features(plane_ref<device_space> const& p, std::byte const* row, index_t first,
+                             index_t step, F const& f) {
+  switch (p.type) {
+    case dtype::f16:
+      return for_features_of(reinterpret_cast<fp16 const*>(row), p.features, p.dim, first, step, f);
+    case dtype::bf16:
+      return for_features_of(reinterpret_cast<bf16 const*>(row), p.features, p.dim, first, step, f);
+    default:
+      return for_features_of(reinterpret_cast<float const*>(row), p.features, p.dim, first, step,
+                             f);
+  }
+}
+
+}  // namespace kvkeep::cuda
