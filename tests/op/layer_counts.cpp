@@ -94,6 +94,18 @@ TEST_CASE("each head's best safe candidates count first") {
   });
 }
 
+TEST_CASE("counts over long rows, some of them short or empty") {
+  test::for_seeds(4, [](generator& g) {
+    counts_run c(g, 2, 2, 2, 40000, g.integer(0, 2));
+    c.candidates.each([&](index_t& x) { x = g.chance(0.3F) ? g.integer(0, 20000) : 40000; });
+    c.op.skip = g.integer(0, 5);
+    c.op.best_per_head = g.integer(1, 40000);
+    test::run_op(c.op, c.out);
+    for (index_t e = 0; e < c.op.batch.n; ++e)
+      REQUIRE(c.result(e) == oracle::joint_counts(c.parts(e), c.total()));
+  });
+}
+
 TEST_CASE("normalised counts scale a head by the share of its best") {
   test::for_seeds(100, [](generator& g) {
     counts_run c(g, 1, g.integer(1, 3), g.integer(1, 5), g.integer(2, 60), 0);
