@@ -7,5 +7,7 @@
 #include "backend/cuda/key_geometry.cuh"
 #include "backend/cuda/layer_counts.cuh"
 #include "backend/cuda/pool.cuh"
+#include "backend/cuda/ring_score.cuh"
 #include "backend/cuda/select_k.cuh"
 #include "backend/cuda/slots.cuh"
+#include "backend/cuda/window_score.cuh"

@@ -19,7 +19,7 @@ struct grid {
   }
 };
 
-constexpr offset_t ceil_div(offset_t a, offset_t b) noexcept { return (a + b - 1) / b; }
+KVKEEP_HD constexpr offset_t ceil_div(offset_t a, offset_t b) noexcept { return (a + b - 1) / b; }
 
 /// One block per (entry, KV head), in x: `blockIdx.x = entry * n_heads + kv_head`; y: parts of a head.
 constexpr grid head_grid(index_t n_entries, index_t n_heads, offset_t parts, int threads) noexcept {

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Instructions that CUDA C++ has no name for.
+#pragma once
+
+#include "block.cuh"
+
+namespace kvkeep::cuda {
+
+/// c += a * b for 16 x 8 of c, over 16 elements. Lane l = 4 r + q holds of a the rows r and r + 8 (a0, a2
+/// and a1, a3) at 2 q, 2 q + 1 (a0, a1) and 8 more (a2, a3); of b column r at the same places (b0, b1);
+/// of c rows r (c[0], c[1]) and r + 8 (c[2], c[3]) at columns 2 q, 2 q + 1.
+__device__ inline void mma(bf16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ inline void mma(fp16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                           unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/// 2^x to 2 units in the last place, 0 where the result is no normal number.
+__device__ inline float fast_exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+/// 1 / x to 1 unit in the last place.
+__device__ inline float fast_inverse(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+/// Starts copying 16 bytes from device to shared memory, both aligned, or zeros if not `wanted`.
+__device__ inline void copy_16(void* to, void const* from, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(wanted ? 16 : 0)
+               : "memory");
+}
+/// Ends a group of copies.
+__device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Waits for all of this thread's groups but the last `Pending`.
+template <int Pending>
+__device__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+}  // namespace kvkeep::cuda

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// How scoring by query rows is cut into launches and blocks. Plain host code. Nothing here shows in a
+/// result: sums of rows come from slices of a fixed size, and those of a slot from all rows in order.
+#pragma once
+
+#include "plan.hpp"
+
+namespace kvkeep::cuda {
+
+/// Slots whose share of a row's normaliser one block computes.
+inline constexpr index_t slice_slots = 1024;
+/// Packed queries (rows times query heads of a group) of one launch, where normalisers are computed:
+/// bounds the memory for the slices' shares.
+inline constexpr index_t launch_queries = 1024;
+
+/// Sizes that a scoring op is planned from.
+struct window_sizes {
+  index_t n_entries = 0;
+  index_t n_heads = 0;  ///< KV heads
+  index_t group = 1;
+  index_t n_rows = 0;
+  index_t max_slots = 0;
+
+  constexpr offset_t heads() const noexcept { return static_cast<offset_t>(n_entries) * n_heads; }
+  constexpr offset_t slices() const noexcept { return ceil_div(max_slots, slice_slots); }
+};
+
+/// Rows that one launch takes where normalisers are computed.
+constexpr index_t rows_at_once(window_sizes const& s) noexcept {
+  index_t const most = s.group < launch_queries ? launch_queries / s.group : 1;
+  return s.n_rows < most ? s.n_rows : most;
+}
+
+/// A block per head, slice and `queries` packed queries.
+constexpr grid slice_grid(window_sizes const& s, index_t n_rows, index_t queries,
+                          int threads) noexcept {
+  offset_t const tiles = ceil_div(static_cast<offset_t>(n_rows) * s.group, queries);
+  return head_grid(s.n_entries, s.n_heads, s.slices() * tiles, threads);
+}
+
+/// A block per head and `slots` slots.
+constexpr grid strip_grid(window_sizes const& s, index_t slots, int threads) noexcept {
+  return head_grid(s.n_entries, s.n_heads, ceil_div(s.max_slots, slots), threads);
+}
+
+/// Steps of `slots` slots that one block takes: more than one where all its queries stay in place, and
+/// where that leaves some blocks to each of the device's multiprocessors.
+constexpr offset_t strip_steps(window_sizes const& s, index_t slots, bool queries_stay,
+                               int n_sm) noexcept {
+  constexpr offset_t most = 16, blocks_per_sm = 8;
+  if (!queries_stay) return 1;
+  offset_t const each = s.heads() * ceil_div(s.max_slots, slots) / (blocks_per_sm * n_sm);
+  return each < 1 ? 1 : each < most ? each : most;
+}
+
+/// How the queries of a head follow each other where a quad of lanes adds them up: `chains` sums side by
+/// side, each over rows in order, in `sets` one after another.
+struct chain_plan {
+  index_t chains = 1;
+  index_t sets = 1;
+  index_t length = 0;  ///< terms of a chain
+
+  constexpr chain_plan(index_t n_rows, index_t group, bool per_query_head) noexcept {
+    if (per_query_head) {
+      chains = group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1;
+      sets = group / chains;
+    }
+    length = per_query_head ? n_rows : n_rows * group;
+  }
+  /// Batches of 32 queries of one set.
+  KVKEEP_HD constexpr index_t batches() const noexcept {
+    return static_cast<index_t>(ceil_div(static_cast<offset_t>(length) * chains, 32));
+  }
+};
+
+}  // namespace kvkeep::cuda

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// CUDA: attention mass per column, and MorphKV's fused rows.
+#pragma once
+
+#include "kernels/slices_mma.cuh"
+#include "kernels/sums_mma.cuh"
+#include "kernels/window_plain.cuh"
+#include "launch.cuh"
+
+namespace kvkeep::cuda {
+
+inline window_sizes sizes_of(window_job const& job) noexcept {
+  cache_shape const& s = job.layer.kv.shape;
+  return {job.batch.n, s.n_kv_heads, s.group(), job.n_rows, s.max_slots};
+}
+
+/// Takes memory for the normalisers of `n_rows` rows at a time.
+inline void take_norms(window_job& job, index_t n_rows, workspace& ws) noexcept {
+  window_sizes const s = sizes_of(job);
+  job.n_slices = static_cast<index_t>(s.slices());
+  job.slices = ws.take<row_sum>(product(s.heads(), s.slices(), n_rows, s.group));
+  job.norms = ws.take<row_norm>(product(s.heads(), n_rows, s.group));
+}
+
+/// An element type and a number of blocks of 32 features.
+template <class T, int Blocks>
+struct mma_shape {
+  using type = T;
+  static constexpr int blocks = Blocks;
+};
+
+/// Whether matrix products serve the keys: it depends on their type and size, never on the layout.
+inline bool fits_mma(plane_ref<device_space> const& k) noexcept {
+  return (k.type == dtype::f16 || k.type == dtype::bf16) && k.dim <= 256;
+}
+/// f(mma_shape) of the smallest shape that holds the keys.
+template <class F>
+status with_mma(plane_ref<device_space> const& k, F const& f) noexcept {
+  auto const sized = [&]<class T>(T) {
+    return k.dim <= 64    ? f(mma_shape<T, 2>{})
+           : k.dim <= 128 ? f(mma_shape<T, 4>{})
+                          : f(mma_shape<T, 8>{});
+  };
+  return k.type == dtype::f16 ? sized(fp16{}) : sized(bf16{});
+}
+
+inline status launch_plain_slices(context& c, window_job const& job) noexcept {
+  return launch(c, slice_grid(sizes_of(job), job.n_rows, plain_queries, plain_threads),
+                plain_tile::bytes(), plain_slices_kernel{{}, job});
+}
+inline status launch_mma_slices(context& c, window_job const& job) noexcept {
+  return with_mma(job.layer.kv.k, [&]<class S>(S) {
+    using kernel = mma_slices_kernel<typename S::type, S::blocks>;
+    return launch(c,
+                  slice_grid(sizes_of(job), job.n_rows, kernel::batches * 32, kernel::most_threads),
+                  kernel::bytes(), kernel{job});
+  });
+}
+
+/// Normalisers from the slices' shares.
+inline status launch_join(context& c, window_job const& job, float const* sinks) noexcept {
+  window_sizes const s = sizes_of(job);
+  constexpr int threads = join_slices_kernel::most_threads;
+  return launch(c, head_grid(s.n_entries, s.n_heads, ceil_div(job.n_queries(), threads), threads),
+                0, join_slices_kernel{job, sinks});
+}
+
+struct sums_output {
+  tensor_ref<float, 4, device_space> const& out;
+  bool by_id, per_query_head, clear;
+};
+
+inline status launch_plain_sums(context& c, window_job const& job, sums_output const& to) noexcept {
+  return launch(c, strip_grid(sizes_of(job), plain_slots, plain_threads), plain_tile::bytes(),
+                plain_sums_kernel{{}, job, to.out, to.by_id, to.per_query_head, to.clear});
+}
+inline status launch_mma_sums(context& c, window_job const& job, sums_output const& to) noexcept {
+  return with_mma(job.layer.kv.k, [&]<class S>(S) {
+    using kernel = mma_sums_kernel<typename S::type, S::blocks>;
+    constexpr index_t keys = kernel::tiles::keys;
+    chain_plan const plan(job.n_rows, job.group(), to.per_query_head);
+    bool const stay = plan.sets == 1 && plan.batches() <= kernel::tiles::batches;
+    offset_t const steps = strip_steps(sizes_of(job), keys, stay, c.n_sm);
+    return launch(
+        c, strip_grid(sizes_of(job), keys * static_cast<index_t>(steps), kernel::most_threads),
+        kernel::bytes(),
+        kernel{job, to.out, to.by_id, to.per_query_head, to.clear, plan,
+               static_cast<index_t>(steps)});
+  });
+}
+
+/// Column sums. Scratch where rows have no log-sum-exp: 8 bytes per query of a launch and 1024 slots.
+inline status enqueue(context& c, op::column_sums<device_space> const& o, workspace& ws) noexcept {
+  kv_ref<device_space> const& kv = o.layer.kv;
+  if (!readable(kv.k)) return status::unsupported;
+  if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.out) ||
+      !slots_contiguous(o.layer.slots.positions))
+    return status::bad_argument;
+  workspace::frame const frame(ws);
+  window_job job{o.batch, o.layer, row_source::of(o.rows)};
+  index_t const n_rows = o.rows.q.extent[2];
+  job.n_rows = n_rows;
+  index_t const step = o.rows.lse.data != nullptr ? n_rows : rows_at_once(sizes_of(job));
+  if (o.rows.lse.data == nullptr) take_norms(job, step, ws);
+  if (!placed(ws)) return not_placed(ws);
+  bool const mma = fits_mma(kv.k);
+  do {
+    job.n_rows = std::min(step, n_rows - job.first_row);
+    if (o.rows.lse.data == nullptr) {
+      KVKEEP_TRY(mma ? launch_mma_slices(c, job) : launch_plain_slices(c, job));
+      KVKEEP_TRY(launch_join(c, job, kv.sink_logits));
+    }
+    sums_output const to{o.out, o.out_by_id, o.per_query_head, o.clear && job.first_row == 0};
+    KVKEEP_TRY(mma ? launch_mma_sums(c, job, to) : launch_plain_sums(c, job, to));
+    job.first_row += job.n_rows;
+  } while (job.first_row < n_rows);
+  return status::ok;
+}
+
+/// The direct form of the heads that are not skipped. `job` has its rows and limits.
+inline status launch_fused(context& c, window_job const& job, reduction fuse,
+                           score_map<device_space> const& out,
+                           tensor_ref<float, 3, device_space> const& out_heads) noexcept {
+  KVKEEP_TRY(launch_plain_slices(c, job));
+  KVKEEP_TRY(launch_join(c, job, nullptr));
+  return launch(c, strip_grid(sizes_of(job), plain_slots, plain_threads), plain_tile::bytes(),
+                plain_fuse_kernel{{}, job, fuse, out, out_heads});
+}
+
+/// The last old position of every head.
+inline status launch_limits(context& c, window_job const& job, index_t recent,
+                            index_t* limit) noexcept {
+  window_sizes const s = sizes_of(job);
+  return launch(c, head_grid(s.n_entries, s.n_heads, 1, threads_for(s.max_slots)),
+                shared_pieces::bytes<int>(warp_size),
+                old_limit_kernel{job.batch, job.layer.slots, recent, limit});
+}
+
+/// MorphKV's direct form. Scratch as column sums without log-sum-exp, for all rows at once.
+inline status enqueue(context& c, op::fused_rows<device_space> const& o, workspace& ws) noexcept {
+  if (!readable(o.layer.kv.k)) return status::unsupported;
+  if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.out) || !slots_contiguous(o.out_heads) ||
+      !slots_contiguous(o.layer.slots.positions) || o.fuse == reduction::mean)
+    return status::bad_argument;
+  workspace::frame const frame(ws);
+  window_job job{o.batch, o.layer, row_source::of(o.rows)};
+  job.rows.lse = {};
+  job.n_rows = o.rows.q.extent[2];
+  take_norms(job, job.n_rows, ws);
+  auto* const limit = ws.take<index_t>(product(sizes_of(job).heads()));
+  job.limit = limit;
+  if (!placed(ws)) return not_placed(ws);
+  KVKEEP_TRY(launch_limits(c, job, o.recent, limit));
+  return launch_fused(c, job, o.fuse, o.out, o.out_heads);
+}
+
+}  // namespace kvkeep::cuda
