@@ -3,6 +3,7 @@
 /// The CUDA backend's ops.
 #pragma once
 
+#include "backend/cuda/attend.cuh"
 #include "backend/cuda/compact.cuh"
 #include "backend/cuda/key_geometry.cuh"
 #include "backend/cuda/layer_counts.cuh"

@@ -28,13 +28,17 @@ void for_layers(int seeds, index_t max_slots, index_t max_group, F&& f) {
 /// One layer in every layout: `results(layer)` are rows of floats whose bits do not depend on it, for each
 /// element type.
 template <class F>
-void same_in_every_layout(cache_shape const& shape, F&& results) {
+void same_in_every_layout(cache_options cache, F&& results) {
+  cache.block_size = 8;
+  cache.seed = 5;
   for (dtype const type : readable_dtypes()) {
     std::vector<std::vector<float>> first;
     for (layout_id const layout : all_layouts()) {
-      INFO(layout << " " << type);
+      INFO(layout << " " << type << " dim " << cache.shape.dim_k);
+      cache.layout = layout;
+      cache.type = type;
       layer_options o;
-      o.cache = {layout, type, shape, 8, 5, {}};
+      o.cache = cache;
       test_layer const l(o);
       std::vector<std::vector<float>> const got = results(l);
       CHECK(l.cache.canaries_intact());
@@ -43,6 +47,13 @@ void same_in_every_layout(cache_shape const& shape, F&& results) {
       for (std::size_t i = 0; i < got.size(); ++i) CHECK(same_bits(first[i], got[i]));
     }
   }
+}
+
+template <class F>
+void same_in_every_layout(cache_shape const& shape, F&& results) {
+  cache_options cache;
+  cache.shape = shape;
+  same_in_every_layout(cache, std::forward<F>(results));
 }
 
 /// A softcap and sink logits on some views.

@@ -91,6 +91,9 @@ struct cache_options {
   index_t block_size = 4;             ///< pages
   std::uint64_t seed = 1;             ///< order of blocks and ranges
   std::vector<index_t> capacities{};  ///< [seq, kv_head] of ragged planes; empty: max_slots
+  /// Gaps are multiples of 16 elements, so that rows can be read in pieces of 16 bytes (of every third
+  /// ragged range they cannot). Else gaps are odd and nothing is aligned by chance.
+  bool aligned = false;
 };
 
 }  // namespace test

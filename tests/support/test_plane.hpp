@@ -21,7 +21,12 @@ namespace kvkeep::test {
 class test_plane {
  public:
   test_plane(cache_options const& o, index_t dim, bool is_key)
-      : type_(o.type), dim_(dim), shape_(o.shape), element_(uz(dtype_bytes(o.type))) {
+      : type_(o.type),
+        dim_(dim),
+        shape_(o.shape),
+        element_(uz(dtype_bytes(o.type))),
+        aligned_(o.aligned),
+        lead_(uz(spaced(3))) {
     generator g(o.seed * 2 + (is_key ? 0 : 1));
     row_ = type_ == dtype::opaque ? dim + 4 : dim;
     for (offset_t d = 0; d < row_; ++d) feature_at_.push_back(d);
@@ -36,7 +41,7 @@ class test_plane {
         strided(row_, 0, 0, true);
         break;
       case layout_id::padded:
-        strided(row_ + 3, 5, 7, false);
+        strided(row_ + spaced(3), spaced(5), spaced(7), false);
         break;
       case layout_id::ragged:
         ragged(o, g);
@@ -112,12 +117,11 @@ class test_plane {
   std::vector<std::byte> const& bytes() const { return bytes_; }
 
  private:
-  static constexpr std::size_t lead = 3;  // elements before the data: nothing is aligned by chance
-
+  offset_t spaced(offset_t n) const { return aligned_ ? (n + 15) / 16 * 16 : n; }
   std::size_t range(index_t seq, index_t head) const {
     return uz(seq) * uz(shape_.n_kv_heads) + uz(head);
   }
-  std::byte* data() const { return const_cast<std::byte*>(bytes_.data()) + lead * element_; }
+  std::byte* data() const { return const_cast<std::byte*>(bytes_.data()) + lead_ * element_; }
   std::byte* element_at(index_t seq, index_t head, index_t slot, std::size_t d) const {
     return data() + uz(row_offset(seq, head, slot) + feature_at_[d]) * element_;
   }
@@ -154,7 +158,7 @@ class test_plane {
     l.table_seq_stride = (used + gap) * (per_head ? heads : 1);
     l.slot_stride = per_head ? row_ : row_ * heads;
     l.head_stride = per_head ? static_cast<offset_t>(row_) * size : row_;
-    l.block_stride = static_cast<offset_t>(row_) * heads * size + (per_head ? 5 : 0);
+    l.block_stride = static_cast<offset_t>(row_) * heads * size + (per_head ? spaced(5) : 0);
     if (id == layout_id::tiled) tile(l, is_key);
     table_.assign(uz(tables) * uz(used + gap), -1);
     // Entries beyond the table are -1: whoever reads them leaves the pool.
@@ -179,7 +183,7 @@ class test_plane {
     offset_t const x = is_key ? 16 / dtype_bytes(type_) : 1, tiles = (dim_ + x - 1) / x;
     l.slot_stride = x;
     l.head_stride = tiles * l.block_size * x;
-    l.block_stride = l.head_stride * shape_.n_kv_heads + 5;
+    l.block_stride = l.head_stride * shape_.n_kv_heads + spaced(5);
     features_ = is_key ? feature_map{static_cast<index_t>(x), 1, l.block_size * x}
                        : feature_map{0, l.block_size, 0};
     for (offset_t d = 0; d < dim_; ++d) feature_at_[uz(d)] = d / x * l.block_size * x + d % x;
@@ -189,10 +193,10 @@ class test_plane {
     std::size_t const n = uz(shape_.n_seq) * uz(shape_.n_kv_heads);
     slots_ = o.capacities.empty() ? std::vector<index_t>(n, shape_.max_slots) : o.capacities;
     base_.resize(n);
-    offset_t const stride = row_ + 1;
+    offset_t const stride = row_ + spaced(1);
     offset_t next = stride;  // one guard row before and after each range
     for (index_t i : g.permutation(static_cast<index_t>(n))) {
-      base_[uz(i)] = next;
+      base_[uz(i)] = next + (aligned_ && i % 3 == 2 ? 1 : 0);
       next += (slots_[uz(i)] + 1) * stride;
     }
     layout_ = ragged_layout{base_.data(), slots_.data(), shape_.n_kv_heads, stride};
@@ -234,11 +238,11 @@ class test_plane {
       for (offset_t d : feature_at_) end = std::max(end, row < 0 ? 0 : uz(row + d) + 1);
     if (auto const& l = layout_; !custom_view_ && l.kind == layout_kind::paged)
       end = uz(l.paged.n_blocks * l.paged.block_stride);
-    bytes_.assign((lead + end + tail) * element_, std::byte{0xff});
+    bytes_.assign((lead_ + end + tail) * element_, std::byte{0xff});
     owned_.assign(bytes_.size(), 0);
     for (offset_t row : row_at_)
       for (offset_t d : feature_at_)
-        if (row >= 0) std::fill_n(&owned_[(lead + uz(row + d)) * element_], element_, char{1});
+        if (row >= 0) std::fill_n(&owned_[(lead_ + uz(row + d)) * element_], element_, char{1});
     table_copy_ = table_;
     base_copy_ = base_;
     slots_copy_ = slots_;
@@ -276,6 +280,8 @@ class test_plane {
   index_t dim_;
   cache_shape shape_;
   std::size_t element_;
+  bool aligned_;
+  std::size_t lead_;  // elements before the data
   index_t row_ = 0;  // elements of a row; bytes of an opaque one
   std::vector<std::byte> bytes_;
   std::vector<char> owned_;

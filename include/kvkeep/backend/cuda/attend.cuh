@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// CUDA: decode attention, and attention weights of query rows.
+#pragma once
+
+#include "kernels/attend_merge.cuh"
+#include "launch.cuh"
+
+namespace kvkeep::cuda {
+
+inline constexpr int weight_threads = 256;
+
+/// An array that is given, or will be: while a session measures, its own arrays have no memory yet.
+template <class T, int R, class S>
+bool asked(tensor_ref<T, R, S> const& t) noexcept {
+  return t.data != nullptr || t.extent[0] > 0;
+}
+
+/// A query per head as rows of queries.
+inline tensor_ref<float const, 4, device_space> one_row(
+    tensor_ref<float const, 3, device_space> const& q) noexcept {
+  tensor_ref<float const, 4, device_space> r;
+  r.data = q.data;
+  index_t const extent[] = {q.extent[0], q.extent[1], 1, q.extent[2]};
+  offset_t const stride[] = {q.stride[0], q.stride[1], 0, q.stride[2]};
+  for (int a = 0; a < 4; ++a) {
+    r.extent[a] = extent[a];
+    r.stride[a] = stride[a];
+  }
+  return r;
+}
+
+/// Splits, their merge, and the weights if somebody wants them. Takes the scratch.
+inline status run_attention(context const& c, attend_task& t, index_t n_entries,
+                            workspace& ws) noexcept {
+  attend_plan const plan(t.kv.shape, n_entries, t.n_rows);
+  t.splits = plan.splits;
+  t.tile = plan.tile;
+  t.tiles = plan.tiles;
+  workspace::frame const frame(ws);
+  t.all = ws.take<softmax_part>(plan.pieces());
+  t.shown = ws.take<softmax_part>(plan.pieces());
+  t.totals = ws.take<softmax_part>(plan.rows());
+  t.values = ws.take<float>(asked(t.out) ? plan.pieces() * product(t.kv.shape.dim_v) : 0);
+  bool const wants_logits = asked(t.fold.out) && !asked(t.weights);
+  float* const logits =
+      ws.take<float>(wants_logits ? plan.rows() * product(t.kv.shape.max_slots) : 0);
+  if (!placed(ws)) return not_placed(ws);
+  if (t.fold.out.data != nullptr && t.weights.data == nullptr) t.logits = logits;
+  attend_plain_kernel const plain{t, rows_taken::all};
+  KVKEEP_TRY(launch(c, plan.split_grid(), plain.shared_bytes(), plain));
+  KVKEEP_TRY(
+      launch(c, plan.merge_grid(), attend_merge_kernel::shared_bytes(), attend_merge_kernel{t}));
+  if (t.weights.data == nullptr && t.fold.out.data == nullptr) return status::ok;
+  return launch(c, plan.weights_grid(t.kv.shape.max_slots, weight_threads), 0,
+                attend_weights_kernel{{}, t});
+}
+
+/// Attention of every entry and KV head. Scratch: 16 bytes per query head and split of 256 slots, 4 per
+/// value feature of those, and 4 per query head and slot if weights are folded and not kept.
+inline status enqueue(context& c, op::attend<device_space> const& o, workspace& ws) noexcept {
+  kv_ref<device_space> const& kv = o.layer.kv;
+  if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v))) return status::unsupported;
+  if (!slots_contiguous(o.q) || !slots_contiguous(o.out) || !slots_contiguous(o.weights) ||
+      !slots_contiguous(o.visible) || !slots_contiguous(o.fold.out))
+    return status::bad_argument;
+  attend_task t;
+  t.batch = o.batch;
+  t.kv = kv;
+  t.lengths = o.layer.slots.lengths;
+  t.q = one_row(o.q);
+  t.weight_row = o.weight_row;
+  t.out = o.out;
+  t.lse = o.lse;
+  t.weights = o.weights;
+  t.weight_sum = o.weight_sum;
+  t.weight_max = o.weight_max;
+  t.ring_stride = o.ring_stride;
+  t.fold = o.fold;
+  t.visible = o.visible;
+  return run_attention(c, t, o.batch.n, ws);
+}
+
+/// Weights of query rows. Keys are read once per row, after the first from the L2.
+inline status enqueue(context& c, op::row_weights<device_space> const& o, workspace& ws) noexcept {
+  if (!readable(o.layer.kv.k)) return status::unsupported;
+  if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.weights) || o.ring < 1)
+    return status::bad_argument;
+  attend_task t;
+  t.batch = o.batch;
+  t.kv = o.layer.kv;
+  t.lengths = o.layer.slots.lengths;
+  t.q = o.rows.q;
+  t.position = o.rows.position;
+  t.rows_by_id = o.rows.by_id;
+  t.n_rows = o.rows.q.extent[2];
+  t.ring = o.ring;
+  t.weights = o.weights;
+  t.weight_sum = o.weight_sum;
+  t.ring_stride = o.ring_stride;
+  return run_attention(c, t, o.batch.n, ws);
+}
+
+}  // namespace kvkeep::cuda

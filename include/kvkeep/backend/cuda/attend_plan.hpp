@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// How attention is cut up: splits of a head's slots, tiles of its query heads, scratch. Plain host code.
+#pragma once
+
+#include "../../core/types.hpp"
+#include "../../core/workspace.hpp"
+#include "plan.hpp"
+
+namespace kvkeep::cuda {
+
+/// Slots of a split. A constant, so that sums have the same order whatever the batch and the capacity.
+inline constexpr index_t split_slots = 256;
+inline constexpr int split_threads = 128;
+/// Query heads that share a block's reads of K and V. More than that read them again, through the L2.
+inline constexpr index_t most_tile_heads = 8;
+/// Parts of the merge of a row's splits: part s takes splits s, s + 8, ...
+inline constexpr index_t merge_parts = 8;
+
+/// Query heads that a block has registers for, of which a group may leave some unused.
+KVKEEP_HD constexpr index_t tile_heads(index_t group) noexcept {
+  return group <= 1 ? 1 : group <= 4 ? 4 : most_tile_heads;
+}
+
+/// Lanes that share a slot's row.
+KVKEEP_HD constexpr index_t row_lanes(index_t dim) noexcept {
+  return dim <= 64 ? 4 : dim <= 128 ? 8 : 16;
+}
+
+/// Blocks and scratch for `n_rows` query rows per entry and query head.
+struct attend_plan {
+  index_t n_entries = 0, n_heads = 0, n_q_heads = 0, n_rows = 1;
+  index_t splits = 0;  ///< most per row
+  index_t tile = 1;    ///< query heads of a block
+  index_t tiles = 1;   ///< blocks that share a KV head's query heads
+
+  constexpr attend_plan(cache_shape const& s, index_t entries, index_t rows) noexcept
+      : n_entries(entries), n_heads(s.n_kv_heads), n_q_heads(s.n_q_heads), n_rows(rows) {
+    splits = static_cast<index_t>(ceil_div(s.max_slots, split_slots));
+    tile = tile_heads(s.group());
+    tiles = static_cast<index_t>(ceil_div(s.group(), tile));
+  }
+
+  /// Query rows of all entries and query heads.
+  constexpr std::size_t rows() const noexcept { return product(n_entries, n_q_heads, n_rows); }
+  /// Splits of all of them.
+  constexpr std::size_t pieces() const noexcept { return rows() * product(splits); }
+
+  /// x: entry, KV head, row, tile (the fastest, for they read the same keys); y: split.
+  constexpr grid split_grid() const noexcept {
+    return {static_cast<offset_t>(product(n_entries, n_heads, n_rows, tiles)), splits,
+            split_threads};
+  }
+  /// x: entry, query head, row. A warp for each part of the merge, as far as there are splits.
+  constexpr grid merge_grid() const noexcept {
+    int warps = 1;
+    while (warps < merge_parts && warps < splits) warps *= 2;
+    return {static_cast<offset_t>(rows()), 1, 32 * warps};
+  }
+  /// x: entry, KV head, row; y: strides of slots.
+  constexpr grid weights_grid(index_t slots, int threads) const noexcept {
+    return {static_cast<offset_t>(product(n_entries, n_heads, n_rows)), ceil_div(slots, threads),
+            threads};
+  }
+};
+
+}  // namespace kvkeep::cuda
