@@ -59,6 +59,7 @@ engine::state::state(runtime& r, model const& weights, policy_pair const& polici
       options(checked(o)),
       evicts(policies.cuts_decode()),
       in_place(works_in_place(policies, o)),
+      offers_lse(policies.prompt.score.traits().prompt != evidence::all_queries),
       blocks(r, weights, std::max(options.chunk, options.max_sequences)),
       cache(shape_of(weights, policies, options), config.n_layers, o.layout),
       kv(bind(policies)),
@@ -163,8 +164,10 @@ void engine::state::prefill_chunk(chunk const& c, float* rows) {
     q.head_stride = config.head_dim;
     q.row_stride = config.q_width();
     q.n_rows = c.n;
-    q.lse = lse.data();
-    q.lse_head_stride = c.n;
+    if (offers_lse) {
+      q.lse = lse.data();
+      q.lse_head_stride = c.n;
+    }
     stopwatch const time(usage.observe);
     expect(kv.observe(c.layer, c.id, q, in_place ? nullptr : &prompt_cache->view(0)), "observe");
   }

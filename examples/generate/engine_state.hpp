@@ -79,6 +79,9 @@ struct engine::state {
   engine_options options;
   bool evicts;  ///< while decoding
   bool in_place;
+  /// A 32-bit log-sum-exp is off by 4e-6 where logits are near 100, and every probability of its row with it:
+  /// scorers that sum all rows do without (a second pass) and tell sums apart that differ by 1e-5.
+  bool offers_lse;
   transformer blocks;
   kv_cache cache;
   std::unique_ptr<kv_cache> prompt_cache;  ///< one layer of one prompt

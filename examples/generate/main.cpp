@@ -125,7 +125,7 @@ void run(arguments a) {
     check_record_folder(a.record);
     o.observer = recorder.get();
   }
-  engine e(rt, m, policies, o);
+  engine e(rt, m, recorder != nullptr ? recorder->watched(policies) : policies, o);
   if (recorder != nullptr) recorder->watch(e);
 
   run_figures f;

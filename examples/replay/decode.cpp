@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-/// decode_trace: the kept set of every step, for H2O, TOVA, StreamingLLM and MorphKV.
+/// decode_trace: the kept set of every step, for H2O, TOVA, StreamingLLM, MorphKV, KNorm and KeyDiff.
+#include <optional>
+
+#include "guide.hpp"
 #include "prompt_policy.hpp"
-#include "trace.hpp"
 
 namespace kvkeep::replay {
 
@@ -27,80 +29,153 @@ trace_data read_trace(recorded_case const& c, bool arrays, bool values) {
   return t;
 }
 
+/// Slots that bursts may fill, and one for the next token.
+index_t slots_of_bursts(policy_options const& o) {
+  return static_cast<index_t>(std::ceil((1.0 + o.capacity) * o.evict_after)) + 2;
+}
+
 /// Extents of kept sets, `[entries, B, Hkv]`.
 extents entries(trace_data const& t, index_t n) {
   return {n, t.tokens.shape.n_seq, t.tokens.shape.n_kv_heads};
 }
 
-/// H2O's scorer, which also shows where its sums lie: rows `[id, kv_head, row, slot]` of the
-/// session's state, which stay in place for the session's life.
-struct shown_sums : heavy_hitter_score {
-  tensor_ref<float, 4>* sums = nullptr;
+/// Runs a policy and, where the recorded sets are followed, holds it to them.
+class follower {
+ public:
+  follower(recorded_case const& c, trace_data const& t, bool follow)
+      : c_(c), t_(t), follow_(follow) {}
 
-  template <class Ctx>
-  status settle(Ctx& ctx, score_input<> const& in, workspace& ws) const {
-    if (!ws.measuring()) *sums = in.rows;
-    return heavy_hitter_score::settle(ctx, in, ws);
+  any_cpu_policy hold(any_cpu_policy const& p, guide::scores in_double, bool whole_layer = false) {
+    if (!follow_) return p;
+    guide_.emplace(c_, t_, std::move(in_double), whole_layer);
+    return guide_->hold(p);
   }
+  index_t near_ties() const { return guide_ ? guide_->near_ties() : 0; }
+
+ private:
+  recorded_case const& c_;
+  trace_data const& t_;
+  bool follow_;
+  std::optional<guide> guide_;
 };
 
-replayed run_h2o(recorded_case const& c, layout_kind layout) {
+/// H2O's sums in kept order, noted after every step and, where a recorded trace is followed, set to the
+/// recorded ones: the sums before a step are part of what it is judged from.
+class sum_log {
+ public:
+  sum_log(recorded_case const& c, index_t group, bool mean, bool follow)
+      : recorded_(follow ? &c.output("acc") : nullptr),
+        scale_(mean ? 1.0F / static_cast<float>(group) : 1.0F) {}
+
+  tools::watched_score watcher() {
+    tools::watched_score see;
+    see.settled = [this](score_input<> const& in) { rows_ = in.rows; };
+    return see;
+  }
+  void note(index_t b, index_t h, std::vector<index_t> const& slots) {
+    auto& sums = sums_.emplace_back();
+    for (index_t const slot : slots)
+      sums.push_back(tools::heavy_hitter_sum(rows_, b, h, slot, scale_));
+    if (recorded_ == nullptr || rows_.extent[2] > 1) return;
+    auto const width = uz(recorded_->shape.back());
+    float const* const acc = recorded_->f32.data() + (sums_.size() - 1) * width;
+    for (std::size_t i = 0; i < std::min(slots.size(), width); ++i)
+      rows_(b, h, 0, slots[i]) = acc[i] / scale_;
+  }
+  npy_array padded_to(extents const& shape) {
+    std::vector<float> values;
+    for (auto& row : sums_) {
+      row.resize(uz(shape.back()));
+      values.insert(values.end(), row.begin(), row.end());
+    }
+    return float_array(shape, std::move(values));
+  }
+
+ private:
+  npy_array const* recorded_;
+  float scale_;
+  tensor_ref<float, 4> rows_{};  ///< the session's
+  std::vector<std::vector<float>> sums_;
+};
+
+/// Sums of all prompt tokens, `[B, kv_head, T0]`, before the cut.
+npy_array prompt_sums(any_cpu_policy const& p, trace_data const& t) {
+  prompt_data prompt = t.tokens;
+  std::vector<float> q, k;
+  cache_shape const& s = prompt.shape;
+  auto const first = [&](float const* from, index_t heads, std::vector<float>& to) {
+    for (index_t h = 0; h < s.n_seq * heads; ++h, from += offset_t{prompt.tokens} * s.dim_k)
+      to.insert(to.end(), from, from + offset_t{t.prompt} * s.dim_k);
+    return to.data();
+  };
+  prompt.q = first(t.tokens.q, s.n_q_heads, q);
+  prompt.k = first(t.tokens.k, s.n_kv_heads, k);
+  prompt.v = nullptr;
+  prompt.tokens = prompt.q_rows = prompt.shape.max_slots = t.prompt;
+  return float_array({s.n_seq, s.n_kv_heads, t.prompt},
+                     prompt_scores(p, prompt, layout_kind::strided));
+}
+
+replayed run_h2o(recorded_case const& c, layout_kind layout, bool follow) {
   trace_data const t = read_trace(c, true, false);
   parameters params(c);
   index_t const heavy = params.integer("hh_size", {1, most_slots});
   index_t const recent = params.integer("recent_size", {0, most_slots});
-  h2o const plain = make_h2o({heavy + recent, recent, read_group(params, t.tokens.shape.group())});
-  tensor_ref<float, 4> sums;
-  policy<shown_sums> shown{plain.name, {}, plain.budget, {}, plain.keep};
-  static_cast<heavy_hitter_score&>(shown.score) = plain.score;
-  shown.score.sums = &sums;
+  index_t const group = t.tokens.shape.group();
+  h2o const typed = make_h2o({heavy + recent, recent, read_group(params, group)});
+  auto const plain = erase_policy<cpu::context>(typed);
 
   trace_options o;
   o.after_prompt = true;
   o.slots = heavy + recent + 2;
   o.layout = layout;
-  std::vector<std::vector<float>> acc;
-  auto const see = [&](index_t b, index_t h, std::vector<index_t> const& slots) {
-    acc.emplace_back();
-    float const scale = plain.score.group == reduction::mean
-                            ? 1.0F / static_cast<float>(t.tokens.shape.group())
-                            : 1.0F;
-    for (index_t const slot : slots) {
-      float sum = sums(b, h, 0, slot);
-      for (index_t row = 1; row < sums.extent[2]; ++row) sum = std::max(sum, sums(b, h, row, slot));
-      acc.back().push_back(sum * scale);
-    }
-  };
-  trace_log const log = run_trace(erase_policy<cpu::context>(shown), t, o, see);
+  follower f(c, t, follow);
+  sum_log sums(c, group, typed.score.group == reduction::mean, follow);
+  auto const policy =
+      tools::watch(follow ? f.hold(plain, h2o_in_double(c, t)) : plain, sums.watcher());
+  trace_log const log = run_trace(
+      policy, t, o, [&](index_t b, index_t h, auto const& slots) { sums.note(b, h, slots); });
 
   replayed out;
   out.parameters = params.resolved();
+  out.near_ties = f.near_ties();
   npy_array const kept = padded(entries(t, t.steps + 1), log.kept);
-  std::vector<float> values;
-  for (auto& row : acc) {
-    row.resize(uz(kept.shape.back()));
-    values.insert(values.end(), row.begin(), row.end());
-  }
-  out.outputs["acc"] = float_array(kept.shape, std::move(values));
+  out.outputs["acc"] = sums.padded_to(kept.shape);
   out.outputs["kept"] = kept;
+  if (wants(c, "acc_prompt")) out.outputs["acc_prompt"] = prompt_sums(plain, t);
   return out;
 }
 
-replayed run_tova(recorded_case const& c, layout_kind layout) {
+/// TOVA, KNorm, KeyDiff: kept sets alone, entry 0 after the prompt.
+replayed run_sets(recorded_case const& c, layout_kind layout, bool follow) {
+  std::string const name = c.policy();
   trace_data const t = read_trace(c, true, false);
   parameters params(c);
   policy_options options;
   options.capacity = params.integer("capacity", {1, most_slots});
-  options.window = params.flag("protect_last", false) ? 1 : 0;
-  if (options.window >= options.capacity)
-    params.fail("capacity", "1, allowed: >= 2 with protect_last");
+  if (name == "tova") {
+    options.window = params.flag("protect_last", false) ? 1 : 0;
+    if (options.window >= options.capacity)
+      params.fail("capacity", "1, allowed: >= 2 with protect_last");
+  } else {
+    options.sinks = params.integer("n_sink", {0, most_slots}, 0);
+    options.window = params.integer("window", {0, most_slots}, 0);
+    options.evict_after = params.number("evict_after", 1, 1024, 1.0);
+  }
   trace_options o;
   o.after_prompt = true;
-  o.slots = options.capacity + 2;
+  o.slots = slots_of_bursts(options);
   o.layout = layout;
-  auto const log = run_trace(make_policy<cpu::context>("tova", options), t, o);
+  follower f(c, t, follow);
+  auto const policy = f.hold(make_policy<cpu::context>(name, options),
+                             name == "tova"    ? tova_in_double(t)
+                             : name == "knorm" ? knorm_in_double(t)
+                                               : keydiff_in_double(t),
+                             name == "tova");
+  auto const log = run_trace(policy, t, o);
   replayed out;
   out.parameters = params.resolved();
+  out.near_ties = f.near_ties();
   out.outputs["kept"] = padded(entries(t, t.steps + 1), log.kept);
   return out;
 }
@@ -167,13 +242,16 @@ std::vector<index_t> evictions(std::vector<index_t> const& sizes, index_t prompt
   return evicted;
 }
 
-replayed run_morphkv(recorded_case const& c, layout_kind layout) {
+replayed run_morphkv(recorded_case const& c, layout_kind layout, bool follow) {
   trace_data const t = read_trace(c, true, true);
   cache_shape const& s = t.tokens.shape;
   parameters params(c);
   policy_options options = read_morphkv(c, params);
+  // Rows that are cached score every slot, which bounds do not.
+  if (follow) options.evaluation = morph_rows::cached;
+  follower f(c, t, follow);
   trace_options o;
-  o.slots = static_cast<index_t>(std::ceil((1.0 + options.capacity) * options.evict_after)) + 2;
+  o.slots = slots_of_bursts(options);
   o.layout = layout;
   bool const official = c.is_official();
   params.note("per_head_mask", official);
@@ -184,7 +262,9 @@ replayed run_morphkv(recorded_case const& c, layout_kind layout) {
     // A set decided within the step is complete after it; else it is decided before the append.
     bool const within = per_head_mask || options.include_current;
     o.when = within ? moment::settled : moment::appended;
-    trace_log log = run_trace(make_policy<cpu::context>("morphkv", options), t, o);
+    auto const policy =
+        f.hold(make_policy<cpu::context>("morphkv", options), morphkv_in_double(t, options));
+    trace_log log = run_trace(policy, t, o);
     std::vector<index_t> sizes;
     for (std::size_t i = 0; i < log.kept.size(); i += uz(s.n_seq) * uz(s.n_kv_heads))
       sizes.push_back(static_cast<index_t>(log.kept[i].size()));
@@ -198,17 +278,19 @@ replayed run_morphkv(recorded_case const& c, layout_kind layout) {
   char const* const names[] = {"attn_out_kept", "attn_out_official"};
   if (wants(c, names[official ? 0 : 1])) run(names[official ? 0 : 1], !official);
   run(names[official ? 1 : 0], official);
+  out.near_ties = f.near_ties();
   return out;
 }
 
 }  // namespace
 
-replayed run_decode(recorded_case const& c, layout_kind layout) {
+replayed run_decode(recorded_case const& c, layout_kind layout, bool follow) {
   std::string const policy = c.policy();
-  if (policy == "h2o") return run_h2o(c, layout);
-  if (policy == "tova") return run_tova(c, layout);
+  if (policy == "h2o") return run_h2o(c, layout, follow);
+  if (policy == "tova" || policy == "knorm" || policy == "keydiff")
+    return run_sets(c, layout, follow);
   if (policy == "streamingllm") return run_streaming(c, layout);
-  if (policy == "morphkv") return run_morphkv(c, layout);
+  if (policy == "morphkv") return run_morphkv(c, layout, follow);
   throw unsupported(policy);
 }
 

@@ -10,6 +10,7 @@
 #include <CLI/CLI.hpp>
 
 #include "compare.hpp"
+#include "guide.hpp"
 #include "output.hpp"
 
 namespace kvkeep::replay {
@@ -75,6 +76,12 @@ std::string compare(recorded_case const& c, replayed const& r) {
   return {};
 }
 
+bool same_shapes(recorded_case const& c, replayed const& r) {
+  return std::all_of(c.outputs.begin(), c.outputs.end(), [&](auto const& expected) {
+    return r.outputs.at(expected.first).shape == expected.second.shape;
+  });
+}
+
 exit_code replay_case(settings const& s, recorded_case const& c, std::set<std::string>& taken) {
   using clock = std::chrono::steady_clock;
   auto const start = clock::now();
@@ -96,9 +103,16 @@ exit_code replay_case(settings const& s, recorded_case const& c, std::set<std::s
     std::printf("ran %s in %.0f us\n", c.name().c_str(), microseconds);
     return passed;
   }
-  std::string const reason = compare(c, r);
+  std::string reason = compare(c, r);
+  if (!reason.empty() && can_guide(c) && same_shapes(c, r)) {
+    r = run_decode(c, layout_of(s.layout), true);
+    keep_named(c, r);
+    reason = compare(c, r);
+  }
   if (reason.empty()) {
-    std::printf("PASS %s\n", c.name().c_str());
+    std::string const ties =
+        r.near_ties == 0 ? "" : ", " + std::to_string(r.near_ties) + " near ties";
+    std::printf("PASS %s%s\n", c.name().c_str(), ties.c_str());
     return passed;
   }
   std::printf("FAIL %s: %s\n", c.name().c_str(), reason.c_str());
@@ -155,15 +169,16 @@ int main(int argc, char** argv) {
   app.add_option("--out", s.out,
                  "folder for <output>.npy and result.json; one below it for each of several cases");
   app.add_flag("--check", s.check,
-               "compare with the recorded outputs: PASS name, or FAIL name: reason");
+               "compare with the recorded outputs: PASS name[, N near ties], or FAIL name: reason");
   app.add_option("--backend", s.backend, "cpu or cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   app.add_option("--layout", s.layout, "strided, paged or ragged")
       ->check(CLI::IsMember({"strided", "paged", "ragged"}))
       ->capture_default_str();
-  app.footer("Exit: 0 pass, 1 mismatch, 2 bad input, 3 unsupported; of several cases the first of "
-             "2, 1, 3, 0 that occurred.");
+  app.footer(
+      "Exit: 0 pass, 1 mismatch, 2 bad input, 3 unsupported; of several cases the first of "
+      "2, 1, 3, 0 that occurred.");
   try {
     app.parse(argc, argv);
   } catch (CLI::ParseError const& e) {

@@ -42,12 +42,14 @@ constexpr std::size_t uz(std::int64_t n) { return static_cast<std::size_t>(n); }
 struct replayed {
   std::map<std::string, npy_array> outputs;
   nlohmann::ordered_json parameters;  ///< as resolved, defaults included
+  index_t near_ties = 0;              ///< decisions taken from the record, see guide.hpp
 };
 
 /// prefill_select, prefill_select_ragged: one cut at the end of a prompt.
 replayed run_prefill(recorded_case const& c, layout_kind layout);
 /// decode_trace: a prompt, then one token per step.
-replayed run_decode(recorded_case const& c, layout_kind layout);
+/// @param follow  judge each step from the recorded set before it, see guide.hpp
+replayed run_decode(recorded_case const& c, layout_kind layout, bool follow = false);
 /// layer_budget, layer_budget_from_scores: DynamicKV over the layers of a model.
 replayed run_layers(recorded_case const& c, layout_kind layout);
 /// budget: PyramidKV's lengths, apportioned totals.

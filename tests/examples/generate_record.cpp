@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Recorded traces of generated sequences: judged in double step by step, and replayed.
+#include <cstdlib>
+
+#include "../support/catch.hpp"
+#include "generate/episodes.hpp"
+#include "generate/record.hpp"
+#include "generate_runs.hpp"
+#include "trace_judge.hpp"
+
+namespace {
+
+using namespace kvkeep;
+using namespace kvkeep::test;
+
+/// A policy under a name of its own, as its folder is called.
+struct setting {
+  std::string name;
+  policy_request request;
+};
+
+std::vector<setting> settings(index_t capacity) {
+  std::vector<setting> list;
+  for (std::string const policy : {"h2o", "tova", "streamingllm", "morphkv", "knorm", "keydiff"})
+    list.push_back({policy, with(policy, capacity)});
+  auto const vary = [&](std::string const& policy, std::string const& name) -> policy_request& {
+    list.push_back({name, with(policy, capacity)});
+    return list.back().request;
+  };
+  vary("morphkv", "max").fusion = reduction::max;
+  vary("morphkv", "cached").rows = morph_rows::cached;
+  vary("morphkv", "direct").rows = morph_rows::direct;
+  vary("morphkv", "burst").evict_after = 1.3;
+  vary("h2o", "sums_alone").window = 0;
+  vary("tova", "unprotected").window = 0;
+  vary("keydiff", "plain_keydiff").window = 0;
+  vary("knorm", "norm_burst").evict_after = 1.2;
+  return list;
+}
+
+/// Generates and records. @return the folders of the layers
+std::vector<fs::path> record(model const& m, setting const& s, ids const& prompt, index_t tokens,
+                             fs::path const& dir, way const& w = {}) {
+  auto const policies = generate::make_policies(s.request);
+  generate::trace_recorder recorder(s.request, policies, m.config);
+  auto const prompts = batch_of(prompt, w.batch);
+  engine_options o = options_of(w, prompts, tokens);
+  o.observer = &recorder;
+  generate::runtime rt(w.threads);
+  engine e(rt, m, recorder.watched(policies), o);
+  recorder.watch(e);
+  generate::generation_options g;
+  g.tokens = tokens;
+  generate::generate(e, prompts, g);
+  recorder.write(dir / s.name);
+  return case_dirs(dir / s.name);
+}
+
+/// What the policy decided holds in double. @return decisions
+index_t check_folders(std::vector<fs::path> const& folders) {
+  index_t decisions = 0;
+  for (auto const& dir : folders) {
+    verdict const v = judge(load_case(dir));
+    INFO(dir.string() << ": " << v.near_ties << " near ties, widest " << v.widest);
+    CHECK(v.wrong == "");
+    decisions += v.decisions;
+  }
+  return decisions;
+}
+
+int replay(fs::path const& dir) {
+#ifdef KVKEEP_REPLAY_PROGRAM
+  std::string const command =
+      "'" KVKEEP_REPLAY_PROGRAM "' --check '" + dir.string() + "'/layer_* > /dev/null 2>&1";
+  return std::system(command.c_str());
+#else
+  (void)dir;
+  return 0;
+#endif
+}
+
+generate::model_config one_head_per_group() {
+  auto c = tiny_config();
+  c.n_kv_heads = c.n_q_heads;
+  return c;
+}
+
+}  // namespace
+
+TEST_CASE("every decision of a generated sequence holds in double, and in kvkeep-replay") {
+  way const ways[] = {{},
+                      {layout_kind::paged, 1, 5},
+                      {layout_kind::ragged, 2, 64, 3},
+                      {layout_kind::strided, 1, 7, 1, true}};
+  struct {
+    std::uint64_t seed;
+    generate::model_config config;
+    index_t prompt;
+  } const runs[] = {
+      {61, tiny_config(), 9}, {62, one_head_per_group(), 31}, {63, tiny_config(), 40}};
+  std::size_t turn = 0;
+  for (auto const& r : runs) {
+    auto const m = random_model(r.seed, r.config);
+    model_folder const tmp;
+    for (auto const& s : settings(20)) {
+      INFO("seed " << r.seed << ", " << s.name);
+      auto const folders =
+          record(m, s, random_prompt(r.seed, r.prompt), 40, tmp.path, ways[turn++ % 4]);
+      REQUIRE(folders.size() == 3);
+      CHECK(check_folders(folders) > 3 * 5);
+      CHECK(replay(tmp.path / s.name) == 0);
+    }
+  }
+}
+
+TEST_CASE("the bundled model's decisions hold in double, and in kvkeep-replay") {
+  fs::path const file = KVKEEP_BUNDLED_MODEL;
+  auto const m = generate::load_model(file);
+  auto const set =
+      generate::load_episodes(file.parent_path() / "episodes.json", m.config.vocabulary);
+  ids const& prompt = generate::find_episode(set, "diary:1").prompt;
+  model_folder const tmp;
+  for (index_t const capacity : {48, 120}) {
+    auto const dir = tmp.path / std::to_string(capacity);
+    fs::create_directories(dir);
+    for (auto const& s : settings(capacity)) {
+      INFO(s.name << " at " << capacity);
+      auto const folders = record(m, s, prompt, 100, dir);
+      CHECK(check_folders(folders) > 10);
+      CHECK(replay(dir / s.name) == 0);
+    }
+  }
+}
+
+TEST_CASE("a wrong victim is found by both") {
+  auto const m = random_model(64);
+  model_folder const tmp;
+  for (std::string const policy : {"h2o", "tova", "morphkv", "knorm", "keydiff"}) {
+    INFO(policy);
+    auto const dir = record(m, {policy, with(policy, 12)}, random_prompt(64, 30), 20, tmp.path)[0];
+    auto a = tools::read_npy(dir / "kept.npy");
+    // The last entry keeps the token that left, and lets its oldest one go instead.
+    auto const width = a.i32.size() / static_cast<std::size_t>(a.shape[0] * a.shape[2]);
+    auto const heads = static_cast<std::size_t>(a.shape[2]);
+    auto* const last = a.i32.data() + a.i32.size() - heads * width;
+    for (std::size_t h = 0; h < heads; ++h) {
+      auto *const now = last + h * width, *const before = now - heads * width;
+      std::size_t gone = 0;
+      while (std::find(now, now + width, before[gone]) != now + width) ++gone;
+      now[gone == 0 ? 1 : 0] = before[gone];
+      std::sort(now, now + width);
+    }
+    tools::write_npy(dir / "kept.npy", a);
+    CHECK(judge(load_case(dir)).wrong.find("above the lowest") != std::string::npos);
+#ifdef KVKEEP_REPLAY_PROGRAM
+    CHECK(replay(tmp.path / policy) != 0);
+#endif
+  }
+}
