@@ -91,7 +91,8 @@ policy_pair trace_recorder::watched(policy_pair p) {
     if (settled_ < layers_.size()) layers_[settled_++].rows = in.rows;
   };
   see.scored = [this](score_input<> const& in, score_map<> sums) {
-    if (in.newest_row == nullptr && prompt_ == 0) note_prompt_sums(in, sums);
+    bool const first_prompt = in.newest_row == nullptr && prompt_ == 0;
+    if (first_prompt && scored_ < layers_.size()) note_prompt_sums(in, sums);
   };
   p.prompt = p.decode = tools::watch(p.decode, see);
   return p;
