@@ -247,8 +247,8 @@ replayed run_morphkv(recorded_case const& c, layout_kind layout, bool follow) {
   cache_shape const& s = t.tokens.shape;
   parameters params(c);
   policy_options options = read_morphkv(c, params);
-  // Rows that are cached score every slot, which bounds do not.
-  if (follow) options.evaluation = morph_rows::cached;
+  // From keys and queries every slot is scored; bounds score few.
+  if (follow) options.evaluation = morph_rows::direct;
   follower f(c, t, follow);
   trace_options o;
   o.slots = slots_of_bursts(options);
