@@ -3,16 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
 
+#include "generate/oracle.hpp"
 #include "support/random_policy.hpp"
 
 namespace kvkeep::generate {
 
 namespace {
-
-/// Two-sided 95% points of Student's t for 1, 2, ... degrees of freedom.
-constexpr double t_points[] = {12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262};
 
 /// Values of one column, by seed.
 using column = std::map<std::int64_t, std::pair<int, int>>;  // held, of
@@ -104,67 +101,118 @@ std::vector<std::string> tasks_of(episode_set const& set) {
   return tasks;
 }
 
-comparison_row run_one(runtime& rt, model const& m, episode_set const& set, std::string const& name,
-                       index_t percent, comparison_options const& o) {
-  comparison_row row;
-  row.policy = name;
-  row.percent = percent;
-  columns all;
-  double seconds = 0, tokens = 0;
-  for (std::string const& task : tasks_of(set)) {
-    std::vector<episode> const episodes = chosen(set, task, o);
-    if (episodes.empty()) continue;
+/// One task: its episodes, and what the full cache predicts in front of their reference tokens.
+struct task_run {
+  std::string name;
+  std::vector<episode> episodes;
+  predictions full;  ///< empty without `by_position`
+
+  index_t slots(index_t percent) const {
     std::size_t longest = 0;
     for (episode const& e : episodes)
       longest = std::max(longest, e.prompt.size() + e.response.size());
-    auto const slots = std::max<index_t>(
+    return std::max<index_t>(
         12, static_cast<index_t>(std::lround(static_cast<double>(longest) * percent / 100)));
+  }
+  /// Sequences that share an engine.
+  std::size_t shared(index_t batch) const {
+    return std::min(static_cast<std::size_t>(batch), episodes.size());
+  }
+};
+
+/// Everything that the rows of a comparison share.
+class comparison {
+ public:
+  comparison(runtime& rt, model const& m, episode_set const& set, comparison_options const& o)
+      : rt_(rt), model_(m), options_(o) {
+    for (std::string const& name : tasks_of(set)) {
+      task_run t{name, chosen(set, name, o), {}};
+      if (t.episodes.empty()) continue;
+      if (o.bucket > 0)
+        t.full = predict(rt_, model_, pair_of("fullkv", 1), t.episodes, options_of(true));
+      tasks_.push_back(std::move(t));
+    }
+  }
+
+  comparison_row row(std::string const& policy, index_t percent) {
+    comparison_row r;
+    r.policy = policy;
+    r.percent = percent;
+    columns all;
+    position_tally tally(std::max(1, options_.bucket));
+    engine_usage total;
+    for (task_run const& t : tasks_) run(t, r, all, tally, total);
+    average_kinds(all);
+    for (auto const& [key, values] : all) {
+      std::vector<double> per_seed;
+      for (auto const& [seed, v] : values)
+        per_seed.push_back(static_cast<double>(v.first) / std::max(1, v.second));
+      r.columns[key] = estimate_of(per_seed);
+    }
+    if (options_.bucket > 0) {
+      r.by_position = tally.buckets();
+      r.by_position.push_back(tally.whole());
+    }
+    r.tokens_per_second =
+        total.decode > 0 ? static_cast<double>(total.decoded_tokens) / total.decode : 0;
+    return r;
+  }
+
+ private:
+  evaluation_options options_of(bool forced) const {
     evaluation_options x;
-    x.forced = task != "diary";
-    x.end_tokens = m.end_tokens;
-    x.engine.max_sequences = o.batch;
+    x.forced = forced;
+    x.end_tokens = model_.end_tokens;
+    x.engine.max_sequences = options_.batch;
     x.engine.sample_every = 0;
-    evaluation const r = evaluate(rt, m, sized_pair(name, slots), episodes, x);
-    for (std::size_t i = 0; i < episodes.size(); ++i)
-      for (std::size_t k = 0; k < episodes[i].checks.size(); ++k)
-        note_check(all, episodes[i], episodes[i].checks[k], r.held[i][k], r.tokens[i]);
-    seconds += r.usage.decode;
-    tokens += static_cast<double>(r.usage.decoded_tokens);
+    return x;
+  }
+
+  /// An oracle first watches the full cache do the same.
+  evaluation evaluate_policy(std::string const& policy, index_t slots, task_run const& t,
+                             evaluation_options x) {
+    if (policy != "oracle") return evaluate(rt_, model_, sized_pair(policy, slots), t.episodes, x);
+    attention_recorder recorder(model_.config);
+    evaluation_options full = options_of(x.forced);
+    full.engine.observer = &recorder;
+    evaluate(rt_, model_, pair_of("fullkv", slots), t.episodes, full);
+    auto const seer = std::make_shared<oracle>(recorder.take());
+    x.engine.observer = seer.get();
+    return evaluate(rt_, model_, make_oracle_pair(seer, slots - 1), t.episodes, x);
+  }
+
+  /// Diaries are written freely, and once more teacher-forced for what is predicted of the reference.
+  void run(task_run const& t, comparison_row& r, columns& all, position_tally& tally,
+           engine_usage& total) {
+    index_t const slots = t.slots(r.percent);
+    bool const freely = t.name == "diary";
+    evaluation_options forced = options_of(true);
+    if (options_.bucket > 0) forced.see = tally_against(t.full, t.episodes, tally);
+    evaluation const e = evaluate_policy(r.policy, slots, t, freely ? options_of(false) : forced);
+    if (freely && options_.bucket > 0) evaluate_policy(r.policy, slots, t, forced);
+    for (std::size_t i = 0; i < t.episodes.size(); ++i)
+      for (std::size_t k = 0; k < t.episodes[i].checks.size(); ++k)
+        note_check(all, t.episodes[i], t.episodes[i].checks[k], e.held[i][k], e.tokens[i]);
+    total.decode += e.usage.decode;
+    total.decoded_tokens += e.usage.decoded_tokens;
     // Peaks are of all sequences that shared the engine.
-    auto const shared = std::min<std::size_t>(static_cast<std::size_t>(o.batch), episodes.size());
-    row.capacity = std::max(row.capacity, slots);
-    row.kv_bytes = std::max(row.kv_bytes, r.usage.peak_bytes() / shared);
-    row.state_bytes = std::max(row.state_bytes, r.usage.state_bytes / shared);
+    r.capacity = std::max(r.capacity, slots);
+    r.kv_bytes = std::max(r.kv_bytes, e.usage.peak_bytes() / t.shared(options_.batch));
+    r.state_bytes = std::max(r.state_bytes, e.usage.state_bytes / t.shared(options_.batch));
   }
-  average_kinds(all);
-  for (auto const& [key, values] : all) {
-    std::vector<double> per_seed;
-    for (auto const& [seed, v] : values)
-      per_seed.push_back(static_cast<double>(v.first) / std::max(1, v.second));
-    row.columns[key] = estimate_of(per_seed);
-  }
-  row.tokens_per_second = seconds > 0 ? tokens / seconds : 0;
-  return row;
-}
+
+  runtime& rt_;
+  model const& model_;
+  comparison_options const& options_;
+  std::vector<task_run> tasks_;
+};
 
 }  // namespace
-
-estimate estimate_of(std::vector<double> const& per_seed) {
-  estimate e;
-  e.seeds = static_cast<int>(per_seed.size());
-  for (double x : per_seed) e.mean += x / e.seeds;
-  if (e.seeds < 2) return e;
-  double sum = 0;
-  for (double x : per_seed) sum += (x - e.mean) * (x - e.mean);
-  std::size_t const freedom = per_seed.size() - 1;
-  double const t = freedom <= std::size(t_points) ? t_points[freedom - 1] : 2.0;
-  e.half = t * std::sqrt(sum / static_cast<double>(freedom) / e.seeds);
-  return e;
-}
 
 std::vector<std::string> compared_policies() {
   return {"fullkv",
           "random",
+          "oracle",
           "streamingllm",
           "h2o",
           "tova",
@@ -188,10 +236,11 @@ std::vector<comparison_row> compare(runtime& rt, model const& m, episode_set con
       if (name == "fullkv" && percent != o.percents.back()) continue;  // it has no budget
       runs.emplace_back(name, name == "fullkv" ? 100 : percent);
     }
+  comparison all(rt, m, set, o);
   std::vector<comparison_row> rows;
   for (auto const& [name, percent] : runs) {
     if (o.progress) o.progress(name, percent, rows.size(), runs.size());
-    rows.push_back(run_one(rt, m, set, name, percent, o));
+    rows.push_back(all.row(name, percent));
   }
   return rows;
 }

@@ -113,6 +113,7 @@ comparison_options quick_comparison() {
   o.policies = {"fullkv", "random", "streamingllm", "h2o", "tova", "morphkv", "snapkv+morphkv"};
   o.percents = {25, 50};
   o.episodes = 1;
+  o.bucket = 0;
   return o;
 }
 

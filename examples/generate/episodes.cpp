@@ -152,4 +152,15 @@ bool holds_forced(episode const& e, episode_check const& c, std::span<index_t co
          same(e, c, choices.subspan(static_cast<std::size_t>(c.at)));
 }
 
+std::vector<bool> questions_of(episode const& e) {
+  std::vector<bool> asks(e.response.size());
+  if (e.task == "diary") return asks;
+  for (episode_check const& c : e.checks) {
+    auto const at = static_cast<std::size_t>(c.at);
+    std::size_t const n = std::min(at, c.anchor.size());  // the first question may end the prompt
+    for (std::size_t i = at - n; i < at; ++i) asks[i] = true;
+  }
+  return asks;
+}
+
 }  // namespace kvkeep::generate

@@ -47,4 +47,8 @@ bool holds_freely(episode const& e, episode_check const& c, std::span<index_t co
 /// Whether the best tokens under teacher forcing are the checked ones.
 bool holds_forced(episode const& e, episode_check const& c, std::span<index_t const> choices);
 
+/// [response token] whether it is part of a question: nothing in front of it says what will be asked next. Diaries
+/// ask nothing; their anchors follow from the text.
+std::vector<bool> questions_of(episode const& e);
+
 }  // namespace kvkeep::generate

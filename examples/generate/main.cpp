@@ -154,7 +154,7 @@ void run_comparison(runtime& rt, model const& m, episode_set const& set, compari
   };
   auto const rows = compare(rt, m, set, o);
   std::fprintf(stderr, "\r%50s\r", "");
-  print_comparison(rows);
+  std::fputs(comparison_text(rows).c_str(), stdout);
   if (!a.json.empty()) write_whole(a.json, comparison_json(rows));
   if (!a.csv.empty()) write_whole(a.csv, comparison_csv(rows));
 }

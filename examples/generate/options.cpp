@@ -84,8 +84,9 @@ void add_run_options(CLI::App& app, arguments& a) {
 void add_comparison_options(CLI::App& app, arguments& a) {
   auto* const compare =
       app.add_flag("--compare", a.compare, "all policies on the episodes beside the model");
-  app.add_flag("--quick", a.quick, "fewer policies, budgets and episodes")->needs(compare);
-  app.add_option("--policies", a.policies, "of the comparison, as in fullkv,h2o,morphkv")
+  app.add_flag("--quick", a.quick, "fewer policies, budgets and episodes, nothing by position")
+      ->needs(compare);
+  app.add_option("--policies", a.policies, "of the comparison, as in fullkv,random,oracle,morphkv")
       ->delimiter(',')
       ->needs(compare);
   app.add_option("--percents", a.percents, "budgets of the comparison, as in 12,25,50")

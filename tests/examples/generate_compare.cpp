@@ -45,13 +45,21 @@ TEST_CASE("every policy equals the full cache where the budget holds the whole s
       INFO(name);
       CHECK(r.columns.at(name).mean == e.mean);
     }
+    REQUIRE(r.by_position.size() == full.by_position.size());
+    for (std::size_t i = 0; i < full.by_position.size(); ++i) {
+      position_bucket const& have = r.by_position[i];
+      INFO("from " << have.from << " to " << have.to);
+      CHECK(have.tokens == full.by_position[i].tokens);
+      CHECK(have.kl.mean == 0);
+      CHECK(have.perplexity.mean == full.by_position[i].perplexity.mean);
+    }
   }
 }
 
 TEST_CASE("policies hold equally many slots at a budget, and the full cache more") {
   bundle b;
   comparison_options o;
-  o.policies = {"fullkv", "random", "streamingllm", "h2o", "morphkv", "snapkv+morphkv"};
+  o.policies = {"fullkv", "random", "oracle", "streamingllm", "h2o", "morphkv", "snapkv+morphkv"};
   o.percents = {25};
   o.episodes = o.seeds = 1;
   std::size_t told = 0;
@@ -77,6 +85,30 @@ TEST_CASE("policies hold equally many slots at a budget, and the full cache more
   std::string const csv = comparison_csv(rows);
   CHECK(csv.rfind("policy,percent,slots,column,mean,half_width_95,seeds\n", 0) == 0);
   CHECK(csv.find("\nmorphkv,25,") != std::string::npos);
+  CHECK(row(rows, "oracle").columns.at("recall").mean >=
+        row(rows, "random").columns.at("recall").mean);
+
+  // By position: the full cache is its own reference, and who knows the future is nearer to it than chance.
+  double const chance = row(rows, "random").by_position.back().kl.mean;
+  CHECK(row(rows, "fullkv").by_position.back().kl.mean == 0);
+  CHECK(row(rows, "oracle").by_position.back().kl.mean < chance / 2);
+  auto const& by_position = j["rows"][2]["by_position"];
+  REQUIRE(by_position.size() == rows[2].by_position.size());
+  CHECK(by_position.back()["from"] == 0);
+  CHECK(by_position.back()["to"] == 512);
+  CHECK(by_position[0]["kl_nats"]["mean"].get<double>() == rows[2].by_position[0].kl.mean);
+  CHECK(by_position[0]["perplexity"]["mean"].get<double>() ==
+        rows[2].by_position[0].perplexity.mean);
+  for (char const* const column :
+       {"perplexity@64-127,", "kl_nats@448-511,", "kl_nats@0-511,", "passkey,"})
+    CHECK(csv.find("\noracle,25," + std::to_string(rows[2].capacity) + "," + column) !=
+          std::string::npos);
+  std::string const text = comparison_text(rows);
+  for (char const* const part :
+       {"25% of the final length: accuracy", ": passkeys by depth", "75-100%",
+        ": KL divergence from the full cache's prediction, nats per token, by position",
+        ": perplexity by position", "448-511"})
+    CHECK(text.find(part) != std::string::npos);
 }
 
 TEST_CASE("intervals are Student's") {
