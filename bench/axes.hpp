@@ -44,6 +44,7 @@ struct point {
 inline constexpr point base{};
 inline constexpr index_t all_tokens[] = {1024, 8192, 32768};
 inline constexpr index_t all_capacities[] = {512, 1024, 4096};
+inline constexpr index_t all_step_capacities[] = {256, 512, 1024, 4096, 8192};
 inline constexpr index_t all_windows[] = {8, 32, 64};
 inline constexpr index_t all_groups[] = {1, 4, 8};
 inline constexpr index_t all_dims[] = {64, 128};

@@ -16,6 +16,7 @@
 #include <ctime>
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "axes.hpp"
@@ -188,8 +189,18 @@ inline std::string named(char const* key, index_t value) {
   return "/" + std::string(key) + ":" + std::to_string(value);
 }
 
+/// Removes `--all` from the arguments: then rows that would make `./run bench` long are taken as well.
+inline bool takes_all(int& argc, char** argv) {
+  char** const end = argv + argc;
+  char** const rest =
+      std::remove_if(argv, end, [](char const* a) { return std::string_view(a) == "--all"; });
+  argc = static_cast<int>(rest - argv);
+  return rest != end;
+}
+
 /// The end of every main(): the machine's peaks go into the result's context.
 inline int run_rows(int argc, char** argv) {
+  takes_all(argc, argv);  // for programs without such rows
   std::vector<double> flop, byte;
   for (int i = 0; i < 40; ++i) {
     flop.push_back(1e-9 / fma_seconds());
