@@ -68,7 +68,7 @@ void add(point const& p, bool given_lse) {
                            named("B", p.batch) + named("Hkv", p.kv_heads) + named("G", p.group) +
                            named("D", p.dim) + "/" + kvkeep::to_string(p.type) + "/" +
                            to_string(p.where) + (given_lse ? "/lse" : "/no_lse");
-  add_row(name, p.tokens > 8192 ? 15 : 60,
+  add_row(name, p.tokens * p.kv_heads > 2 * 8192 ? 15 : 60,
           [=](benchmark::State& s) { window_score(s, p, given_lse); });
 }
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 """Our benchmarks against torch twins of published programs, in one job.
 
-  ./run bench --benchmark_filter=none        # builds build/gcc/bench/bench_*
+  cmake --preset gcc && cmake --build --preset gcc --target kvkeep_bench
   python3 bench/peers/compare.py --json DIR/peers.json
 
-A round takes a sample of ours (a run of a bench_* program for one row), then one of each twin, then the
-rate of a matrix product in torch; the next round the other way round. Every figure is a median over rounds,
-every ratio a median of the rounds' ratios. Both sides run one thread, are timed by that thread's CPU time,
+A round takes a sample of ours (a run of a bench_* program for one row), then one of each twin, each followed
+by the rate of a matrix product in torch; every other round takes ours last. Every figure is a median over
+rounds, every ratio (a twin's time over ours) a median of the rounds' ratios. Both sides run one thread, are timed by that thread's CPU time,
 and work on random inputs that rotate through more memory than the last cache holds.
 
 "eviction" is a step less the attention of that step alone, on both sides: for the published twins the
@@ -204,7 +204,7 @@ def compare(p, folder, rounds):
                               "kvkeep_us": median(a for a, _ in pairs), "twin_us": median(b for _, b in pairs),
                               "ratio": median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1],
                               "sgemm_gflops": median(o[name]["sgemm"] for o in taken),
-                              "fma_gflops": median(o["ours"]["fma"] for o in taken), "rounds": taken and len(taken)})
+                              "fma_gflops": median(o["ours"]["fma"] for o in taken), "rounds": rounds})
                 print_row(table[-1])
     return table
 
