@@ -25,7 +25,8 @@ class trace_recorder final : public step_observer {
   void on_attended(index_t layer, index_t id, float const* out) override;
   void on_confirmed(std::span<index_t const> ids) override;
 
-  /// Writes `dir`/layer_N for all layers, each under a temporary name until it is complete.
+  /// Writes `dir`/layer_N for all layers, each under a temporary name until it is complete. H2O's cases hold
+  /// the sums `acc` in kept order and, where the prompt was cut, `acc_prompt` `[1, kv_head, T0]` before that.
   void write(std::filesystem::path const& dir) const;
 
  private:

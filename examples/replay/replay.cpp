@@ -76,9 +76,11 @@ std::string compare(recorded_case const& c, replayed const& r) {
   return {};
 }
 
-bool same_shapes(recorded_case const& c, replayed const& r) {
+/// Whether the outputs differ in values alone.
+bool same_form(recorded_case const& c, replayed const& r) {
   return std::all_of(c.outputs.begin(), c.outputs.end(), [&](auto const& expected) {
-    return r.outputs.at(expected.first).shape == expected.second.shape;
+    npy_array const& mine = r.outputs.at(expected.first);
+    return mine.shape == expected.second.shape && mine.is_float == expected.second.is_float;
   });
 }
 
@@ -104,7 +106,7 @@ exit_code replay_case(settings const& s, recorded_case const& c, std::set<std::s
     return passed;
   }
   std::string reason = compare(c, r);
-  if (!reason.empty() && can_guide(c) && same_shapes(c, r)) {
+  if (!reason.empty() && can_guide(c) && same_form(c, r)) {
     r = run_decode(c, layout_of(s.layout), true);
     keep_named(c, r);
     reason = compare(c, r);

@@ -194,6 +194,18 @@ TEST_CASE("a mismatch fails, and of several cases the gravest code is returned")
   CHECK(r.text.rfind("FAIL knorm_kvpress: kept: 1 of 48", 0) == 0);
   CHECK(replay({dir.string()}).code == 0);
 
+  // A trace whose sets are no integers cannot be followed either.
+  std::string const trace = "spec_morph_gqa_sum";
+  fs::path const floats =
+      changed(tmp, trace, [](json& meta) { meta["outputs"]["kept"]["dtype"] = "float32"; });
+  auto sets = kvkeep::tools::read_npy(floats / "kept.npy");
+  sets.is_float = true;
+  sets.f32.assign(sets.i32.begin(), sets.i32.end());
+  kvkeep::tools::write_npy(floats / "kept.npy", sets);
+  auto const no_sets = replay({floats.string(), "--check"});
+  CHECK(no_sets.code == 1);
+  CHECK(contains(no_sets.text, "kept: dtype differs"));
+
   std::string const good = golden("knorm_kvf").string(), headkv = golden("headkv_kvf_gqa").string();
   std::string const missing = (tmp.path / "missing").string();
   CHECK(replay({good, headkv, "--check"}).code == 3);
@@ -249,7 +261,8 @@ TEST_CASE("malformed folders and files are refused by name") {
   scratch_folder const tmp;
   std::string const name = "snapkv_avg_w8_k5_mha";
   fs::path const dir = tmp.path / name, out = tmp.path / "out";
-  auto const refused = [&](std::string const& message, std::function<void(json&)> const& change,
+  auto const refused = [&](
+                           std::string const& message, std::function<void(json&)> const& change,
                            std::function<void()> const& then = [] {}) {
     changed(tmp, name, change);
     then();
