@@ -3,6 +3,7 @@
 // session that evicts nothing. The peer is the bare loop: the next slot and attention over the slots
 // in use. Each sample also takes the bare loop a second time.
 //   peer_ratio   step over bare loop, medians per layer, layers summed
+//   append_us, confirm_us  parts of the step, per layer; the rest is attend
 //   noise_ratio  bare loop over bare loop, the same way: what 1.0 means on this machine
 #include "decode_model.hpp"
 
@@ -10,46 +11,53 @@ namespace bench {
 namespace {
 
 struct layer_times {
-  std::vector<double> step, bare, again;
+  std::vector<double> step, bare, again, append;
 };
 
-constexpr int warm_up = 2, n_samples = 150;
+constexpr int warm_up = 2, n_samples = 100;
 
 void unfilled(benchmark::State& state, point const& p, std::string const& policy) {
   decode_model m(p, policy, p.tokens);
   meter all(m.attention_work(p.tokens));
   std::vector<layer_times> times(m.layers());
+  std::vector<double> confirms;
   double confirm = 0;  // of the step before, per layer
   index_t in_use = p.tokens;
   for (auto _ : state) {
     ++in_use;
     double total = 0;
     for (std::size_t layer = 0; layer < m.layers(); ++layer) {
-      double t = m.append(layer);
+      double const append = m.append(layer);
       m.write_token(layer);
-      t += m.attend(layer) + confirm;
+      double const t = append + m.attend(layer) + confirm;
       double const bare = m.plain_attention(m.other(layer, 1), in_use, false);
       double const again = m.plain_attention(m.other(layer, 2), in_use, false);
       total += t;
       if (in_use <= p.tokens + warm_up) continue;
       all.add(t, bare);
       times[layer].step.push_back(t);
+      times[layer].append.push_back(append);
       times[m.other(layer, 1)].bare.push_back(bare);
       times[m.other(layer, 2)].again.push_back(again);
     }
     confirm = m.confirm() / static_cast<double>(m.layers());
+    confirms.push_back(confirm);
     state.SetIterationTime(total / static_cast<double>(m.layers()));
   }
   if (m.count().evicted != 0) state.SkipWithError("something was evicted");
   all.report(state);
-  double step = 0, bare = 0, again = 0;
+  double step = 0, bare = 0, again = 0, append = 0;
   for (layer_times const& l : times) {
+    append += quantile(l.append, 0.5);
     step += quantile(l.step, 0.5);
     bare += quantile(l.bare, 0.5);
     again += quantile(l.again, 0.5);
   }
-  state.counters["peer_ratio"] = step / bare;
-  state.counters["noise_ratio"] = again / bare;
+  auto& c = state.counters;
+  c["peer_ratio"] = step / bare;
+  c["noise_ratio"] = again / bare;
+  c["append_us"] = append * 1e6 / static_cast<double>(m.layers());
+  c["confirm_us"] = quantile(confirms, 0.5) * 1e6;
 }
 
 void add(point const& p, std::string const& policy) {
