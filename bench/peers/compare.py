@@ -6,8 +6,9 @@
 
 A round takes a sample of ours (a run of a bench_* program for one row), then one of each twin, each followed
 by the rate of a matrix product in torch; every other round takes ours last. Every figure is a median over
-rounds, every ratio (a twin's time over ours) a median of the rounds' ratios. Both sides run one thread, are timed by that thread's CPU time,
-and work on random inputs that rotate through more memory than the last cache holds.
+rounds, every ratio (a twin's time over ours) a median of the rounds' ratios. Both sides run one thread, are
+timed by that thread's CPU time, and work on random inputs that rotate through more memory than the last cache
+holds.
 
 "eviction" is a step less the attention of that step alone, on both sides: for the published twins the
 attention includes append by concatenation and keys and values repeated per query head, which their programs
