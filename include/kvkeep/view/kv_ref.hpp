@@ -27,7 +27,9 @@ struct plane_ref {
   row_reader reader{};      ///< needed to score or attend over opaque rows
   any_layout layout{};
 
-  KVKEEP_HD bool contiguous() const noexcept { return type == dtype::opaque || features.contiguous(dim); }
+  KVKEEP_HD bool contiguous() const noexcept {
+    return type == dtype::opaque || features.contiguous(dim);
+  }
 };
 
 /// K and V of one layer over all sequence rows. Trivially copyable; owns nothing.
