@@ -138,6 +138,17 @@ TEST_CASE("attention equals the oracle for rows read in pieces, over hundreds of
   });
 }
 
+TEST_CASE("attention equals the oracle over thousands of slots") {
+  test::layer_options o;
+  o.cache = {test::layout_id::paged, dtype::bf16, {1, 2, 1, 64, 64, 2500}, 16, 3, {}, true};
+  o.min_length = 2400;
+  test::test_layer const l(o);
+  generator g(7);
+  attend_run a(l, g, 1);
+  a.run();
+  check(l, a, false);
+}
+
 TEST_CASE("every layout gives the bits of every other, for each element type") {
   std::array<test::cache_options, 4> shapes;
   shapes[0].shape = {2, 6, 2, 20, 12, 75};

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/attend_merge.cuh"
+#include "kernels/attend_rows.cuh"
 #include "launch.cuh"
 
 namespace kvkeep::cuda {
@@ -30,6 +31,78 @@ inline tensor_ref<float const, 4, device_space> one_row(
   return r;
 }
 
+/// Whether a plane's rows start at multiples of 16 bytes. Where every head has a place of its own, the
+/// device looks.
+enum class alignment : std::uint8_t { none, some, all };
+
+inline alignment alignment_of(plane_ref<device_space> const& p) noexcept {
+  offset_t const size = dtype_bytes(p.type);
+  any_layout const& l = p.layout;
+  auto const fits = [&](auto... strides) {
+    return reinterpret_cast<std::uintptr_t>(p.data) % 16 == 0 &&
+           (... && (strides * size % 16 == 0));
+  };
+  switch (l.kind) {
+    case layout_kind::paged:
+      return fits(l.paged.block_stride, l.paged.head_stride, l.paged.slot_stride) ? alignment::all
+                                                                                  : alignment::none;
+    case layout_kind::ragged:
+      return fits(l.ragged.slot_stride) ? alignment::some : alignment::none;
+    case layout_kind::strided:
+      return fits(l.strided.seq_stride, l.strided.head_stride, l.strided.slot_stride)
+                 ? alignment::all
+                 : alignment::none;
+    case layout_kind::custom:
+      break;
+  }
+  return alignment::none;
+}
+
+/// Which heads the kernels for rows can take: contiguous features, of K and V alike.
+inline alignment rows_of(attend_task const& t) noexcept {
+  plane_ref<device_space> const& k = t.kv.k;
+  plane_ref<device_space> const& v = t.kv.v;
+  if ((k.dim != 64 && k.dim != 128 && k.dim != 256) || !k.contiguous()) return alignment::none;
+  if (t.out.data == nullptr) return alignment_of(k);
+  if (v.type != k.type || v.dim != k.dim || !v.contiguous()) return alignment::none;
+  return std::min(alignment_of(k), alignment_of(v));
+}
+
+template <class T, int D>
+status launch_rows(context const& c, attend_plan const& plan, attend_task const& t) noexcept {
+  auto const start = [&](auto const& kernel) {
+    return launch(c, plan.split_grid(), kernel.shared_bytes(), kernel);
+  };
+  switch (plan.tile) {
+    case 1:
+      return start(attend_rows_kernel<T, D, 1>{t});
+    case 4:
+      return start(attend_rows_kernel<T, D, 4>{t});
+    default:
+      return start(attend_rows_kernel<T, D, most_tile_heads>{t});
+  }
+}
+template <class T>
+status launch_rows(context const& c, attend_plan const& plan, attend_task const& t) noexcept {
+  return t.kv.k.dim == 64    ? launch_rows<T, 64>(c, plan, t)
+         : t.kv.k.dim == 128 ? launch_rows<T, 128>(c, plan, t)
+                             : launch_rows<T, 256>(c, plan, t);
+}
+
+/// Splits of all heads: by the fast kernels where they can, by the plain one elsewhere.
+inline status launch_splits(context const& c, attend_plan const& plan,
+                            attend_task const& t) noexcept {
+  alignment const rows = rows_of(t);
+  if (rows != alignment::none)
+    KVKEEP_TRY(t.kv.k.type == dtype::f32   ? launch_rows<float>(c, plan, t)
+               : t.kv.k.type == dtype::f16 ? launch_rows<fp16>(c, plan, t)
+                                           : launch_rows<bf16>(c, plan, t));
+  if (rows == alignment::all) return status::ok;
+  attend_plain_kernel const plain{t,
+                                  rows == alignment::none ? rows_taken::all : rows_taken::others};
+  return launch(c, plan.split_grid(), plain.shared_bytes(), plain);
+}
+
 /// Splits, their merge, and the weights if somebody wants them. Takes the scratch.
 inline status run_attention(context const& c, attend_task& t, index_t n_entries,
                             workspace& ws) noexcept {
@@ -47,8 +120,7 @@ inline status run_attention(context const& c, attend_task& t, index_t n_entries,
       ws.take<float>(wants_logits ? plan.rows() * product(t.kv.shape.max_slots) : 0);
   if (!placed(ws)) return not_placed(ws);
   if (t.fold.out.data != nullptr && t.weights.data == nullptr) t.logits = logits;
-  attend_plain_kernel const plain{t, rows_taken::all};
-  KVKEEP_TRY(launch(c, plan.split_grid(), plain.shared_bytes(), plain));
+  KVKEEP_TRY(launch_splits(c, plan, t));
   KVKEEP_TRY(
       launch(c, plan.merge_grid(), attend_merge_kernel::shared_bytes(), attend_merge_kernel{t}));
   if (t.weights.data == nullptr && t.fold.out.data == nullptr) return status::ok;

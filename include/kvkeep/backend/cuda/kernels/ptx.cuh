@@ -53,4 +53,11 @@ __device__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+/// One instruction, where to_float takes several.
+__device__ inline float fast_float(fp16 x) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x.bits));
+  return r;
+}
+
 }  // namespace kvkeep::cuda

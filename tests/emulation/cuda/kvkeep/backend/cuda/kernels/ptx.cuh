@@ -55,4 +55,6 @@ void copies_wait() {
   emulation::wait_copy_groups(Pending);
 }
 
+inline float fast_float(fp16 x) { return to_float(x); }
+
 }  // namespace kvkeep::cuda

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The fast path of decode attention: contiguous, aligned rows of one type with 64, 128 or 256 features.
+/// K and V stream through registers in pieces of 16 bytes. A row's lanes have 16 features each, and with
+/// them those of all query heads of the tile, so that each piece is loaded once for all of them.
+#pragma once
+
+#include <kvkeep/backend/cuda/kernels/ptx.cuh>
+
+#include "attend.cuh"
+
+namespace kvkeep::cuda {
+
+/// The numbers of 16 bytes.
+__device__ inline void unpack(uint4 const& w, float (&x)[4], float) {
+  x[0] = __uint_as_float(w.x), x[1] = __uint_as_float(w.y);
+  x[2] = __uint_as_float(w.z), x[3] = __uint_as_float(w.w);
+}
+__device__ inline void unpack(uint4 const& w, float (&x)[8], bf16) {
+  unsigned const words[] = {w.x, w.y, w.z, w.w};
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+__device__ inline void unpack(uint4 const& w, float (&x)[8], fp16) {
+  unsigned const words[] = {w.x, w.y, w.z, w.w};
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = fast_float(fp16{static_cast<std::uint16_t>(words[i] & 0xffffu)});
+    x[2 * i + 1] = fast_float(fp16{static_cast<std::uint16_t>(words[i] >> 16)});
+  }
+}
+
+/// Sums of x[0], .. x[Live - 1] over the lanes that differ in the bits Step, Step / 2, .. Last, in that
+/// order. At each bit a lane gives away half of the numbers, so it ends with its own share of them: with
+/// those that its bits, the highest first, point to. The last number is not halved but doubled.
+template <int Step, int Last, int Live, int N>
+__device__ void share_sums(float (&x)[N]) {
+  if constexpr (Step < Last) {
+    return;
+  } else if constexpr (Live == 1) {
+    x[0] += __shfl_xor_sync(all_lanes, x[0], Step);
+    share_sums<Step / 2, Last, 1>(x);
+  } else {
+    constexpr int half = Live / 2;
+    bool const upper = (lane_of_warp() & Step) != 0;
+    for (int i = 0; i < half; ++i) {
+      float const give = upper ? x[i] : x[i + half];
+      float const keep = upper ? x[i + half] : x[i];
+      x[i] = keep + __shfl_xor_sync(all_lanes, give, Step);
+    }
+    share_sums<Step / 2, Last, half>(x);
+  }
+}
+
+/// @tparam D features of a row  @tparam G query heads of a tile
+template <class T, int D, int G>
+struct row_path {
+  static constexpr int mine = 16;                                ///< features of a lane
+  static constexpr int lanes = D / mine;                         ///< of a row
+  static constexpr int each = 16 / static_cast<int>(sizeof(T));  ///< features of a piece
+  static constexpr int pieces = mine / each;                     ///< of a lane and row
+  static constexpr int batch = 8 / pieces;                       ///< rows in flight per lane
+  static constexpr int groups = split_threads / lanes;           ///< rows of a block at a time
+  static constexpr int warps = split_threads / warp_size;
+  static constexpr index_t sums_floats = warps * G * D;
+  static_assert(lanes == row_lanes(D));
+
+  /// Feature of this lane's number `i`.
+  __device__ static int feature_of(int i) {
+    return (i / each * lanes + lane_of_warp() % lanes) * each + i % each;
+  }
+  __device__ static uint4 load(std::byte const* row, int piece) {
+    return __ldg(reinterpret_cast<uint4 const*>(row) + piece * lanes + lane_of_warp() % lanes);
+  }
+
+  __device__ static void dot_products(attend_task const& t, split_place const& at,
+                                      split_box const& box) {
+    int const group = thread_of_block() / lanes;
+    float q[G][mine];
+    for (int g = 0; g < G; ++g) {
+      float const* const row = t.q.at(t.source_of(at.entry), at.q_head(t) + g, at.row, 0);
+      for (int i = 0; i < mine; ++i) q[g][i] = g < at.count ? row[feature_of(i)] : 0.0f;
+    }
+    for (index_t base = 0; base < at.n; base += batch * groups) {
+      uint4 k[batch][pieces];
+      for (int s = 0; s < batch; ++s) {
+        std::byte const* const row = box.keys[min(base + s * groups + group, at.n - 1)];
+        for (int p = 0; p < pieces; ++p) k[s][p] = load(row, p);
+      }
+      float x[batch * G] = {};
+      for (int s = 0; s < batch; ++s)
+        for (int p = 0; p < pieces; ++p) {
+          float part[each];
+          unpack(k[s][p], part, T{});
+          for (int g = 0; g < G; ++g)
+            for (int e = 0; e < each; ++e)
+              x[s * G + g] = __fmaf_rn(q[g][p * each + e], part[e], x[s * G + g]);
+        }
+      share_sums<lanes / 2, 1, batch * G>(x);
+      put(x, base + group, at, box.z);
+    }
+  }
+
+  static __device__ void put(float const (&x)[batch * G], index_t slot, split_place const& at,
+                             float* z) {
+    constexpr int shares = batch * G < lanes ? lanes / (batch * G) : 1;  // lanes of a number
+    constexpr int kept = batch * G < lanes ? 1 : batch * G / lanes;      // numbers of a lane
+    int const lane = lane_of_warp() % lanes;
+    for (int i = 0; i < kept; ++i) {
+      int const number = lane / shares * kept + i, g = number % G;
+      index_t const j = slot + number / G * groups;
+      if (lane % shares == 0 && g < at.count && j < at.n) z[g * split_slots + j] = x[i];
+    }
+  }
+
+  /// acc += weights * values of `N` slots, `groups` apart.
+  template <int N>
+  __device__ static void add_rows(split_box const& box, index_t slot, float (&acc)[G * mine]) {
+    uint4 v[N][pieces];
+    for (int s = 0; s < N; ++s)
+      for (int p = 0; p < pieces; ++p) v[s][p] = load(box.values[slot + s * groups], p);
+    for (int s = 0; s < N; ++s) {
+      float e[G];
+      for (int g = 0; g < G; ++g) e[g] = box.z[g * split_slots + slot + s * groups];
+      for (int p = 0; p < pieces; ++p) {
+        float part[each];
+        unpack(v[s][p], part, T{});
+        for (int g = 0; g < G; ++g)
+          for (int i = 0; i < each; ++i)
+            acc[g * mine + p * each + i] = __fmaf_rn(e[g], part[i], acc[g * mine + p * each + i]);
+      }
+    }
+  }
+
+  __device__ static void add_values(attend_task const& t, split_place const& at,
+                                    split_box const& box) {
+    float acc[G * mine] = {};
+    index_t slot = thread_of_block() / lanes;
+    for (; slot + (batch - 1) * groups < at.n; slot += batch * groups)
+      add_rows<batch>(box, slot, acc);
+    for (; slot < at.n; slot += groups) add_rows<1>(box, slot, acc);
+    __syncwarp();
+    share_sums<warp_size / 2, lanes, G * mine>(acc);
+
+    constexpr int kept = G * mine * lanes / warp_size;
+    float* const sums = box.sums + warp_of_block() * G * D;
+    for (int i = 0; i < kept; ++i) {
+      int const number = lane_of_warp() / lanes * kept + i;
+      sums[number / mine * D + feature_of(number % mine)] = acc[i];
+    }
+    __syncthreads();
+    for (index_t i = thread_of_block(); i < at.count * D; i += split_threads) {
+      float sum = box.sums[i];
+      for (int w = 1; w < warps; ++w) sum += box.sums[w * G * D + i];
+      t.values[at.piece(t, i / D) * D + i % D] = sum;
+    }
+  }
+};
+
+template <class T, int D, int G>
+struct attend_rows_kernel {
+  using path = row_path<T, D, G>;
+  static constexpr int most_threads = split_threads, blocks_per_sm = G <= 4 ? 4 : 2;
+  attend_task t;
+
+  __device__ void operator()() const { attend_split<path>(t, rows_taken::aligned); }
+  static std::size_t shared_bytes() { return split_box::bytes(G, path::sums_floats); }
+};
+
+}  // namespace kvkeep::cuda

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// How the CUDA backend cuts attention up: every slot and query head once, scratch in 64 bits.
+#include <kvkeep/backend/cuda/attend_plan.hpp>
+
+#include "../support/random.hpp"
+
+namespace {
+
+using namespace kvkeep;
+using cuda::attend_plan;
+
+constexpr cache_shape shape_of(index_t heads, index_t group, index_t slots) {
+  return {1, heads * group, heads, 128, 128, slots};
+}
+
+}  // namespace
+
+TEST_CASE("splits cover all slots and tiles all query heads, without empty ones") {
+  for (index_t slots : {0, 1, 255, 256, 257, 1024, 131072})
+    for (index_t group = 1; group <= 71; ++group) {
+      INFO("slots " << slots << " group " << group);
+      attend_plan const p(shape_of(3, group, slots), 2, 5);
+      CHECK(p.splits * cuda::split_slots >= slots);
+      CHECK((p.splits - 1) * cuda::split_slots < std::max(slots, 1));
+      CHECK(p.tiles * p.tile >= group);
+      CHECK((p.tiles - 1) * p.tile < group);
+      CHECK(p.split_grid().x == offset_t{2} * 3 * 5 * p.tiles);
+      CHECK(p.merge_grid().x == offset_t{2} * 3 * 5 * group);
+      CHECK(p.weights_grid(slots, 256).y * 256 >= slots);
+    }
+}
+
+TEST_CASE("a plan fits a launch for 64 sequences of 128k slots, and for 200 query rows of each") {
+  cache_shape const s = shape_of(8, 4, 131072);
+  for (index_t rows : {1, 200}) {
+    attend_plan const p(s, 64, rows);
+    CHECK(p.split_grid().fits());
+    CHECK(p.merge_grid().fits());
+    CHECK(p.weights_grid(s.max_slots, 256).fits());
+    CHECK(p.pieces() == std::size_t{64} * 32 * 512 * static_cast<std::size_t>(rows));
+  }
+}
+
+TEST_CASE("numbers of pieces and values beyond 32 bits are counted") {
+  attend_plan const p(shape_of(8, 8, 8 << 20), 64, 200);
+  CHECK(p.splits == 32768);
+  CHECK(p.pieces() == std::size_t{64} * 64 * 200 * 32768);
+  CHECK(p.split_grid().fits());
+}
+
+TEST_CASE("a merge has a warp for each part that has splits") {
+  auto const threads = [](index_t slots) {
+    return attend_plan(shape_of(1, 1, slots), 1, 1).merge_grid().threads;
+  };
+  CHECK(threads(0) == 32);
+  CHECK(threads(256) == 32);
+  CHECK(threads(257) == 64);
+  CHECK(threads(5 * 256) == 256);
+  CHECK(threads(131072) == 256);
+}
+
+TEST_CASE("a tile holds the group, or as many of its heads as there are registers for") {
+  for (index_t group = 1; group <= 20; ++group) {
+    index_t const tile = cuda::tile_heads(group);
+    CHECK((tile == 1 || tile == 4 || tile == cuda::most_tile_heads));
+    CHECK((tile >= group || tile == cuda::most_tile_heads));
+  }
+}
