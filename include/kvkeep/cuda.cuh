@@ -7,6 +7,7 @@
 #include "backend/cuda/compact.cuh"
 #include "backend/cuda/key_geometry.cuh"
 #include "backend/cuda/layer_counts.cuh"
+#include "backend/cuda/lazy_rows.cuh"
 #include "backend/cuda/pool.cuh"
 #include "backend/cuda/ring_score.cuh"
 #include "backend/cuda/select_k.cuh"

@@ -11,6 +11,17 @@ using test::generator;
 using test::padded;
 using test::uz;
 
+/// What surrounds the two ops runs on the CPU, whichever backend they run on.
+template <class Op>
+void on_cpu(Op const& o) {
+  cpu::context ctx{};
+  workspace measure;
+  REQUIRE(enqueue(ctx, o, measure) == status::ok);
+  test::aligned_block const block(measure.peak());
+  workspace place(block.span());
+  REQUIRE(enqueue(ctx, o, place) == status::ok);
+}
+
 /// A full cache of one layer and everything that the two ops need.
 struct lazy_steps {
   test::test_layer& l;
@@ -72,7 +83,7 @@ struct lazy_steps {
     direct.recent = shape.window;
     direct.fuse = enter.fuse;
     direct.out = scores.ref();
-    REQUIRE(test::run_exact(test::one_thread(), direct) == status::ok);
+    on_cpu(direct);
   }
 
   /// One decision. @return whether every victim has the lowest score, nearly
@@ -111,7 +122,7 @@ struct lazy_steps {
     a.q = q.cref();
     a.weights = weights.ref();
     a.weight_max = weight_max.ref();
-    REQUIRE(test::run_exact(test::one_thread(), a) == status::ok);
+    on_cpu(a);
     enter.anew = false;
   }
 
@@ -155,6 +166,29 @@ TEST_CASE("each lazy victim has the lowest direct score, and few slots are in do
       x.next();
     }
   });
+}
+
+TEST_CASE("heads of many tiles, and a state that every other step the CPU has left") {
+  for (reduction const fuse : {reduction::sum, reduction::max}) {
+    INFO(to_string(fuse));
+    generator g(7);
+    test::layer_options o;
+    o.cache.shape = {1, 8, 2, 32, 8, 1300};
+    o.cache.type = dtype::bf16;
+    o.min_length = 1300;
+    o.dense = true;
+    test::test_layer l(o);
+    lazy_steps x(l, g, {4, 31, 32}, fuse);
+    for (int i = 0; i < 5; ++i) {
+      INFO("step " << i);
+      REQUIRE(x.step());
+      REQUIRE(x.at_rest() == 0);
+      x.next();
+      on_cpu(x.enter);
+      on_cpu(x.leave);
+      x.next();
+    }
+  }
 }
 
 TEST_CASE("the direct form decides where bounds cannot, and the state survives it") {

@@ -11,7 +11,7 @@ namespace kvkeep::cuda {
 
 /// Scratch of the op: what one kernel leaves for the next.
 struct key_diff_part {
-  static constexpr index_t chunk = 64;  ///< keys of one partial sum, neighbours in position order
+  static constexpr index_t chunk = 64;   ///< keys of one partial sum, neighbours in position order
   static constexpr index_t strands = 8;  ///< of partial sums, when they are added up
   op::key_diff<device_space> o;
   slot_orders orders;

@@ -37,7 +37,8 @@ struct lag_kernel {
     slot_order const order = orders.of_block();
     float* const out = o.out.at(at.entry, at.head, 0);
     // Sinks, the last full partition and the tail.
-    index_t const y = static_cast<index_t>(blockIdx.y), rows_of_grid = static_cast<index_t>(gridDim.y);
+    index_t const y = static_cast<index_t>(blockIdx.y);
+    index_t const rows_of_grid = static_cast<index_t>(gridDim.y);
     for (index_t i = y * threads_of_block() + thread_of_block(); i < n;
          i += rows_of_grid * threads_of_block())
       if (i < o.sinks || i >= scored_to) out[order(i)] = 1;

@@ -21,8 +21,9 @@ struct joint_rank {
 struct joint_part {
   op::layer_counts<device_space> o;
   index_t heads;
-  float* factor;     ///< [entry][part], or null: 1
-  uint2* safe;       ///< [entry][part] key of the last safe candidate and how many equal ones are open, or null
+  float* factor;  ///< [entry][part], or null: 1
+  /// [entry][part] key of the last safe candidate, and how many equal ones are open; or null.
+  uint2* safe;
   unsigned* bins;    ///< [entry][select_bins]
   unsigned* above;   ///< [entry][part] open keys above the limit
   unsigned* equal;   ///< [entry][part] open keys equal to it
@@ -71,8 +72,7 @@ __device__ long long hand_out(index_t parts, long long left, long long* box, Wan
     index_t const p = first + thread_of_block();
     long long const own = p < parts ? want(p) : 0;
     prefix_sum const s = sum_before(own, box);
-    if (p < parts)
-      give(p, static_cast<index_t>(min(max(left - s.before, 0ll), own)));
+    if (p < parts) give(p, static_cast<index_t>(min(max(left - s.before, 0ll), own)));
     left = max(left - s.total, 0ll);
   }
   return left;

@@ -11,14 +11,12 @@ namespace kvkeep::cuda {
 struct slot_order {
   index_t const* list = nullptr;  ///< [n]; null: the slots are in order already
 
-  __device__ index_t operator()(index_t rank) const {
-    return list != nullptr ? list[rank] : rank;
-  }
+  __device__ index_t operator()(index_t rank) const { return list != nullptr ? list[rank] : rank; }
 };
 
 /// Orders of all heads of a batch, as the kernels below leave them.
 struct slot_orders {
-  int* in_order = nullptr;  ///< [head] whether the slots are in order already
+  int* in_order = nullptr;   ///< [head] whether the slots are in order already
   index_t* lists = nullptr;  ///< [head][n_slots]; not written where they are
   index_t n_slots = 0;       ///< most slots of a head
 
@@ -74,8 +72,8 @@ struct order_kernel : slot_kernel {
       __syncthreads();
       for (index_t i = 0; i < count; ++i) {
         uint4 const p = fours[i];
-        rank += (p.x < own ? 1 : 0) + (p.y < own ? 1 : 0) + (p.z < own ? 1 : 0) +
-                (p.w < own ? 1 : 0);
+        rank +=
+            (p.x < own ? 1 : 0) + (p.y < own ? 1 : 0) + (p.z < own ? 1 : 0) + (p.w < own ? 1 : 0);
       }
     }
     if (j < n) orders.list(blockIdx.x)[rank] = j;

@@ -18,8 +18,7 @@ struct pool_part : slot_kernel {
     return o.slots.lengths(o.batch.id_of(at.entry), at.head) - max(o.recent, 0);
   }
   __device__ float* pooled_row(index_t r) const {
-    return pooled +
-           (static_cast<offset_t>(blockIdx.x) * o.values.extent[2] + r) * orders.n_slots;
+    return pooled + (static_cast<offset_t>(blockIdx.x) * o.values.extent[2] + r) * orders.n_slots;
   }
 };
 

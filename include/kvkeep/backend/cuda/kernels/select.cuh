@@ -218,7 +218,28 @@ struct select_blocks_kernel : select_kernel {
   }
 };
 
-/// One block per head. Lowest key, of equal ones the highest position.
+/// A thread's candidate for the last rank: lowest key, of equal ones the highest position.
+struct last_slot {
+  static constexpr unsigned long long none = ~0ull;
+  unsigned long long rank = none;
+  index_t slot = -1;
+};
+
+/// Of the slots that the thread takes. @param score(j) of a slot
+template <class Score>
+__device__ last_slot last_of_thread(index_t n, Score const& score, index_t const* positions,
+                                    open_range const& open) {
+  last_slot r;
+  for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {
+    if (!open.has(positions[j])) continue;
+    unsigned long long const rank = static_cast<unsigned long long>(order_key(score(j))) << 32 |
+                                    ~static_cast<unsigned>(positions[j]);
+    if (rank < r.rank) r = {rank, j};
+  }
+  return r;
+}
+
+/// One block per head.
 struct evict_one_kernel : select_kernel {
   op::evict_one<device_space> o;
 
@@ -226,22 +247,16 @@ struct evict_one_kernel : select_kernel {
     shared_pieces shared;
     int* const box = shared.take<int>(warp_size);
     auto* const wide = shared.take<unsigned long long>(warp_size);
-    constexpr unsigned long long none = ~0ull;
     block_head const at(o.slots.lengths.extent[1]);
     index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
     index_t const* const positions = o.slots.positions.at(id, at.head, 0);
     float const* const scores = o.scores.at(at.entry, at.head, 0);
     open_range const open = find_open(positions, n, counts_of(o.guard, id), box);
-    unsigned long long least = none;
-    index_t slot = -1;
-    for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {
-      if (!open.has(positions[j])) continue;
-      unsigned long long const rank = static_cast<unsigned long long>(order_key(scores[j])) << 32 |
-                                      ~static_cast<unsigned>(positions[j]);
-      if (rank < least) least = rank, slot = j;
-    }
-    unsigned long long const victim = block_reduce(least, wide, smaller{});
-    if (victim == none ? thread_of_block() == 0 : victim == least) o.victim(id, at.head) = slot;
+    last_slot const own = last_of_thread(
+        n, [&](index_t j) { return scores[j]; }, positions, open);
+    unsigned long long const victim = block_reduce(own.rank, wide, smaller{});
+    if (victim == last_slot::none ? thread_of_block() == 0 : victim == own.rank)
+      o.victim(id, at.head) = own.slot;
   }
 };
 
