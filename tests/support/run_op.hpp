@@ -50,13 +50,19 @@ status run_exact(op_context& ctx, Op const& op) {
   return result;
 }
 
+/// f(a, b) for the pairs of two tuples. (nvcc mixes up two packs that meet in a lambda of another function.)
+template <class A, class B, class F>
+void each_pair(A const& a, B const& b, F const& f) {
+  [&]<std::size_t... I>(std::index_sequence<I...>) { (f(std::get<I>(a), std::get<I>(b)), ...); }
+  (std::make_index_sequence<std::tuple_size_v<A>>{});
+}
+
 /// Runs `op` in all ways; `outputs` (padded arrays) hold the two-thread run's result afterwards.
 template <class Op, class... Out>
 void run_op(Op const& op, Out&... outputs) {
+  auto const arrays = std::tie(outputs...);
   auto const before = std::make_tuple(outputs.data()...);
-  auto const each = [&](auto const& f) {
-    std::apply([&](auto const&... old) { (f(outputs, old), ...); }, before);
-  };
+  auto const each = [&](auto const& f) { each_pair(arrays, before, f); };
   auto const unchanged = [&] {
     bool same = true;
     each([&](auto& out, auto const& old) { same = same && same_bits(out.data(), old); });
@@ -76,9 +82,8 @@ void run_op(Op const& op, Out&... outputs) {
   each([](auto& out, auto const& old) { std::copy(old.begin(), old.end(), out.data().begin()); });
   REQUIRE(run_exact(two_threads(), op) == status::ok);
   bool same = true;
-  std::apply(
-      [&](auto const&... first) { ((same = same && same_bits(outputs.data(), first)), ...); },
-      single);
+  each_pair(arrays, single,
+            [&](auto& out, auto const& first) { same = same && same_bits(out.data(), first); });
   CHECK(same);
   bool inside = true;
   each([&](auto& out, auto const&) { inside = inside && out.intact(); });
