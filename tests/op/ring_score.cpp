@@ -177,6 +177,27 @@ TEST_CASE("a dominating column between the extremes of float gives scores near t
   }
 }
 
+TEST_CASE("old columns whose weights vanish beside the window's are told apart") {
+  for (reduction const fuse : {reduction::max, reduction::sum}) {
+    test::layer_options o;
+    o.cache.shape = {1, 2, 1, 1, 1, 30};
+    o.min_length = 30;
+    o.dense = true;
+    o.shuffled = false;
+    test::test_layer l(o);
+    generator g(3);
+    test_rows rows(l, g, 3, false);
+    rows.q.each([](float& q) { q = 1; });
+    // Logits of the old columns: -94, -92, ... -42; the window's are 0.
+    for (index_t t = 0; t < 30; ++t)
+      l.cache.set_k(0, 0, t, std::vector<float>{t < 27 ? -94.0F + 2.0F * static_cast<float>(t) : 0.0F});
+    ring_run x(l, rows, 3, 3, fuse);
+    x.run();
+    check_scores(l, x);
+    for (index_t t = 1; t < 27; ++t) CHECK(x.scores(0, 0, t) > x.scores(0, 0, t - 1));
+  }
+}
+
 TEST_CASE("bad arguments of the ring are refused") {
   test::layer_options o;
   o.cache.shape = {1, 1, 1, 4, 4, 5};

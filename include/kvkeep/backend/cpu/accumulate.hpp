@@ -65,6 +65,18 @@ inline bool usable_sums(float const* z, index_t n) noexcept {
   return true;
 }
 
+/// Whether the lowest of the old slots' scores stands clear of what their weights have lost: a weight
+/// below the least normal number is 0, and divided by a small sum that is no longer nothing.
+inline bool scores_hold(float const* scores, std::int32_t const* old, index_t n, float const* z,
+                        index_t n_sums, index_t n_rows) noexcept {
+  float const least = *std::min_element(z, z + n_sums);
+  if (least >= 0.5F) return true;  // the row's maximum is among the old slots: nothing to gain
+  float low = FLT_MAX;
+  for (index_t j = 0; j < n; ++j)
+    if (old[j] != 0) low = std::min(low, scores[j]);
+  return low >= 1e6F * static_cast<float>(n_rows) * (FLT_MIN / least);
+}
+
 /// Sums of all rows over the old slots. While one row is added up the next one is fetched: rows are
 /// about a page long, where the processor's own prefetching ends. @param z [group][n_rows]
 inline void ring_sums(cached_rows const& c, std::int32_t const* old, float* z) noexcept {
@@ -108,7 +120,7 @@ inline void ring_score_head(op::ring_score<host_space> const& o, ring_scratch co
     invert_sums(z, group * count, inverse);
     fuse_cached_rows(cached, inverse, old, o.fuse == reduction::sum ? row_fold::sum : row_fold::max,
                      job.out);
-    return;
+    if (scores_hold(job.out, old, s.n, z, group * count, count)) return;
   }
   query_block block(scratch.direct, worker);
   block.form = form_of(kv);
