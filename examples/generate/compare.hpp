@@ -47,7 +47,7 @@ std::vector<std::string> compared_policies();
 std::vector<comparison_row> compare(runtime& rt, model const& m, episode_set const& set,
                                     comparison_options const& o);
 
-/// Tables of tasks, of passkeys by depth, and by position, each for all budgets.
+/// A table of the tasks and, with `by_position`, of passkeys by depth and of both figures by position; for all budgets.
 std::string comparison_text(std::vector<comparison_row> const& rows);
 std::string comparison_csv(std::vector<comparison_row> const& rows);
 std::string comparison_json(std::vector<comparison_row> const& rows);

@@ -130,11 +130,15 @@ std::string comparison_text(std::vector<comparison_row> const& rows) {
   std::sort(percents.begin(), percents.end());
   auto const buckets = rows.empty() ? std::vector<position_bucket>{} : rows[0].by_position;
   std::string text;
-  for (table const& t :
-       {tasks_table(), depth_table(),
+  std::vector<table> tables{tasks_table()};
+  if (!buckets.empty()) {  // a quick comparison has too few episodes for either
+    tables.push_back(depth_table());
+    tables.push_back(
         position_table("KL divergence from the full cache's prediction, nats per token,",
-                       &position_bucket::kl, buckets),
-        position_table("perplexity", &position_bucket::perplexity, buckets)}) {
+                       &position_bucket::kl, buckets));
+    tables.push_back(position_table("perplexity", &position_bucket::perplexity, buckets));
+  }
+  for (table const& t : tables) {
     if (!any_value(t, rows)) continue;
     for (index_t const percent : percents) text += text_of(t, rows, percent);
   }

@@ -84,7 +84,7 @@ void add_run_options(CLI::App& app, arguments& a) {
 void add_comparison_options(CLI::App& app, arguments& a) {
   auto* const compare =
       app.add_flag("--compare", a.compare, "all policies on the episodes beside the model");
-  app.add_flag("--quick", a.quick, "fewer policies, budgets and episodes, nothing by position")
+  app.add_flag("--quick", a.quick, "fewer policies, budgets and episodes, one kind of table")
       ->needs(compare);
   app.add_option("--policies", a.policies, "of the comparison, as in fullkv,random,oracle,morphkv")
       ->delimiter(',')
