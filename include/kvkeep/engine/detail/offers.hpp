@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "../../score/scorer.hpp"
+#include "../../policy/policy.hpp"
 #include "../limits.hpp"
 
 namespace kvkeep::detail {
