@@ -141,9 +141,13 @@ TEST_CASE("the bundled model's decisions hold in double, and in kvkeep-replay") 
       generate::load_episodes(file.parent_path() / "episodes.json", m.config.vocabulary);
   ids const& prompt = generate::find_episode(set, "diary:1").prompt;
   model_folder const tmp;
-  for (auto const& s : settings(48)) {  // the prompt is cut, too
+  auto all = settings(48);  // the prompt is cut, too
+  for (auto const& s : variants(48))
+    if (s.name == "cached" || s.name == "burst") all.push_back(s);
+  for (auto const& s : all) {
     INFO(s.name);
-    auto const folders = record(m, s, prompt, 60, tmp.path);
+    // In layer 0 old columns fall 100 below the window's after a while: cached weights vanish.
+    auto const folders = record(m, s, prompt, s.name == "cached" ? 100 : 60, tmp.path);
     CHECK(check_folders(folders) > 10);
     check_replay(folders);
   }
