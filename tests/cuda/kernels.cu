@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Every op of the CUDA backend, compiled without a device: resources.sh reads what the kernels take.
+// Every op of the CUDA backend, compiled without a device; spilled registers are errors.
 #include <kvkeep/cuda.cuh>
 #include <kvkeep/policy/knorm.hpp>
 

@@ -60,6 +60,43 @@ void check(test::test_layer const& l, test_rows const& rows, sums_run const& s,
   CHECK(right);
 }
 
+/// Rounds every `step`-th row to numbers that both 16-bit types hold.
+void round_rows(test_rows& rows, index_t step) {
+  for (index_t b = 0; b < rows.q.ref().extent[0]; ++b)
+    for (index_t h = 0; h < rows.q.ref().extent[1]; ++h)
+      for (index_t r = 0; r < rows.n_rows; r += step)
+        for (index_t d = 0; d < rows.q.ref().extent[3]; ++d)
+          rows.q(b, h, r, d) = std::round(rows.q(b, h, r, d) * 32) / 32;
+}
+
+/// The layer with its keys copied to rows that begin at multiples of 16 bytes where their size allows it.
+class aligned_keys {
+ public:
+  explicit aligned_keys(test::test_layer const& l)
+      : layer_(l.ref()),
+        block_(uz(l.shape().n_seq) * uz(l.shape().n_kv_heads) * uz(l.shape().max_slots) *
+               uz(layer_.kv.k.row_bytes)) {
+    cache_shape const& s = l.shape();
+    plane_ref<>& k = layer_.kv.k;
+    offset_t const size = dtype_bytes(k.type), row = k.row_bytes / size;
+    strided_layout const to{s.n_kv_heads * s.max_slots * row, s.max_slots * row, row, s.max_slots};
+    for (index_t q = 0; q < s.n_seq; ++q)
+      for (index_t h = 0; h < s.n_kv_heads; ++h)
+        for (index_t t = 0; t < l.cache.capacity(q, h); ++t) {
+          auto const from = l.cache.k().raw(q, h, t);
+          std::copy(from.begin(), from.end(), block_.span().begin() + to.offset(q, h, t) * size);
+        }
+    k.data = block_.span().data();
+    k.features = {};
+    k.layout = to;
+  }
+  layer_ref<> const& ref() const { return layer_; }
+
+ private:
+  layer_ref<> layer_;
+  test::aligned_block block_;
+};
+
 }  // namespace
 
 TEST_CASE("column sums equal the oracle, with and without log-sum-exp") {
@@ -93,6 +130,103 @@ TEST_CASE("any chunking of the rows gives the same bits") {
   });
 }
 
+TEST_CASE("column sums of long rows and of more slots than a slice") {
+  struct {
+    index_t dim, slots, group;
+  } const sizes[] = {{32, 1100, 1}, {64, 300, 4},  {72, 70, 2},
+                     {128, 280, 8}, {200, 150, 3}, {256, 140, 4}};
+  for (auto const& size : sizes)
+    for (dtype const type : test::readable_dtypes()) {
+      test::layer_options o;
+      o.cache.shape = {1, size.group, 1, size.dim, 4, size.slots};
+      o.cache.type = type;
+      o.min_length = size.slots - 5;
+      INFO("dim " << size.dim << " slots " << size.slots << " " << type);
+      test::test_layer const l(o);
+      generator g(static_cast<std::uint64_t>(size.dim));
+      test_rows rows(l, g, g.integer(5, 10), false, 0.2F);
+      round_rows(rows, g.integer(1, 3));
+      for (bool const per_query_head : {false, true}) {
+        sums_run s(l, rows.ref(), false, per_query_head);
+        test::run_op(s.op, s.out);
+        check(l, rows, s);
+        sums_run aligned(l, rows.ref(), false, per_query_head);
+        aligned_keys const keys(l);
+        aligned.op.layer = keys.ref();
+        test::run_op(aligned.op, aligned.out);
+        CHECK(test::same_bits(s.out.data(), aligned.out.data()));
+      }
+    }
+}
+
+TEST_CASE("any chunking gives the same bits where only some rows are 16-bit numbers") {
+  float const inf = std::numeric_limits<float>::infinity();
+  for (dtype const type : {dtype::f16, dtype::bf16})
+    test::for_seeds(4, [&](generator& g) {
+      test::layer_options o;
+      o.cache.shape = {1, g.integer(1, 5), 1, g.one_of(std::array<index_t, 3>{8, 24, 64}), 4, 50};
+      o.cache.seed = g.next();
+      o.cache.type = type;
+      o.min_length = 10;
+      test::test_layer l(o);
+      auto key = l.cache.get_k(0, 0, 7);
+      key[2] = g.chance(0.5F) ? inf : key[2];
+      l.cache.set_k(0, 0, 7, key);
+      test_rows rows(l, g, 21, false, 0.2F);
+      round_rows(rows, g.integer(2, 3));
+      bool const per_query_head = g.chance(0.5F);
+      query_rows<> const all =
+          g.chance(0.5F) ? rows.ref() : rows.with_lse(l, test::rule_of(l.cache.ref()));
+      sums_run whole(l, all, false, per_query_head), parts(l, all, false, per_query_head);
+      REQUIRE(test::run_exact(test::one_thread(), whole.op) == status::ok);
+      check(l, rows, whole);
+      for (index_t first = 0; first < rows.n_rows; ++first) {
+        parts.op.rows = test_rows::part(all, first, 1);
+        REQUIRE(test::run_exact(test::one_thread(), parts.op) == status::ok);
+      }
+      CHECK(test::same_bits(whole.out.data(), parts.out.data()));
+    });
+}
+
+#if defined(KVKEEP_TEST_CUDA)
+TEST_CASE("a block that takes several strips of slots gives each the same bits") {
+  for (bool const aligned : {false, true}) {
+    test::layer_options o;
+    o.cache.shape = {4, 8, 2, 16, 4, 700};
+    o.cache.type = dtype::bf16;
+    test::test_layer const l(o);
+    aligned_keys const keys(l);
+    generator g(7);
+    test_rows const rows(l, g, 4, false);
+    sums_run many(l, rows.ref(), false, true), few(l, rows.ref(), false, true);
+    if (aligned) many.op.layer = few.op.layer = keys.ref();
+    cuda::context small = test::one_thread();
+    small.n_sm = 1;  // as if the device had one multiprocessor: blocks get more work
+    REQUIRE(test::run_exact(test::one_thread(), many.op) == status::ok);
+    REQUIRE(test::run_exact(small, few.op) == status::ok);
+    check(l, rows, few);
+    CHECK(test::same_bits(many.out.data(), few.out.data()));
+  }
+}
+#endif
+
+TEST_CASE("queries far from 1 keep their precision") {
+  for (dtype const type : test::readable_dtypes())
+    for (float const size : {1e-6F, 1e-3F, 1e5F}) {
+      INFO(type << " size " << size);
+      test::layer_options o;
+      o.cache.shape = {1, 2, 1, 16, 4, 40};
+      o.cache.type = type;
+      test::test_layer const l(o, type == dtype::f16 ? 1 : 1 / size);
+      generator g(3);
+      test_rows const rows(l, g, 6, false, 0, size);
+      sums_run s(l, rows.ref(), false, false);
+      if (type == dtype::f16) s.op.layer.kv.scale /= size;
+      test::run_op(s.op, s.out);
+      check(l, rows, s);
+    }
+}
+
 TEST_CASE("column sums have the same bits in every layout") {
   test::same_in_every_layout({2, 6, 2, 20, 4, 45}, [](test::test_layer const& l) {
     generator g(9);
@@ -105,15 +239,18 @@ TEST_CASE("column sums have the same bits in every layout") {
 }
 
 TEST_CASE("more packed rows than one block holds") {
-  test::layer_options o;
-  o.cache.shape = {1, 12, 2, 8, 4, 40};
-  test::test_layer const l(o);
-  generator g(5);
-  test_rows const rows(l, g, 230, false);
-  for (bool const per_query_head : {false, true}) {
-    sums_run s(l, rows.ref(), false, per_query_head);
-    test::run_op(s.op, s.out);
-    check(l, rows, s, 1e-4);
+  for (dtype const type : {dtype::f32, dtype::bf16}) {
+    test::layer_options o;
+    o.cache.shape = {1, 12, 2, 8, 4, 40};
+    o.cache.type = type;
+    test::test_layer const l(o);
+    generator g(5);
+    test_rows const rows(l, g, 230, false);
+    for (bool const per_query_head : {false, true}) {
+      sums_run s(l, rows.ref(), false, per_query_head);
+      test::run_op(s.op, s.out);
+      check(l, rows, s, 1e-4);
+    }
   }
 }
 

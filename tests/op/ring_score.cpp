@@ -15,6 +15,23 @@ using test::padded;
 using test::test_rows;
 using test::uz;
 
+/// Runs row_weights on the backend under test, or on the CPU's where that has none: what is in the ring
+/// does not depend on who filled it.
+template <class Op, class... Out>
+void write_rows(Op const& op, Out&... outputs) {
+  using space = space_of<test::op_context>;
+  if constexpr (runs<test::op_context, op::row_weights<space>>) {
+    test::run_op(op, outputs...);
+  } else {
+    cpu::context one;
+    workspace measure;
+    REQUIRE(enqueue(one, op, measure) == status::ok);
+    test::aligned_block const block(measure.peak());
+    workspace place(block.span());
+    REQUIRE(enqueue(one, op, place) == status::ok);
+  }
+}
+
 /// A ring of queries and of their weights, filled by row_weights.
 struct ring_run {
   padded<float, 4> q;           // [id, q_head, ring row, dim_k]
@@ -56,7 +73,7 @@ struct ring_run {
     fused.out = direct.ref();
   }
   void run() {
-    test::run_op(write, weights, weight_sum);
+    write_rows(write, weights, weight_sum);
     test::run_op(score, scores);
     test::run_op(fused, direct);
   }
@@ -92,7 +109,7 @@ TEST_CASE("row weights over their sum are the probabilities of each row, in its 
     test_rows const rows(l, g, n_rows, g.chance(0.5F), 0.5F);
     ring_run x(l, rows, ring, 3, reduction::max);
     test::random_logits const logits(g, x.write.layer.kv);
-    test::run_op(x.write, x.weights, x.weight_sum);
+    write_rows(x.write, x.weights, x.weight_sum);
     auto const rule = test::rule_of(x.write.layer.kv);
     bool right = true, absent_kept = true;
     for (index_t b = 0; b < l.n(); ++b) {
@@ -210,5 +227,6 @@ TEST_CASE("bad arguments of the ring are refused") {
   x.score.fuse = reduction::sum;
   x.score.ring = x.write.ring = 0;
   CHECK(test::call(test::one_thread(), x.score, ws) == status::bad_argument);
-  CHECK(test::call(test::one_thread(), x.write, ws) == status::bad_argument);
+  cpu::context one;
+  CHECK(enqueue(one, x.write, ws) == status::bad_argument);
 }

@@ -14,6 +14,9 @@ inline constexpr index_t slice_slots = 1024;
 /// bounds the memory for the slices' shares.
 inline constexpr index_t launch_queries = 1024;
 
+/// Packed queries whose terms a warp adds to its slots at a time.
+inline constexpr index_t turn_queries = 16;
+
 /// Sizes that a scoring op is planned from.
 struct window_sizes {
   index_t n_entries = 0;
@@ -54,23 +57,23 @@ constexpr offset_t strip_steps(window_sizes const& s, index_t slots, bool querie
   return each < 1 ? 1 : each < most ? each : most;
 }
 
-/// How the queries of a head follow each other where a quad of lanes adds them up: `chains` sums side by
-/// side, each over rows in order, in `sets` one after another.
+/// How the queries of a head follow each other where a quad of lanes adds them up: a few chains side by
+/// side, each over rows in order, in `sets` one after another. Chains are 1, 2 or 4: shifts, no divisions.
 struct chain_plan {
-  index_t chains = 1;
+  index_t shift = 0;  ///< log2 of the chains
   index_t sets = 1;
   index_t length = 0;  ///< terms of a chain
 
   constexpr chain_plan(index_t n_rows, index_t group, bool per_query_head) noexcept {
     if (per_query_head) {
-      chains = group % 4 == 0 ? 4 : group % 2 == 0 ? 2 : 1;
-      sets = group / chains;
+      shift = group % 4 == 0 ? 2 : group % 2 == 0 ? 1 : 0;
+      sets = group >> shift;
     }
     length = per_query_head ? n_rows : n_rows * group;
   }
-  /// Batches of 32 queries of one set.
-  KVKEEP_HD constexpr index_t batches() const noexcept {
-    return static_cast<index_t>(ceil_div(static_cast<offset_t>(length) * chains, 32));
+  /// Turns of 16 queries that one set takes.
+  KVKEEP_HD constexpr index_t turns() const noexcept {
+    return static_cast<index_t>(ceil_div(static_cast<offset_t>(length) << shift, turn_queries));
   }
 };
 

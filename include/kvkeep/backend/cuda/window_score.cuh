@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/slices_mma.cuh"
+#include "kernels/split.cuh"
 #include "kernels/sums_mma.cuh"
 #include "kernels/window_plain.cuh"
 #include "launch.cuh"
@@ -18,9 +19,11 @@ inline window_sizes sizes_of(window_job const& job) noexcept {
 /// Takes memory for the normalisers of `n_rows` rows at a time.
 inline void take_norms(window_job& job, index_t n_rows, workspace& ws) noexcept {
   window_sizes const s = sizes_of(job);
+  std::size_t const n = product(s.heads(), n_rows, s.group);
+  job.norms = ws.take<row_norm>(n);
+  if (job.rows.lse.data != nullptr) return;
   job.n_slices = static_cast<index_t>(s.slices());
-  job.slices = ws.take<row_sum>(product(s.heads(), s.slices(), n_rows, s.group));
-  job.norms = ws.take<row_norm>(product(s.heads(), n_rows, s.group));
+  job.slices = ws.take<row_sum>(n * product(s.slices()));
 }
 
 /// An element type and a number of blocks of 32 features.
@@ -43,6 +46,35 @@ status with_mma(plane_ref<device_space> const& k, F const& f) noexcept {
                           : f(mma_shape<T, 8>{});
   };
   return k.type == dtype::f16 ? sized(fp16{}) : sized(bf16{});
+}
+
+/// Whether every head's 16-bit keys are certain to be whole pieces of 16 bytes.
+inline bool whole_pieces(plane_ref<device_space> const& k) noexcept {
+  any_layout const& l = k.layout;
+  if (!k.features.contiguous(k.dim) || k.dim % 8 != 0 || l.kind == layout_kind::ragged)
+    return false;
+  offset_t const odd = l.kind == layout_kind::paged
+                           ? l.paged.block_stride | l.paged.head_stride | l.paged.slot_stride
+                           : l.strided.seq_stride | l.strided.head_stride | l.strided.slot_stride;
+  return odd % 8 == 0 && reinterpret_cast<std::uintptr_t>(k.data) % 16 == 0;
+}
+
+/// Takes memory for the split queries of `n_rows` rows at a time.
+inline void take_split(window_job& job, index_t n_rows, workspace& ws) noexcept {
+  window_sizes const s = sizes_of(job);
+  std::size_t const n = product(s.heads(), n_rows, s.group);
+  index_t const dim = job.layer.kv.k.dim, pieces = (dim <= 64 ? 2 : dim <= 128 ? 4 : 8) * 4;
+  job.split = {ws.take<uint4>(n * pieces), ws.take<uint4>(n * pieces), ws.take<split_query>(n)};
+}
+inline status launch_split(context& c, window_job const& job) noexcept {
+  return with_mma(job.layer.kv.k, [&]<class S>(S) {
+    using kernel = split_kernel<typename S::type, S::blocks>;
+    window_sizes const s = sizes_of(job);
+    return launch(c,
+                  head_grid(s.n_entries, s.n_heads, ceil_div(job.n_queries(), kernel::tile),
+                            kernel::most_threads),
+                  0, kernel{job});
+  });
 }
 
 inline status launch_plain_slices(context& c, window_job const& job) noexcept {
@@ -75,22 +107,42 @@ inline status launch_plain_sums(context& c, window_job const& job, sums_output c
   return launch(c, strip_grid(sizes_of(job), plain_slots, plain_threads), plain_tile::bytes(),
                 plain_sums_kernel{{}, job, to.out, to.by_id, to.per_query_head, to.clear});
 }
+template <class Kernel>
+status launch_strips(context& c, window_job const& job, sums_output const& to) noexcept {
+  constexpr index_t keys = Kernel::tiles::keys;
+  chain_plan const plan(job.n_rows, job.group(), to.per_query_head);
+  bool const stay = plan.sets == 1 && plan.turns() <= Kernel::tile_turns;
+  auto const steps = static_cast<index_t>(strip_steps(sizes_of(job), keys, stay, c.n_sm));
+  return launch(c, strip_grid(sizes_of(job), keys * steps, Kernel::most_threads), Kernel::bytes(),
+                Kernel{job, to.out, to.by_id, to.per_query_head, to.clear, plan, steps});
+}
+/// One kernel for heads whose keys are whole pieces of 16 bytes, one for the others. Where a head begins
+/// may be known on the device alone.
 inline status launch_mma_sums(context& c, window_job const& job, sums_output const& to) noexcept {
-  return with_mma(job.layer.kv.k, [&]<class S>(S) {
-    using kernel = mma_sums_kernel<typename S::type, S::blocks>;
-    constexpr index_t keys = kernel::tiles::keys;
-    chain_plan const plan(job.n_rows, job.group(), to.per_query_head);
-    bool const stay = plan.sets == 1 && plan.batches() <= kernel::tiles::batches;
-    offset_t const steps = strip_steps(sizes_of(job), keys, stay, c.n_sm);
-    return launch(
-        c, strip_grid(sizes_of(job), keys * static_cast<index_t>(steps), kernel::most_threads),
-        kernel::bytes(),
-        kernel{job, to.out, to.by_id, to.per_query_head, to.clear, plan,
-               static_cast<index_t>(steps)});
+  plane_ref<device_space> const& k = job.layer.kv.k;
+  return with_mma(k, [&]<class S>(S) {
+    using T = typename S::type;
+    if (k.features.contiguous(k.dim) && k.dim % 8 == 0)
+      KVKEEP_TRY(launch_strips<mma_sums_kernel<T, S::blocks, true>>(c, job, to));
+    if (whole_pieces(k)) return status::ok;
+    return launch_strips<mma_sums_kernel<T, S::blocks, false>>(c, job, to);
   });
 }
 
-/// Column sums. Scratch where rows have no log-sum-exp: 8 bytes per query of a launch and 1024 slots.
+/// Column sums of some rows. @param norms they have no log-sum-exp
+inline status launch_sums(context& c, window_job const& job, sums_output const& to,
+                          bool norms) noexcept {
+  bool const mma = fits_mma(job.layer.kv.k);
+  if (mma) KVKEEP_TRY(launch_split(c, job));
+  if (norms) {
+    KVKEEP_TRY(mma ? launch_mma_slices(c, job) : launch_plain_slices(c, job));
+    KVKEEP_TRY(launch_join(c, job, job.layer.kv.sink_logits));
+  }
+  return mma ? launch_mma_sums(c, job, to) : launch_plain_sums(c, job, to);
+}
+
+/// Column sums. Scratch for up to 1024 queries of a head at a time: twice the bytes of 16-bit queries where
+/// keys are 16-bit numbers; where rows have no log-sum-exp, 8 bytes per query and 1024 slots.
 inline status enqueue(context& c, op::column_sums<device_space> const& o, workspace& ws) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
@@ -101,18 +153,15 @@ inline status enqueue(context& c, op::column_sums<device_space> const& o, worksp
   window_job job{o.batch, o.layer, row_source::of(o.rows)};
   index_t const n_rows = o.rows.q.extent[2];
   job.n_rows = n_rows;
-  index_t const step = o.rows.lse.data != nullptr ? n_rows : rows_at_once(sizes_of(job));
-  if (o.rows.lse.data == nullptr) take_norms(job, step, ws);
+  index_t const step = rows_at_once(sizes_of(job));
+  bool const norms = o.rows.lse.data == nullptr;
+  take_norms(job, step, ws);
+  if (fits_mma(kv.k)) take_split(job, step, ws);
   if (!placed(ws)) return not_placed(ws);
-  bool const mma = fits_mma(kv.k);
   do {
     job.n_rows = std::min(step, n_rows - job.first_row);
-    if (o.rows.lse.data == nullptr) {
-      KVKEEP_TRY(mma ? launch_mma_slices(c, job) : launch_plain_slices(c, job));
-      KVKEEP_TRY(launch_join(c, job, kv.sink_logits));
-    }
-    sums_output const to{o.out, o.out_by_id, o.per_query_head, o.clear && job.first_row == 0};
-    KVKEEP_TRY(mma ? launch_mma_sums(c, job, to) : launch_plain_sums(c, job, to));
+    bool const clear = o.clear && job.first_row == 0;
+    KVKEEP_TRY(launch_sums(c, job, {o.out, o.out_by_id, o.per_query_head, clear}, norms));
     job.first_row += job.n_rows;
   } while (job.first_row < n_rows);
   return status::ok;

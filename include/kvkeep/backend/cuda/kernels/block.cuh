@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <utility>
+
 #include "../../../core/types.hpp"
 
 namespace kvkeep::cuda {
@@ -66,6 +68,16 @@ __device__ T block_reduce(T x, T* box, F f) {
   T r = box[0];
   for (int w = 1; w < warps_of_block(); ++w) r = f(r, box[w]);
   return r;
+}
+
+/// Calls f(0) .. f(N - 1), one after another in the code, so that arrays they index stay in registers.
+template <class F, int... I>
+__device__ void unrolled(F const& f, std::integer_sequence<int, I...>) {
+  (f(I), ...);
+}
+template <int N, class F>
+__device__ void unrolled(F const& f) {
+  unrolled(f, std::make_integer_sequence<int, N>{});
 }
 
 struct add {

@@ -13,7 +13,6 @@ namespace kvkeep::cuda {
 
 inline constexpr index_t block_dims = 32;  ///< features of a block of pieces
 inline constexpr index_t batch_queries = 32;
-inline constexpr index_t turn_queries = 16;  ///< that a warp adds up at a time
 
 /// Tiles that fit registers and shared memory, by blocks of 32 features.
 template <int Blocks>
@@ -39,18 +38,20 @@ class key_pieces {
   __device__ void const* address(index_t slot, index_t piece) const {
     return rows_.bytes(slot) + piece * 16;
   }
-  /// Zeros behind the last feature.
+  /// A piece of whole pieces; zeros behind the last feature.
   __device__ uint4 load(index_t slot, index_t piece) const {
-    if (!has(piece)) return make_uint4(0, 0, 0, 0);
-    if (whole_) return *static_cast<uint4 const*>(address(slot, piece));
+    return has(piece) ? *static_cast<uint4 const*>(address(slot, piece)) : make_uint4(0, 0, 0, 0);
+  }
+  /// A piece feature by feature.
+  __device__ uint4 gather(index_t slot, index_t piece) const {
     auto const* const row = rows_.template row<T>(slot);
-    auto const word = [&](index_t d) {
-      unsigned const low = d < plane_.dim ? row[plane_.features(d)].bits : 0u;
-      unsigned const high = d + 1 < plane_.dim ? row[plane_.features(d + 1)].bits : 0u;
-      return low | high << 16;
-    };
-    index_t const d = piece * 8;
-    return make_uint4(word(d), word(d + 2), word(d + 4), word(d + 6));
+    unsigned long long low = 0, high = 0;
+    for (index_t d = piece * 8; d < min(piece * 8 + 8, plane_.dim); ++d) {
+      unsigned long long const bits = row[plane_.features(d)].bits;
+      (d % 8 < 4 ? low : high) |= bits << d % 4 * 16;
+    }
+    return make_uint4(static_cast<unsigned>(low), static_cast<unsigned>(low >> 32),
+                      static_cast<unsigned>(high), static_cast<unsigned>(high >> 32));
   }
 
  private:
@@ -67,25 +68,23 @@ struct query_info {
   index_t limit;  ///< last position that the query sees
 };
 
-/// Up to `Batches` times 32 queries of a head in shared memory, each as the sum of two 16-bit numbers. The
-/// second one is 0 if queries were 16-bit numbers at first.
-template <class T, int Blocks, int Batches>
+/// Batches times 32 queries of a head in shared memory.
+template <int Blocks, int Batches>
 struct query_tile {
   uint4* high;       ///< [Batches][4 groups of 8 rows][Blocks][lane]
-  uint4* rest;       ///< the same
+  uint4* rest;       ///< the same; unset where no query of the tile has a second number
   query_info* info;  ///< [Batches * 32]
-  int* uneven;       ///< [Batches * 32] whether the second number has a say
+  int* uneven;       ///< [Batches * 32]
 
-  static constexpr index_t pieces = Batches * 4 * Blocks * 32;
+  static constexpr index_t queries = Batches * batch_queries, pieces = queries * Blocks * 4;
   __device__ explicit query_tile(shared_pieces& s)
       : high(s.take<uint4>(pieces)),
         rest(s.take<uint4>(pieces)),
-        info(s.take<query_info>(Batches * batch_queries)),
-        uneven(s.take<int>(Batches * batch_queries)) {}
+        info(s.take<query_info>(queries)),
+        uneven(s.take<int>(queries)) {}
   static constexpr std::size_t bytes() {
-    return 2 * shared_pieces::bytes<uint4>(pieces) +
-           shared_pieces::bytes<query_info>(Batches * batch_queries) +
-           shared_pieces::bytes<int>(Batches * batch_queries);
+    return 2 * shared_pieces::bytes<uint4>(pieces) + shared_pieces::bytes<query_info>(queries) +
+           shared_pieces::bytes<int>(queries);
   }
 
   /// Where a group of eight rows begins; a lane adds its number.
@@ -98,73 +97,36 @@ struct query_tile {
     return eight / 2 * turn_queries + r / 2 * 4 + eight % 2 * 2 + r % 2;
   }
 
-  /// Takes Batches * 32 queries, a warp each. @param row_of(i), head_of(i) of query i; row -1: none
-  template <class R, class G>
-  __device__ void take(window_head const& h, bool normed, R const& row_of, G const& head_of) const {
-    logit2_form const form(h.job.layer.kv);
-    for (index_t i = warp_of_block(); i < Batches * batch_queries; i += warps_of_block()) {
-      index_t const row = row_of(i), g = head_of(i), dim = h.job.layer.kv.k.dim;
-      index_t const limit = row < 0 ? no_position : h.limit(row);
-      float const* const q = limit == no_position ? nullptr : h.query(row, g);
-      float x[8];
-      for (int e = 0; e < 8; ++e) {
-        index_t const d = lane_of_warp() * 8 + e;
-        x[e] = q != nullptr && d < dim ? q[d] : 0.0f;
-      }
-      float const up = scale_of(T{}, x);
-      bool const more = split(x, up, i);
-      int const some = __any_sync(all_lanes, more ? 1 : 0);
-      if (lane_of_warp() != 0) continue;
-      row_norm const norm = normed && q != nullptr ? h.norm(row, g) : row_norm{};
-      info[i] = {__fmul_rn(form.factor, down_of(up)), norm.shift, norm.inverse, limit};
-      uneven[i] = some;
+  /// Takes the tile's queries; a barrier has to follow. @param number(i) of the head's query i, -1: none
+  template <class N>
+  __device__ void take(window_head const& h, bool normed, N const& number) const {
+    split_queries const& from = h.job.split;
+    offset_t const first = static_cast<offset_t>(blockIdx.x) * h.job.n_queries();
+    bool any = false;
+    for (index_t i = thread_of_block(); i < queries; i += threads_of_block()) {
+      index_t const q = number(i);
+      split_query const query = q < 0 ? split_query{0, no_position, 0} : from.query[first + q];
+      row_norm const norm = normed && q >= 0 ? h.job.norms[first + q] : row_norm{};
+      info[i] = {query.factor, norm.shift, norm.inverse, query.limit};
+      uneven[i] = query.uneven;
+      any = any || query.uneven != 0;
     }
+    copy(from.high + first * (Blocks * 4), high, number);
+    if (__syncthreads_or(any ? 1 : 0) != 0) copy(from.rest + first * (Blocks * 4), rest, number);
+    copies_end();
+    copies_wait<0>();
   }
 
  private:
-  /// One over a power of two.
-  __device__ static float down_of(float up) {
-    return __uint_as_float((254u << 23) - __float_as_uint(up));
-  }
-  /// bf16 has the range of float.
-  __device__ static float scale_of(bf16, float const (&)[8]) { return 1; }
-  /// The power of two that takes the row's largest number to [2^14, 2^15), for what fp16 can hold.
-  __device__ static float scale_of(fp16, float const (&x)[8]) {
-    unsigned most = 0;
-    for (float const v : x) {
-      unsigned const magnitude = __float_as_uint(v) & 0x7fffffffu;
-      if (magnitude < 0x7f800000u && magnitude > most) most = magnitude;
+  template <class N>
+  __device__ static void copy(uint4 const* from, uint4* to, N const& number) {
+    for (index_t x = thread_of_block(); x < pieces; x += threads_of_block()) {
+      index_t const i = x / (Blocks * 4), piece = x % (Blocks * 4), q = number(i);
+      index_t const eight = i % batch_queries / turn_queries * 2 + i % 4 / 2;
+      index_t const r = i % turn_queries / 4 * 2 + i % 2;
+      copy_16(to + place(i / batch_queries, eight, piece / 4) + r * 4 + piece % 4,
+              from + static_cast<offset_t>(max(q, 0)) * (Blocks * 4) + piece, q >= 0);
     }
-    most = warp_reduce(most, larger{});
-    int const exponent = static_cast<int>(most >> 23);
-    if (exponent == 0) return 1;
-    return __uint_as_float(static_cast<unsigned>(127 + min(141 - exponent, 120)) << 23);
-  }
-  __device__ static bf16 rounded(bf16, float x) { return to_bf16(x); }
-  __device__ static fp16 rounded(fp16, float x) { return to_fp16(x); }
-
-  /// Writes this lane's piece of query i. @return whether the second number is not 0 throughout
-  __device__ bool split(float const (&x)[8], float up, index_t i) const {
-    unsigned first[4] = {}, second[4] = {};
-    bool more = false;
-    for (int e = 0; e < 8; ++e) {
-      float const y = __fmul_rn(x[e], up);
-      T const a = rounded(T{}, y);
-      float const left = __fadd_rn(y, -to_float(a));
-      bool const finite = (__float_as_uint(left) & 0x7fffffffu) < 0x7f800000u;
-      T const b = rounded(T{}, finite ? left : 0.0f);
-      more = more || (b.bits & 0x7fffu) != 0;
-      first[e / 2] |= static_cast<unsigned>(a.bits) << 16 * (e % 2);
-      second[e / 2] |= static_cast<unsigned>(b.bits) << 16 * (e % 2);
-    }
-    index_t const lane = lane_of_warp(), turn = i % batch_queries / turn_queries;
-    index_t const eight = turn * 2 + i % 4 / 2, r = i % turn_queries / 4 * 2 + i % 2;
-    if (lane < Blocks * 4) {
-      index_t const at = place(i / batch_queries, eight, lane / 4) + r * 4 + lane % 4;
-      high[at] = make_uint4(first[0], first[1], first[2], first[3]);
-      rest[at] = make_uint4(second[0], second[1], second[2], second[3]);
-    }
-    return more;
   }
 };
 
@@ -195,6 +157,13 @@ struct fast_logit2 {
     return (__float_as_uint(z) & 0x7fffffffu) > 0x7f800000u ? finite : capped;
   }
 };
+
+/// What is added to a query's product with its second numbers: nothing if the query is one 16-bit number,
+/// so that it has the bits that it has among such, nor where a key is not finite.
+__device__ inline float rest_of(float product, bool even) {
+  bool const finite = (__float_as_uint(product) & 0x7fffffffu) < 0x7f800000u;
+  return even || !finite ? 0.0f : product;
+}
 
 /// Two products: c += rows (upper of a: r, lower: r + 8) times columns, over 32 features.
 template <class T>

@@ -14,7 +14,7 @@ struct mma_slices_kernel {
   static constexpr int batches = mma_tiles<Blocks>::batches, n_stages = batches;
   static constexpr int most_threads = batches * 32, blocks_per_sm = Blocks > 4 ? 2 : 3;
   static constexpr index_t stage_keys = 32, stage_pieces = stage_keys * Blocks * 4;
-  using queries = query_tile<T, Blocks, batches>;
+  using queries = query_tile<Blocks, batches>;
   static_assert(n_stages * stage_pieces <= queries::pieces);
   window_job job;
 
@@ -25,34 +25,29 @@ struct mma_slices_kernel {
   /// This lane's queries: rows r and r + 8 of two tiles of 16, with r = lane / 4.
   struct warp_queries {
     uint4 piece[4][Blocks];
-    float factor[4];
-    index_t limit[4];
-    bool even[4];
     index_t lowest, highest;  ///< limits of the warp's queries
-    bool any_uneven = false;
+    unsigned uneven;          ///< a bit for each of the warp's queries
 
     __device__ static index_t number(int x) {
       return warp_of_block() * batch_queries + queries::query_of(x, lane_of_warp() / 4);
     }
     __device__ explicit warp_queries(queries const& tile)
         : lowest(above_positions), highest(no_position) {
-      for (int x = 0; x < 4; ++x) {
-        query_info const info = tile.info[number(x)];
-        factor[x] = info.factor;
-        limit[x] = info.limit;
-        even[x] = tile.uneven[number(x)] == 0;
-        any_uneven = any_uneven || !even[x];
-        lowest = min(lowest, limit[x]);
-        highest = max(highest, limit[x]);
-        for (int s = 0; s < Blocks; ++s)
+      unrolled<4>([&](int x) {
+        index_t const limit = tile.info[number(x)].limit;
+        lowest = min(lowest, limit);
+        highest = max(highest, limit);
+        unrolled<Blocks>([&](int s) {
           piece[x][s] = tile.high[queries::place(warp_of_block(), x, s) + lane_of_warp()];
-      }
+        });
+      });
       lowest = warp_reduce(lowest, smaller{});
       highest = warp_reduce(highest, larger{});
-      any_uneven = __any_sync(all_lanes, any_uneven ? 1 : 0) != 0;
+      uneven =
+          __ballot_sync(all_lanes, tile.uneven[warp_of_block() * batch_queries + lane_of_warp()]);
     }
   };
-  using products = float[2][4][4];
+  using products = float[2][2][4];
 
   __device__ void operator()() const {
     shared_pieces shared;
@@ -66,10 +61,8 @@ struct mma_slices_kernel {
     index_t const first = static_cast<index_t>(blockIdx.y) % n_tiles * batches * batch_queries;
     index_t const begin = slice * slice_slots, end = min(h.n, begin + slice_slots);
     if (begin >= h.n) return;
-    tile.take(
-        h, false,
-        [&](index_t i) { return first + i < job.n_queries() ? (first + i) / h.group : -1; },
-        [&](index_t i) { return (first + i) % h.group; });
+    tile.take(h, false,
+              [&](index_t i) { return first + i < job.n_queries() ? first + i : index_t{-1}; });
     __syncthreads();
     warp_queries const own(tile);
     __syncthreads();
@@ -88,13 +81,13 @@ struct mma_slices_kernel {
                 positions + s % n_stages * stage_keys, sum);
     }
     copies_wait<0>();
-    for (int x = 0; x < 4; ++x) {
+    unrolled<4>([&](int x) {
       for (int step = 1; step < 4; step *= 2)
         sum[x] = join(sum[x], {__shfl_xor_sync(all_lanes, sum[x].top, step),
                                __shfl_xor_sync(all_lanes, sum[x].sum, step)});
       index_t const query = first + warp_queries::number(x);
       if (lane_of_warp() % 4 == 0 && query < job.n_queries()) h.slice(slice)[query] = sum[x];
-    }
+    });
   }
 
  private:
@@ -106,23 +99,23 @@ struct mma_slices_kernel {
       uint4* const at = to + (key / 8 * Blocks + piece / 4) * 32 + key % 8 * 4 + piece % 4;
       bool const live = slot < end;
       if (keys.whole())
-        copy_16(at, live && keys.has(piece) ? keys.address(slot, piece) : h.job.layer.kv.k.data,
+        copy_16(at, keys.address(live ? slot : end - 1, keys.has(piece) ? piece : 0),
                 live && keys.has(piece));
       else
-        *at = live ? keys.load(slot, piece) : make_uint4(0, 0, 0, 0);
+        *at = live ? keys.gather(slot, piece) : make_uint4(0, 0, 0, 0);
       if (piece == 0) positions[key] = live ? h.positions[slot] : above_positions;
     }
     copies_end();
   }
 
-  /// Rows of 16 queries times columns of 8 keys. @param row(x, s) piece s of this lane's query x
+  /// The warp's queries times 16 keys. @param row(x, s) piece s of this lane's query x
   template <class R>
   __device__ static void multiply_all(R const& row, uint4 const* keys, products& z) {
-    for (int s = 0; s < Blocks; ++s)
-      for (int t = 0; t < 4; ++t) {
-        uint4 const b = keys[(t * Blocks + s) * 32 + lane_of_warp()];
-        for (int m = 0; m < 2; ++m) multiply(T{}, z[m][t], row(2 * m, s), row(2 * m + 1, s), b);
-      }
+    unrolled<Blocks * 2>([&](int i) {
+      int const s = i / 2, t = i % 2;
+      uint4 const b = keys[(t * Blocks + s) * 32 + lane_of_warp()];
+      unrolled<2>([&](int m) { multiply(T{}, z[m][t], row(2 * m, s), row(2 * m + 1, s), b); });
+    });
   }
 
   __device__ void add_stage(queries const& tile, warp_queries const& own, uint4 const* keys,
@@ -130,33 +123,46 @@ struct mma_slices_kernel {
     index_t const position = positions[lane_of_warp()];
     if (__any_sync(all_lanes, position <= own.highest ? 1 : 0) == 0) return;
     bool const all_seen = __all_sync(all_lanes, position <= own.lowest ? 1 : 0) != 0;
+    for (index_t half = 0; half < stage_keys; half += 16)
+      add_keys(tile, own, keys + half / 8 * Blocks * 32, all_seen ? nullptr : positions + half,
+               sum);
+  }
+  /// @param positions of 16 keys, or null if all queries see all of them
+  __device__ void add_keys(queries const& tile, warp_queries const& own, uint4 const* keys,
+                           index_t const* positions, row_sum (&sum)[4]) const {
     products z = {};
-    if (own.any_uneven) {
+    if (own.uneven != 0) {
       multiply_all(
           [&](int x, int s) {
             return tile.rest[queries::place(warp_of_block(), x, s) + lane_of_warp()];
           },
           keys, z);
-      for (int e = 0; e < 32; ++e)
-        if (own.even[e / 16 * 2 + e % 4 / 2]) z[e / 16][e / 4 % 4][e % 4] = 0;
+      unrolled<16>([&](int e) {
+        float& rest = z[e / 8][e / 4 % 2][e % 4];
+        index_t const query = warp_queries::number(e / 8 * 2 + e % 4 / 2) % batch_queries;
+        rest = rest_of(rest, (own.uneven >> query & 1u) == 0);
+      });
     }
     multiply_all([&](int x, int s) { return own.piece[x][s]; }, keys, z);
     fast_logit2 const form(job.layer.kv);
-    for (int x = 0; x < 4; ++x) {
+    unrolled<4>([&](int x) {
+      query_info const query = tile.info[warp_queries::number(x)];
       float top = sum[x].top;
-      for (int i = 0; i < 8; ++i) {
+      unrolled<4>([&](int i) {
         float& logit = z[x / 2][i / 2][x % 2 * 2 + i % 2];
-        logit = form(__fmul_rn(logit, own.factor[x]));
-        if (!all_seen && positions[i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2] > own.limit[x])
+        logit = form(__fmul_rn(logit, query.factor));
+        if (positions != nullptr &&
+            positions[i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2] > query.limit)
           logit = __uint_as_float(0xff800000u);
         top = max(top, logit);
-      }
+      });
       float added = 0;
-      for (int i = 0; i < 8; ++i)
+      unrolled<4>([&](int i) {
         added = __fadd_rn(added, fast_exp2(__fadd_rn(z[x / 2][i / 2][x % 2 * 2 + i % 2], -top)));
+      });
       sum[x].sum = __fadd_rn(__fmul_rn(sum[x].sum, fast_exp2(__fadd_rn(sum[x].top, -top))), added);
       sum[x].top = top;
-    }
+    });
   }
 };
 

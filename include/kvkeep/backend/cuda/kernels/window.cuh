@@ -35,8 +35,10 @@ struct logit2_form {
   float factor = 1;
   float softcap = 0;
 
-  __device__ explicit logit2_form(kv_ref<device_space> const& kv)
-      : factor(kv.softcap > 0 ? kv.scale : __fmul_rn(kv.scale, log2_e)), softcap(kv.softcap) {}
+  __device__ explicit logit2_form(kv_ref<device_space> const& kv) {
+    softcap = kv.softcap;
+    factor = softcap > 0 ? kv.scale : __fmul_rn(kv.scale, log2_e);
+  }
   __device__ float operator()(float z) const {
     float const finite = min(max(z, -largest_float), largest_float);  // of NaN: the lowest
     if (!(softcap > 0) || (__float_as_uint(z) & 0x7fffffffu) > 0x7f800000u) return finite;
@@ -68,6 +70,21 @@ __device__ inline row_norm norm_of(float lse) {
   return lse > -largest_float ? row_norm{__fmul_rn(lse, log2_e), 1.0f} : row_norm{};
 }
 
+/// What is known of a query before its row has been normalised.
+struct split_query {
+  float factor;   ///< of the dot product
+  index_t limit;  ///< last position that the query sees
+  int uneven;     ///< whether the second number has a say
+};
+
+/// Queries as sums of two 16-bit numbers, in rows of whole blocks of 32 features. The second one is 0 if
+/// queries were 16-bit numbers at first.
+struct split_queries {
+  uint4* high = nullptr;         ///< [head][query][pieces]
+  uint4* rest = nullptr;         ///< the same
+  split_query* query = nullptr;  ///< [head][query]
+};
+
 /// What the kernels of one op work on.
 struct window_job {
   batch_ref<device_space> batch{};
@@ -78,8 +95,9 @@ struct window_job {
   index_t const* limit = nullptr;    ///< [head] rows see positions up to it; null: up to their own
   index_t const* skipped = nullptr;  ///< [head] not 0: there is nothing to do; null: nowhere
   row_sum* slices = nullptr;         ///< [head][slice][query]
-  row_norm* norms = nullptr;         ///< [head][query]; unused where rows have a log-sum-exp
+  row_norm* norms = nullptr;         ///< [head][query]
   index_t n_slices = 0;
+  split_queries split{};  ///< where keys are 16-bit numbers
 
   KVKEEP_HD index_t group() const noexcept { return layer.kv.shape.group(); }
   KVKEEP_HD index_t n_queries() const noexcept { return n_rows * group(); }
