@@ -31,7 +31,8 @@ inline status enqueue(context& c, op::ring_score<device_space> const& o, workspa
   KVKEEP_TRY(launch_limits(c, job, o.recent, limit));
   KVKEEP_TRY(launch(c, head_grid(s.n_entries, s.n_heads, job.n_queries(), threads),
                     shared_pieces::bytes<float>(warp_size), ring_sums_kernel{ring}));
-  KVKEEP_TRY(launch(c, strip_grid(s, threads, threads), 0, ring_fuse_kernel{ring}));
+  KVKEEP_TRY(launch(c, strip_grid(s, threads, threads), shared_pieces::bytes<float>(warp_size),
+                    ring_fuse_kernel{ring}));
   return launch_fused(c, job, o.fuse, o.out, {});
 }
 

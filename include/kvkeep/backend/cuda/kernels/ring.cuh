@@ -44,27 +44,35 @@ struct ring_sums_kernel : ring_kernel {
     }
     sum = block_reduce(sum, box, add{});
     bool const usable = sum >= 1e-30f && sum <= largest_float;
-    if (thread_of_block() == 0)
-      inverses()[i] = position < 0 ? 0.0f : usable ? __fdiv_rn(1.0f, sum) : -1.0f;
+    if (thread_of_block() != 0) return;
+    inverses()[i] = position < 0 ? 0.0f : usable ? __fdiv_rn(1.0f, sum) : -1.0f;
+    if (i == 0) skipped[blockIdx.x] = 1;  // until a slot's score says otherwise
   }
 };
 
-/// A thread per slot. Grid: heads, strips of slots.
+/// A thread per slot. A weight below the least normal number is 0, and divided by a small sum that is no
+/// longer nothing: where an old slot's score does not stand clear of it, the head is not served.
+/// Grid: heads, strips of slots.
 struct ring_fuse_kernel : ring_kernel {
   __device__ void operator()() const {
+    shared_pieces shared;
+    auto* const box = shared.take<float>(warp_size);
     block_head const at(o.layer.kv.shape.n_kv_heads);
     index_t const id = o.batch.id_of(at.entry), group = o.layer.kv.shape.group();
     index_t const n_rows = o.positions.extent[1];
     float const* const scale = inverses();
     bool useless = false, present = false;
+    float largest = 0;
     for (index_t i = thread_of_block(); i < group * n_rows; i += threads_of_block()) {
       useless = useless || scale[i] < 0;
+      largest = max(largest, scale[i]);
       present = present || o.positions(at.entry, i % n_rows) >= 0;
     }
     bool const direct = __syncthreads_or(useless ? 1 : 0) != 0;
     bool const any_row = __syncthreads_or(present ? 1 : 0) != 0;
+    largest = block_reduce(largest, box, larger{});
     bool const served = any_row && !direct;
-    if (blockIdx.y == 0 && thread_of_block() == 0) skipped[blockIdx.x] = served ? 1 : 0;
+    if (!served && thread_of_block() == 0) skipped[blockIdx.x] = 0;
     index_t const j = static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
     if (!served || j >= o.layer.slots.lengths(id, at.head)) return;
     float score = 0;
@@ -78,6 +86,9 @@ struct ring_fuse_kernel : ring_kernel {
     }
     bool const old = o.layer.slots.positions(id, at.head, j) <= limit[blockIdx.x];
     o.out(at.entry, at.head, j) = old ? score : __uint_as_float(0x7f800000u);
+    constexpr float least_normal = 1.17549435e-38f;
+    float const lost = 1e6f * static_cast<float>(n_rows) * (least_normal * largest);
+    if (old && largest > 2 && score < lost) skipped[blockIdx.x] = 0;
   }
 };
 
