@@ -155,7 +155,7 @@ inline status enqueue(context& c, op::column_sums<device_space> const& o, worksp
   job.n_rows = n_rows;
   index_t const step = rows_at_once(sizes_of(job));
   bool const norms = o.rows.lse.data == nullptr;
-  take_norms(job, step, ws);
+  if (norms || fits_mma(kv.k)) take_norms(job, step, ws);
   if (fits_mma(kv.k)) take_split(job, step, ws);
   if (!placed(ws)) return not_placed(ws);
   do {

@@ -11,7 +11,6 @@
 
 namespace kvkeep::cuda {
 
-inline constexpr index_t block_dims = 32;  ///< features of a block of pieces
 inline constexpr index_t batch_queries = 32;
 
 /// Tiles that fit registers and shared memory, by blocks of 32 features.
@@ -130,7 +129,7 @@ struct query_tile {
   }
 };
 
-/// tanh to some 2^-22 of its value, from instructions that every path has.
+/// tanh to some 2^-21 of its value, from instructions that every path has.
 __device__ inline float fast_tanh(float x) {
   float const a = min(x < 0 ? -x : x, 16.0f), square = __fmul_rn(a, a);
   float const e = fast_exp2(__fmul_rn(a, -2 * log2_e));
