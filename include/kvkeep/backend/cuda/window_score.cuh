@@ -63,7 +63,8 @@ inline bool whole_pieces(plane_ref<device_space> const& k) noexcept {
 inline void take_split(window_job& job, index_t n_rows, workspace& ws) noexcept {
   window_sizes const s = sizes_of(job);
   std::size_t const n = product(s.heads(), n_rows, s.group);
-  index_t const dim = job.layer.kv.k.dim, pieces = (dim <= 64 ? 2 : dim <= 128 ? 4 : 8) * 4;
+  index_t const dim = job.layer.kv.k.dim;
+  std::size_t const pieces = dim <= 64 ? 8 : dim <= 128 ? 16 : 32;
   job.split = {ws.take<uint4>(n * pieces), ws.take<uint4>(n * pieces), ws.take<split_query>(n)};
 }
 inline status launch_split(context& c, window_job const& job) noexcept {

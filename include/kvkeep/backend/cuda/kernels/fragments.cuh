@@ -142,20 +142,30 @@ __device__ inline float fast_tanh(float x) {
   return x < 0 ? -r : r;
 }
 
-/// As logit2_form, without a call.
-struct fast_logit2 {
-  float factor, softcap;
-
-  __device__ explicit fast_logit2(kv_ref<device_space> const& kv)
-      : factor(logit2_form(kv).factor), softcap(kv.softcap) {}
+/// As logit2_form, without a call, of a dot product times its factor.
+struct finite_logit2 {
   __device__ float operator()(float z) const {
-    float const finite = min(max(z, -largest_float), largest_float);  // of NaN: the lowest
-    if (!(softcap > 0)) return finite;
+    return min(max(z, -largest_float), largest_float);  // of NaN: the lowest
+  }
+};
+struct capped_logit2 {
+  float softcap;
+
+  __device__ float operator()(float z) const {
+    float const finite = finite_logit2{}(z);
     float const capped =
         __fmul_rn(softcap * log2_e, fast_tanh(__fmul_rn(finite, fast_inverse(softcap))));
     return (__float_as_uint(z) & 0x7fffffffu) > 0x7f800000u ? finite : capped;
   }
 };
+/// f(form): code of its own for each, so that the plain form has no part in the registers of the other.
+template <class F>
+__device__ void with_logit(kv_ref<device_space> const& kv, F const& f) {
+  if (kv.softcap > 0)
+    f(capped_logit2{kv.softcap});
+  else
+    f(finite_logit2{});
+}
 
 /// What is added to a query's product with its second numbers: nothing if the query is one 16-bit number,
 /// so that it has the bits that it has among such, nor where a key is not finite.

@@ -54,7 +54,6 @@ struct mma_slices_kernel {
     queries const tile(shared);
     auto* const positions = shared.take<index_t>(n_stages * stage_keys);
     window_head const h(job);
-    key_pieces<T> const keys(h);
     index_t const n_tiles =
         static_cast<index_t>(ceil_div(job.n_queries(), batches * batch_queries));
     index_t const slice = static_cast<index_t>(blockIdx.y) / n_tiles;
@@ -67,7 +66,7 @@ struct mma_slices_kernel {
     warp_queries const own(tile);
     __syncthreads();
     auto const fetch = [&](index_t stage) {
-      take_keys(h, keys, begin + stage * stage_keys, end,
+      take_keys(h, key_pieces<T>(h), begin + stage * stage_keys, end,
                 tile.high + stage % n_stages * stage_pieces,
                 positions + stage % n_stages * stage_keys);
     };
@@ -144,7 +143,11 @@ struct mma_slices_kernel {
       });
     }
     multiply_all([&](int x, int s) { return own.piece[x][s]; }, keys, z);
-    fast_logit2 const form(job.layer.kv);
+    with_logit(job.layer.kv, [&](auto const& form) { add_logits(form, tile, positions, z, sum); });
+  }
+  template <class L>
+  __device__ static void add_logits(L const& form, queries const& tile, index_t const* positions,
+                                    products& z, row_sum (&sum)[4]) {
     unrolled<4>([&](int x) {
       query_info const query = tile.info[warp_queries::number(x)];
       float top = sum[x].top;

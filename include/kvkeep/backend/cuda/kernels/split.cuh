@@ -37,7 +37,7 @@ struct split_kernel {
     bool const more = write(x, up, at * (Blocks * 4) + lane_of_warp());
     int const some = __any_sync(all_lanes, more ? 1 : 0);
     if (lane_of_warp() != 0) return;
-    job.split.query[at] = {__fmul_rn(fast_logit2(job.layer.kv).factor, down_of(up)),
+    job.split.query[at] = {__fmul_rn(logit2_form(job.layer.kv).factor, down_of(up)),
                            h.limit(query / h.group), some};
     if (job.rows.lse.data != nullptr) job.norms[at] = h.norm(query / h.group, query % h.group);
   }

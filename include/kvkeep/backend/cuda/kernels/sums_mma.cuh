@@ -153,8 +153,10 @@ struct mma_sums_kernel {
       });
     }
     multiply_all(tile.high, turn, own, z);
-    to_weights(tile.info + first + quad,
-               all_seen ? nullptr : positions.of + warp_of_block() * n_tiles * 16, z);
+    with_logit(job.layer.kv, [&](auto const& form) {
+      to_weights(form, tile.info + first + quad,
+                 all_seen ? nullptr : positions.of + warp_of_block() * n_tiles * 16, z);
+    });
     add_terms(z, sum);
   }
   /// Adds a turn's terms to the chains, of which each lane has four in a row.
@@ -171,8 +173,9 @@ struct mma_sums_kernel {
     return __shfl_sync(all_lanes, s, (lane_of_warp() >> lane_shift() << lane_shift()) + phase);
   }
   /// @param positions of the warp's keys, or null if all are seen
-  __device__ void to_weights(query_info const* info, index_t const* positions, products& z) const {
-    fast_logit2 const form(job.layer.kv);
+  template <class L>
+  __device__ static void to_weights(L const& form, query_info const* info, index_t const* positions,
+                                    products& z) {
     unrolled<4>([&](int i) {
       query_info const q = info[i];
       unrolled<n_tiles * 2>([&](int x) {
