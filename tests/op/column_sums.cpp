@@ -31,6 +31,8 @@ struct sums_run {
   }
 };
 
+/// The tolerance also covers queries as sums of two 16-bit numbers: two bf16 hold 16 bits, so each term of a
+/// logit is off by up to 2^-18 of it, and a logit by some 1e-6.
 void check(test::test_layer const& l, test_rows const& rows, sums_run const& s,
            double tolerance = 1e-5) {
   auto const rule = test::rule_of(s.op.layer.kv);

@@ -10,10 +10,8 @@ namespace kvkeep::cuda {
 
 /// Slots whose share of a row's normaliser one block computes.
 inline constexpr index_t slice_slots = 1024;
-/// Packed queries (rows times query heads of a group) of one launch, where normalisers are computed:
-/// bounds the memory for the slices' shares.
+/// Packed queries (rows times query heads of a group) of one launch: bounds the scratch.
 inline constexpr index_t launch_queries = 1024;
-
 /// Packed queries whose terms a warp adds to its slots at a time.
 inline constexpr index_t turn_queries = 16;
 
@@ -29,7 +27,7 @@ struct window_sizes {
   constexpr offset_t slices() const noexcept { return ceil_div(max_slots, slice_slots); }
 };
 
-/// Rows that one launch takes where normalisers are computed.
+/// Rows that one launch takes.
 constexpr index_t rows_at_once(window_sizes const& s) noexcept {
   index_t const most = s.group < launch_queries ? launch_queries / s.group : 1;
   return s.n_rows < most ? s.n_rows : most;
