@@ -68,6 +68,13 @@ def sgemm_rate():
     return 2 * 512**3 / median([timed(lambda: torch.mm(a, b, out=out)) for _ in range(7)]) * 1e-3
 
 
+def math_library():
+    """Names of the libraries behind a matrix product: the whole configuration also says where it was built."""
+    words = ("Math Kernel Library", "MKL-DNN", "OpenBLAS", "CPU capability", "BLAS_INFO")
+    parts = (p.strip(" -") for line in torch.__config__.show().splitlines() for p in line.split(", "))
+    return [p.removeprefix("Build settings: ") for p in parts if any(w in p for w in words)]
+
+
 # -- twins ----------------------------------------------------------------------------------------------
 
 
@@ -228,15 +235,14 @@ def main():
     torch.set_grad_enabled(False)
     for kind in ("MorphKV", "MorphKV, cached logits", "H2O"):
         check(kind)
-    config = torch.__config__.show()
-    print(config)
+    print("\n".join(math_library()))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread; {p.kv_heads} KV heads, {p.group} query"
           f" heads each, D = {p.dim}, W = {p.window}, batch 1, fp32")
     print(f"{'row':<58} {'twin':<28} {'kvkeep us':>10} {'twin us':>10} {'ratio':>7}  {'range':^15}"
           f" {'fma':>5} {'sgemm':>5}  (GFLOP/s)")
     table = compare(p, a.bench, a.rounds)
     if a.json:
-        context = {"torch": torch.__version__, "torch_config": config, "threads": torch.get_num_threads(),
+        context = {"torch": torch.__version__, "math_library": math_library(), "threads": torch.get_num_threads(),
                    "shape": vars(p)}
         a.json.write_text(json.dumps({"context": context, "rows": table}, indent=1) + "\n")
 
