@@ -27,6 +27,8 @@ KVKEEP_COMPILE_OP(op::fused_rows<device_space>);
 KVKEEP_COMPILE_OP(op::key_diff<device_space>);
 KVKEEP_COMPILE_OP(op::lag_score<device_space>);
 KVKEEP_COMPILE_OP(op::layer_counts<device_space>);
+KVKEEP_COMPILE_OP(op::lazy_enter<device_space>);
+KVKEEP_COMPILE_OP(op::lazy_victim<device_space>);
 KVKEEP_COMPILE_OP(op::mean_heads<device_space>);
 KVKEEP_COMPILE_OP(op::mean_layers<device_space>);
 KVKEEP_COMPILE_OP(op::pool_rows<device_space>);
