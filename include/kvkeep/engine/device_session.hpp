@@ -134,6 +134,7 @@ class device_session {
   status feed_scorers(layer_data& l, batch_ref<space> const& b, queries const& q, index_t p0,
                       workspace& w) noexcept;
   status decide_prompt(layer_data& l, index_t id, batch_ref<space> const& b, workspace& w) noexcept;
+  status cut_once(layer_data& l, batch_ref<space> const& b, workspace& w) noexcept;
   status cut_prompt(layer_data& l, index_t id, batch_ref<space> const& b,
                     tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
   status fix_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept {
@@ -147,10 +148,10 @@ class device_session {
                     float* lse) noexcept;
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
-  status decide(layer_data& l, batch_ref<space> const& b, workspace& w) noexcept;
+  status decide(layer_data& l, score_input<space> const& in, workspace& w) noexcept;
   status score_tokens(score_input<space> const& in, score_map<space> out, workspace& w) noexcept;
   status evict(layer_data& l, score_input<space> const& in, workspace& w) noexcept;
-  status cut(layer_data& l, batch_ref<space> const& b, workspace& w) noexcept;
+  status cut(layer_data& l, score_input<space> in, workspace& w) noexcept;
 
   Ctx* ctx_ = nullptr;
   Prompt prompt_{};

@@ -56,7 +56,7 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   if (!measuring && !w.ok()) return status::workspace_too_small;
   if (bound_.rings_tokens) KVKEEP_TRY(each(b.n * hq, detail::push_token<space>{l, b, q}, w));
   if (!in_place) KVKEEP_TRY(each(b.n * hq, detail::dense_queries{q, hq, dim, dense}, w));
-  if (ring > 0) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l, b, ring, ring_row}, w));
+  if (ring > 0) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l, b, ring, 0, ring_row}, w));
   op::attend<space> a{b, {l.kv, l.slots}};
   a.q = row_major<space>(static_cast<float const*>(dense), b.n, hq, dim);
   if (in_place) {
@@ -78,10 +78,11 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   if (out != nullptr || ring > 0 || bound_.attention_folds || measuring)
     KVKEEP_TRY(run(*ctx_, a, w));
   KVKEEP_TRY(each(b.n, detail::count_tokens<space>{l, b}, w));
-  in.newest_row = measuring ? &shape_.n_sequences : ring_row;  // measuring: any pointer
+  // Without a ring, and while measuring, any pointer says that there is a newest token.
+  in.newest_row = measuring ? &shape_.n_sequences : ring_row;
   if (decode_.score.traits().at_decode && !bound_.attention_folds)
     KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
-  return decide(l, b, w);
+  return decide(l, in, w);
 }
 
 /// Scores of all slots in use, joined over heads where one set serves a layer.
@@ -94,18 +95,15 @@ status device_session<Ctx, P, D>::score_tokens(score_input<space> const& in, sco
   return run(*ctx_, op::mean_heads<space>{in.batch, in.layer.slots, out}, w);
 }
 
-/// The decision after a token, for the next one.
+/// The decision after a token, for the next one. `in` is that of the newest tokens.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::decide(layer_data& l, batch_ref<space> const& b,
+status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const& in,
                                          workspace& w) noexcept {
   bool const decides = detail::cuts_while_decoding(decode_.score);
-  if (decides && (one_leaves_ || w.measuring())) {
-    auto in = input(l, b, false);
-    KVKEEP_TRY(evict(l, in, w));
-  }
-  if (decides && !one_leaves_) KVKEEP_TRY(cut(l, b, w));
-  if (decides && one_leaves_) return status::ok;
-  return each(b.n * shape_.cache.n_kv_heads, detail::settle_victims<space>{l, {}, {}, b, false}, w);
+  if (decides && one_leaves_) return evict(l, in, w);
+  if (decides) KVKEEP_TRY(cut(l, in, w));
+  return each(in.batch.n * shape_.cache.n_kv_heads,
+              detail::settle_victims<space>{l, {}, {}, in.batch, false}, w);
 }
 
 /// One victim per head over its budget.
@@ -120,7 +118,6 @@ status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const&
   auto const ids = static_cast<std::size_t>(n_ids);
   auto const keep = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
   auto const found = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
-  index_t* const newest = w.take<index_t>(static_cast<std::size_t>(b.n));
   if (!measuring && !w.ok()) return status::workspace_too_small;
   detail::resolve_keep<space> const resolve{l.k, l.slots, b.id, b.id, heads, 1.0, decode_.when.room,
                                             0,   1,       0,    keep};
@@ -135,12 +132,7 @@ status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const&
     auto const scores =
         row_major<space>(w.take<float>(product(b.n, heads, slots)), b.n, heads, slots);
     if (!measuring && !w.ok()) return status::workspace_too_small;
-    auto now = in;
-    // The newest row is that of the token before the one that comes next.
-    index_t const ring = std::max(1, shape_.rows.weight_ring);
-    KVKEEP_TRY(each(b.n, detail::newest_rows_of<space>{l, b, ring, newest}, w));
-    now.newest_row = measuring ? &shape_.n_sequences : newest;
-    KVKEEP_TRY(score_tokens(now, scores, w));
+    KVKEEP_TRY(score_tokens(in, scores, w));
     op::evict_one<space> one{b, l.slots, scores, in.guard, found};
     if (one_set) one.slots.lengths.extent[1] = 1;
     KVKEEP_TRY(run(*ctx_, one, w));
@@ -150,23 +142,21 @@ status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const&
 
 /// A cut of the heads for which one is due.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::cut(layer_data& l, batch_ref<space> const& b,
-                                      workspace& w) noexcept {
+status device_session<Ctx, P, D>::cut(layer_data& l, score_input<space> in, workspace& w) noexcept {
   workspace::frame const frame(w);
-  bool const measuring = w.measuring();
+  batch_ref<space> const b = in.batch;
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   index_t const n_ids = shape_.n_sequences;
   auto const ids = static_cast<std::size_t>(n_ids);
   auto const keep = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
   auto const due = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
-  index_t* const newest = w.take<index_t>(static_cast<std::size_t>(b.n));
   auto const scores =
       row_major<space>(w.take<float>(product(b.n, heads, slots)), b.n, heads, slots);
   auto const size = product(b.n, heads);
   keep_plan<space> const plan{
       row_major<space>(w.take<index_t>(product(size, slots)), b.n, heads, slots),
       row_major<space>(w.take<index_t>(size), b.n, heads)};
-  if (!measuring && !w.ok()) return status::workspace_too_small;
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   detail::resolve_keep<space> const resolve{l.k,
                                             l.slots,
                                             b.id,
@@ -179,11 +169,7 @@ status device_session<Ctx, P, D>::cut(layer_data& l, batch_ref<space> const& b,
                                             0,
                                             keep};
   KVKEEP_TRY(each(b.n * heads, detail::list_due<space>{resolve, due}, w));
-  auto in = input(l, b, false);
   in.layer.slots.lengths = due;
-  index_t const ring = std::max(1, shape_.rows.weight_ring);
-  KVKEEP_TRY(each(b.n, detail::newest_rows_of<space>{l, b, ring, newest}, w));
-  in.newest_row = measuring ? &shape_.n_sequences : newest;
   KVKEEP_TRY(score_tokens(in, scores, w));
   KVKEEP_TRY(decode_.select.select(*ctx_, b, in.layer.slots, scores, keep, in.guard, plan, w));
   KVKEEP_TRY(

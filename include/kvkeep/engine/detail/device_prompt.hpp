@@ -66,7 +66,8 @@ status device_session<Ctx, P, D>::push_prompt(layer_data& l, index_t id, queries
 /// Hands prompt queries to the scorers that want all of them.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::feed_scorers(layer_data& l, batch_ref<space> const& b,
-                                               queries const& q, index_t p0, workspace& w) noexcept {
+                                               queries const& q, index_t p0,
+                                               workspace& w) noexcept {
   index_t const most = limits_.max_chunk;
   KVKEEP_TRY(detail::feed_prompt(*ctx_, prompt_.score, input(l, b, true), q, p0, most, w));
   if (one_policy_ || !decode_.score.traits().at_decode) return status::ok;
@@ -168,10 +169,24 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id,
   }
   // The decode policy takes over, and cuts where it keeps less: coupled layers once all have ended.
   if (!detail::cuts_while_decoding(decode_.score) || (one_policy_ && !measuring)) return status::ok;
-  if (!bt.couples_layers || measuring) return cut(l, b, w);
+  if (!bt.couples_layers || measuring) return cut_once(l, b, w);
   if (l.number + 1 != n_layers) return status::ok;
-  for (auto& each_layer : layers_) KVKEEP_TRY(cut(each_layer, b, w));
+  for (auto& each_layer : layers_) KVKEEP_TRY(cut_once(each_layer, b, w));
   return status::ok;
+}
+
+/// A cut by the decode policy, before any token is decoded.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::cut_once(layer_data& l, batch_ref<space> const& b,
+                                           workspace& w) noexcept {
+  workspace::frame const frame(w);
+  index_t* const newest = w.take<index_t>(static_cast<std::size_t>(b.n));
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  index_t const ring = std::max(1, shape_.rows.weight_ring);
+  KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l, b, ring, 1, newest}, w));
+  auto in = input(l, b, false);
+  in.newest_row = w.measuring() ? &shape_.n_sequences : newest;  // measuring: any pointer
+  return cut(l, in, w);
 }
 
 /// Applies the budgets of `prompt_k` to one layer, in place; without excess everything stays.

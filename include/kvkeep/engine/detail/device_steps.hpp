@@ -124,25 +124,16 @@ struct dense_queries {
   }
 };
 
-/// Ring rows in which the newest tokens' weights go. Index: entry.
+/// Ring rows of the newest tokens' weights. Index: entry.
 template <class Space>
 struct ring_rows_of {
   layer_state<Space> l;
   batch_ref<Space> batch;
   index_t ring;
-  index_t* out;  ///< [entry]
-  KVKEEP_HD void operator()(index_t i) const noexcept { out[i] = l.seen[batch.id_of(i)] % ring; }
-};
-
-/// Ring rows in which the newest tokens' weights lie, once these count as seen. Index: entry.
-template <class Space>
-struct newest_rows_of {
-  layer_state<Space> l;
-  batch_ref<Space> batch;
-  index_t ring;
-  index_t* out;  ///< [entry]
+  index_t counted;  ///< 1 if the newest tokens count as seen already, else 0
+  index_t* out;     ///< [entry]
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    out[i] = (l.seen[batch.id_of(i)] + ring - 1) % ring;
+    out[i] = (l.seen[batch.id_of(i)] + ring - counted) % ring;
   }
 };
 
