@@ -31,33 +31,6 @@ inline tensor_ref<float const, 4, device_space> one_row(
   return r;
 }
 
-/// Whether a plane's rows start at multiples of 16 bytes. Where every head has a place of its own, the
-/// device looks.
-enum class alignment : std::uint8_t { none, some, all };
-
-inline alignment alignment_of(plane_ref<device_space> const& p) noexcept {
-  offset_t const size = dtype_bytes(p.type);
-  any_layout const& l = p.layout;
-  auto const fits = [&](auto... strides) {
-    return reinterpret_cast<std::uintptr_t>(p.data) % 16 == 0 &&
-           (... && (strides * size % 16 == 0));
-  };
-  switch (l.kind) {
-    case layout_kind::paged:
-      return fits(l.paged.block_stride, l.paged.head_stride, l.paged.slot_stride) ? alignment::all
-                                                                                  : alignment::none;
-    case layout_kind::ragged:
-      return fits(l.ragged.slot_stride) ? alignment::some : alignment::none;
-    case layout_kind::strided:
-      return fits(l.strided.seq_stride, l.strided.head_stride, l.strided.slot_stride)
-                 ? alignment::all
-                 : alignment::none;
-    case layout_kind::custom:
-      break;
-  }
-  return alignment::none;
-}
-
 /// Which heads the kernels for rows can take: contiguous features, of K and V alike.
 inline alignment rows_of(attend_task const& t) noexcept {
   plane_ref<device_space> const& k = t.kv.k;

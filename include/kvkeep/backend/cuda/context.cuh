@@ -11,7 +11,8 @@ namespace kvkeep::cuda {
 
 /// Ops are enqueued on the caller's stream: no allocation, no synchronisation, nothing read back. The
 /// constructor reads the current device's properties, which is set-up; `enqueue` calls the runtime for
-/// launches alone, so that all of it can be captured in a graph.
+/// launches, and to let a kernel have more than 48 KiB of shared memory: neither hinders the capture of a
+/// graph.
 struct context {
   explicit context(cudaStream_t s) : stream(s) {
     int device = 0;

@@ -50,13 +50,7 @@ status with_mma(plane_ref<device_space> const& k, F const& f) noexcept {
 
 /// Whether every head's 16-bit keys are certain to be whole pieces of 16 bytes.
 inline bool whole_pieces(plane_ref<device_space> const& k) noexcept {
-  any_layout const& l = k.layout;
-  if (!k.features.contiguous(k.dim) || k.dim % 8 != 0 || l.kind == layout_kind::ragged)
-    return false;
-  offset_t const odd = l.kind == layout_kind::paged
-                           ? l.paged.block_stride | l.paged.head_stride | l.paged.slot_stride
-                           : l.strided.seq_stride | l.strided.head_stride | l.strided.slot_stride;
-  return odd % 8 == 0 && reinterpret_cast<std::uintptr_t>(k.data) % 16 == 0;
+  return k.contiguous() && k.dim % 8 == 0 && alignment_of(k) == alignment::all;
 }
 
 /// Takes memory for the split queries of `n_rows` rows at a time.

@@ -12,8 +12,6 @@
 
 namespace kvkeep::cuda {
 
-inline constexpr float least_logit = -3.402823466e+38f;
-
 /// Largest logit of some slots, and the sum of exp(z - max).
 struct softmax_part {
   float max, sum;
@@ -123,10 +121,10 @@ __device__ inline void weigh_split(attend_task const& t, split_place const& at, 
     float* const row = z + i * split_slots;
     float* const kept = t.weight_slots(at.entry, at.head, at.g + i, at.row);
     float x[each];
-    softmax_part part{least_logit, 0};
+    softmax_part part{-largest_float, 0};
     for (int k = 0; k < each; ++k) {
       index_t const j = lane + k * warp_size;
-      x[k] = j < at.n ? form(row[j]) : least_logit;
+      x[k] = j < at.n ? form(row[j]) : -largest_float;
       if (kept != nullptr && j < at.n) kept[first + j] = x[k];
       part.max = larger{}(part.max, x[k]);
     }
@@ -142,7 +140,7 @@ __device__ inline void weigh_split(attend_task const& t, split_place const& at, 
     if (t.visible.data == nullptr) continue;
 
     std::uint8_t const* const see = t.visible.at(at.entry, at.q_head(t) + i, first);
-    part = {least_logit, 0};
+    part = {-largest_float, 0};
     unsigned hidden = 0;
     for (int k = 0; k < each; ++k) {
       index_t const j = lane + k * warp_size;

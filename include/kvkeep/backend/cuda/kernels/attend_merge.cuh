@@ -27,7 +27,7 @@ __device__ inline row_normaliser normaliser(softmax_part const& s, float const* 
 
 /// One part of the splits' softmax; all lanes get it.
 __device__ inline softmax_part merge_parts_of(softmax_part const* parts, index_t n) {
-  softmax_part r{least_logit, 0};
+  softmax_part r{-largest_float, 0};
   for (index_t s = lane_of_warp(); s < n; s += warp_size) r.max = larger{}(r.max, parts[s].max);
   r.max = warp_reduce(r.max, larger{});
   double sum = 0;

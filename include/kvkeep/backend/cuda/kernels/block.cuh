@@ -14,6 +14,8 @@ namespace kvkeep::cuda {
 
 inline constexpr unsigned all_lanes = 0xffffffffu;
 inline constexpr int warp_size = 32;
+inline constexpr float largest_float = 3.402823466e+38f;
+inline constexpr float least_normal_float = 1.17549435e-38f;
 
 /// The block's dynamic shared memory.
 extern __shared__ uint4 shared_words[];
@@ -98,6 +100,30 @@ struct smaller {
     return b < a ? b : a;
   }
 };
+
+/// Sum of the values of lower threads of the block, and of all. Integers. @param box [warps] shared
+template <class T>
+struct prefix_sum {
+  T before{};
+  T total{};
+};
+template <class T>
+__device__ prefix_sum<T> sum_before(T own, T* box) {
+  T sum = own;
+  for (int step = 1; step < warp_size; step *= 2) {
+    T const below = __shfl_up_sync(all_lanes, sum, static_cast<unsigned>(step));
+    if (lane_of_warp() >= step) sum += below;
+  }
+  __syncthreads();  // the box may still be read for an earlier sum
+  if (lane_of_warp() == warp_size - 1) box[warp_of_block()] = sum;
+  __syncthreads();
+  prefix_sum<T> r{sum - own, T{}};
+  for (int w = 0; w < warps_of_block(); ++w) {
+    if (w < warp_of_block()) r.before += box[w];
+    r.total += box[w];
+  }
+  return r;
+}
 
 /// Number of set flags in lower threads of the block, and in all of it. @param box [warps + 1] shared
 struct flag_rank {

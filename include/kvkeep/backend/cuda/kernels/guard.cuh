@@ -7,6 +7,8 @@
 
 namespace kvkeep::cuda {
 
+inline constexpr index_t no_position = -0x7fffffff - 1;  ///< below every position
+
 /// A slot is open to eviction if its position lies in [from, to).
 struct open_range {
   index_t from = 0;
@@ -52,7 +54,7 @@ __device__ inline open_range find_open(index_t const* positions, index_t n, guar
   open_range r;
   r.from = g.frozen;
   if (n == 0) return r;
-  if (g.sinks >= n || g.recent >= n) return {0, static_cast<index_t>(-0x7fffffff - 1)};
+  if (g.sinks >= n || g.recent >= n) return {0, no_position};
   if (g.sinks <= 0 && g.recent <= 0) return r;
   index_t low = 0x7fffffff, high = -1;
   for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {

@@ -54,7 +54,6 @@ struct lag_kernel {
   }
 
  private:
-  static constexpr float largest = 3.402823466e+38f;
   struct ranges {
     float* low;      ///< [most_dim]
     float* inverse;  ///< [most_dim] 1 / (high - low), 0 for a channel without range (spec 3.8)
@@ -66,7 +65,7 @@ struct lag_kernel {
   __device__ void find_range(plane_ref<device_space> const& p, head_rows const& rows,
                              slot_order const& order, index_t first, ranges const& range) const {
     for (index_t d = thread_of_block(); d < p.dim; d += threads_of_block()) {
-      float low = largest, high = -largest;
+      float low = largest_float, high = -largest_float;
       for (index_t i = 0; i < o.lag; ++i) {
         float const x = feature(p, rows.bytes(order(first + o.lag + i)), d);
         low = x < low ? x : low;
@@ -84,7 +83,7 @@ struct lag_kernel {
     __syncthreads();  // ranges of the partition before may still be read
     find_range(p, rows, order, first, range);
     __syncthreads();
-    float top = -largest;
+    float top = -largest_float;
     for (index_t i = warp_of_block(); i < o.lag; i += warps_of_block()) {
       std::byte const* const row = rows.bytes(order(first + i));
       auto const scaled = [&](index_t d, float x) {

@@ -41,28 +41,6 @@ struct joint_part {
   }
 };
 
-/// Exclusive sum over the threads of a block, in whole numbers. @param box [warps] shared
-struct prefix_sum {
-  long long before = 0;
-  long long total = 0;
-};
-__device__ inline prefix_sum sum_before(long long own, long long* box) {
-  long long sum = own;
-  for (int step = 1; step < warp_size; step *= 2) {
-    long long const below = __shfl_up_sync(all_lanes, sum, static_cast<unsigned>(step));
-    if (lane_of_warp() >= step) sum += below;
-  }
-  __syncthreads();
-  if (lane_of_warp() == warp_size - 1) box[warp_of_block()] = sum;
-  __syncthreads();
-  prefix_sum r{sum - own, 0};
-  for (int w = 0; w < warps_of_block(); ++w) {
-    if (w < warp_of_block()) r.before += box[w];
-    r.total += box[w];
-  }
-  return r;
-}
-
 /// Hands `left` out to the parts, lower ones first: give(part, share) with a share of at most want(part).
 /// @return what is left
 template <class Want, class Give>
@@ -71,7 +49,7 @@ __device__ long long hand_out(index_t parts, long long left, long long* box, Wan
   for (index_t first = 0; first < parts; first += threads_of_block()) {
     index_t const p = first + thread_of_block();
     long long const own = p < parts ? want(p) : 0;
-    prefix_sum const s = sum_before(own, box);
+    prefix_sum<long long> const s = sum_before(own, box);
     if (p < parts) give(p, static_cast<index_t>(min(max(left - s.before, 0ll), own)));
     left = max(left - s.total, 0ll);
   }

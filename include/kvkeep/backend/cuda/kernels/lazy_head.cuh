@@ -146,7 +146,6 @@ struct row_weights_box {
 __device__ inline void weigh_row(lazy_job const& job, index_t position, open_range const& old,
                                  row_weights_box const& w) {
   constexpr int at_once = 4;
-  constexpr float largest = 3.402823466e+38f;
   index_t const group = job.head.shape().group;
   for (index_t first = 0; first < group; first += at_once) {
     auto const value = [&](index_t g, index_t d) {
@@ -156,8 +155,8 @@ __device__ inline void weigh_row(lazy_job const& job, index_t position, open_ran
     for (index_t d = thread_of_block(); d < job.plane.dim; d += threads_of_block())
       w.queries[d] = make_float4(value(0, d), value(1, d), value(2, d), value(3, d));
     __syncthreads();
-    float top[at_once] = {-largest, -largest, -largest, -largest};
-    float all[at_once] = {-largest, -largest, -largest, -largest};
+    float top[at_once] = {-largest_float, -largest_float, -largest_float, -largest_float};
+    float all[at_once] = {-largest_float, -largest_float, -largest_float, -largest_float};
     for (index_t j = thread_of_block(); j < job.n; j += threads_of_block()) {
       float4 dot = make_float4(0, 0, 0, 0);
       for_features(job.plane, job.k.bytes(j), 0, 1, [&](index_t d, float x) {
@@ -177,7 +176,7 @@ __device__ inline void weigh_row(lazy_job const& job, index_t position, open_ran
     for (int i = 0; i < at_once; ++i)
       if (first + i < group) {
         float maximum = block_reduce(top[i], w.box, larger{});
-        if (maximum == -largest) maximum = block_reduce(all[i], w.box, larger{});
+        if (maximum == -largest_float) maximum = block_reduce(all[i], w.box, larger{});
         float* const e = w.e + (first + i) * w.stride;
         for (index_t j = thread_of_block(); j < job.n; j += threads_of_block())
           e[j] = finite_weight(e[j] - maximum);

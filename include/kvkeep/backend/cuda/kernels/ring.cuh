@@ -86,8 +86,7 @@ struct ring_fuse_kernel : ring_kernel {
     }
     bool const old = o.layer.slots.positions(id, at.head, j) <= limit[blockIdx.x];
     o.out(at.entry, at.head, j) = old ? score : __uint_as_float(0x7f800000u);
-    constexpr float least_normal = 1.17549435e-38f;
-    float const lost = 1e6f * static_cast<float>(n_rows) * (least_normal * largest);
+    float const lost = 1e6f * static_cast<float>(n_rows) * (least_normal_float * largest);
     if (old && largest > 2 && score < lost) skipped[blockIdx.x] = 0;
   }
 };

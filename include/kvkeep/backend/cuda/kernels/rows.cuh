@@ -72,10 +72,9 @@ __device__ inline float feature(plane_ref<device_space> const& p, std::byte cons
 /// NaN becomes -FLT_MAX, infinities the largest finite numbers. By integers: safe under fast-math.
 __device__ inline float sanitise(float z) {
   constexpr unsigned infinity = 0x7f800000u;
-  constexpr float largest = 3.402823466e+38f;
   unsigned const u = __float_as_uint(z), magnitude = u & 0x7fffffffu;
-  if (magnitude > infinity) return -largest;
-  if (magnitude == infinity) return u >> 31 ? -largest : largest;
+  if (magnitude > infinity) return -largest_float;
+  if (magnitude == infinity) return u >> 31 ? -largest_float : largest_float;
   return z;
 }
 

@@ -54,15 +54,7 @@ __device__ unsigned bin_of_rank(index_t n, Value const& value, unsigned above, u
   int const top = select_bins - 1 - thread_of_block() * each;
   int own = 0;
   for (int i = 0; i < each; ++i) own += static_cast<int>(s.bins[top - i]);
-  int sum = own;
-  for (int step = 1; step < warp_size; step *= 2) {
-    int const below = __shfl_up_sync(all_lanes, sum, static_cast<unsigned>(step));
-    if (lane_of_warp() >= step) sum += below;
-  }
-  if (lane_of_warp() == warp_size - 1) s.box[warp_of_block()] = sum;
-  __syncthreads();
-  int before = sum - own;
-  for (int w = 0; w < warp_of_block(); ++w) before += s.box[w];
+  int const before = sum_before(own, s.box).before;
   int* const found = s.box + warps_of_block();
   if (before < rank && rank <= before + own) {
     int bin = top, left = rank - before;

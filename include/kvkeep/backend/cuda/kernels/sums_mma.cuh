@@ -14,8 +14,7 @@ namespace kvkeep::cuda {
 template <class T, int Blocks, bool Whole>
 struct mma_sums_kernel {
   using tiles = mma_tiles<Blocks>;
-  static constexpr int most_threads = tiles::warps * 32;
-  static constexpr int blocks_per_sm = Whole && Blocks != 4 ? 2 : 1;  // 4: two would spill on sm_80
+  static constexpr int most_threads = tiles::warps * 32, blocks_per_sm = Whole ? 2 : 1;
   static constexpr int n_tiles = tiles::key_tiles;
   window_job job;
   tensor_ref<float, 4, device_space> out;

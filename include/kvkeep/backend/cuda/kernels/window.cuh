@@ -12,8 +12,6 @@
 namespace kvkeep::cuda {
 
 inline constexpr float log2_e = 1.4426950408889634f;
-inline constexpr float largest_float = 3.402823466e+38f;
-inline constexpr index_t no_position = -0x7fffffff - 1;
 inline constexpr index_t above_positions = 0x7fffffff;
 
 /// Query rows: as an op has them, or in a ring, where row r lies in row `position % ring`.
