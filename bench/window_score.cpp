@@ -48,8 +48,7 @@ void window_score(benchmark::State& state, point const& p, bool given_lse) {
   auto memory = scratch_for(ctx, o);
 
   double const keys = 1.0 * p.batch * p.kv_heads * p.tokens;
-  double const passes = given_lse ? 1 : 2;
-  work const w{keys * p.dim * dtype_bytes(p.type), passes * 2 * keys * p.group * p.window * p.dim};
+  work const w{keys * p.dim * dtype_bytes(p.type), 2 * keys * p.group * p.window * p.dim};
   meter m(w);
   std::size_t turn = 0;
   for (auto _ : state) {

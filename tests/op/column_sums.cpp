@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Attention mass per column against plain loops in double; chunks of rows give the same bits.
-#include <kvkeep/backend/cpu/window_score.hpp>
+#include <kvkeep/backend/cpu/column_sums.hpp>
 
 #include "../support/test_rows.hpp"
 #include "layers.hpp"
@@ -189,6 +189,26 @@ TEST_CASE("any chunking gives the same bits where only some rows are 16-bit numb
       CHECK(test::same_bits(whole.out.data(), parts.out.data()));
     });
 }
+
+#if !defined(KVKEEP_TEST_CUDA)
+TEST_CASE("logits that are too many to be kept between the passes give the same bits") {
+  test::layer_options o;
+  o.cache.shape = {1, 1, 1, 8, 4, 9000};
+  o.min_length = 8900;
+  test::test_layer const l(o);
+  generator g(11);
+  test_rows const rows(l, g, 512, false);
+  REQUIRE(cpu::size_of(8900) * 512 > cpu::most_kept_logits);
+  REQUIRE(cpu::size_of(9008) * 128 < cpu::most_kept_logits);
+  sums_run whole(l, rows.ref(), false, false), parts(l, rows.ref(), false, false);
+  REQUIRE(test::run_exact(test::one_thread(), whole.op) == status::ok);
+  for (index_t first = 0; first < 512; first += 128) {
+    parts.op.rows = test_rows::part(rows.ref(), first, 128);
+    REQUIRE(test::run_exact(test::one_thread(), parts.op) == status::ok);
+  }
+  CHECK(test::same_bits(whole.out.data(), parts.out.data()));
+}
+#endif
 
 #if defined(KVKEEP_TEST_CUDA)
 TEST_CASE("a block that takes several strips of slots gives each the same bits") {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // MorphKV's direct scores against plain loops in double.
-#include <kvkeep/backend/cpu/window_score.hpp>
+#include <kvkeep/backend/cpu/fused_rows.hpp>
 
 #include "../support/test_rows.hpp"
 #include "layers.hpp"

@@ -13,8 +13,9 @@ namespace kvkeep::op {
 /// sees the slots whose position is not above its own. Without log-sum-exp a first pass computes it over
 /// all visible slots (spec 3.3 step 1, 3.5). The sum starts from the value in `out`, term by term, so
 /// any chunking of the rows gives the same bits.
-/// Bytes: K once (twice without lse) plus 4 per slot and output row. Operations: 2 * dim_k per row,
-/// query head and slot, one exponential (two passes without lse).
+/// Bytes: K once plus 4 per slot and output row. Operations: 2 * dim_k and an exponential per row, query head
+/// and slot. Without lse two exponentials, and what two passes share: logits that are kept between them (CPU:
+/// 4 bytes per row, query head and slot of a KV head, up to 16 MiB), else K and the multiply-adds twice.
 template <class Space = host_space>
 struct column_sums {
   using space = Space;
@@ -30,7 +31,7 @@ struct column_sums {
 /// MorphKV's direct form (spec 4.3 steps 4 to 6): for every row and query head softmax over the *old*
 /// slots only (all but the `recent` largest positions), maximum over the group, then `fuse` over rows
 /// ascending. Slots that are not old get +infinity. Without any present row the score is the position.
-/// Bytes: K twice. Operations: 2 * dim_k per row, query head and slot, twice.
+/// Cost: as column_sums without lse.
 template <class Space = host_space>
 struct fused_rows {
   using space = Space;

@@ -6,7 +6,7 @@
 #include "../../op/accumulate.hpp"
 #include "fold.hpp"
 #include "kernels/fused_rows.hpp"
-#include "window_score.hpp"
+#include "fused_rows.hpp"
 
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
@@ -141,7 +141,7 @@ KVKEEP_CPU_OP status enqueue(context& c, op::ring_score<host_space> const& o, wo
   index_t const n_rows = o.positions.extent[1];
   int const workers = c.workers(o.batch.n * kv.shape.n_kv_heads);
   ring_scratch scratch;
-  scratch.direct = query_block_scratch::take(ws, workers, kv.shape, kv.k, n_rows);
+  scratch.direct = query_block_scratch::take(ws, workers, kv.shape, kv.k, n_rows, true);
   scratch.rows = take_each<index_t>(ws, workers, size_of(n_rows));
   scratch.old = take_each<index_t>(ws, workers, size_of(kv.shape.max_slots));
   scratch.sums = take_each<float>(ws, workers, 2 * size_of(n_rows) * size_of(kv.shape.group()));

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "attend.hpp"
+#include "fused_rows.hpp"
 #include "lazy_head.hpp"
-#include "window_score.hpp"
 
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {

@@ -26,7 +26,7 @@ struct victim_scratch {
     std::size_t const slots = size_of(kv.shape.max_slots + lanes);
     std::size_t const all = size_of(s.group * s.n_rows);
     victim_scratch r;
-    r.direct = query_block_scratch::take(ws, workers, kv.shape, kv.k, s.n_rows);
+    r.direct = query_block_scratch::take(ws, workers, kv.shape, kv.k, s.n_rows, true);
     r.old = take_each<index_t>(ws, workers, slots);
     r.bounds = take_each<float>(ws, workers, slots);
     r.factors = take_each<float>(ws, workers, size_of(2 * s.padded_rows() + s.all_rows()));

@@ -5,11 +5,12 @@
 
 #include "accumulate.hpp"
 #include "attend.hpp"
+#include "column_sums.hpp"
 #include "compact.hpp"
+#include "fused_rows.hpp"
 #include "key_geometry.hpp"
 #include "layer_counts.hpp"
 #include "lazy_victim.hpp"
 #include "pool.hpp"
 #include "reduce.hpp"
 #include "select_k.hpp"
-#include "window_score.hpp"

@@ -14,18 +14,28 @@ inline namespace KVKEEP_CPU_ISA {
 
 inline constexpr index_t block_rows = 512;  ///< packed rows of a block: the second-level cache
 inline constexpr index_t tile_rows = 128;   ///< rows whose logits stay in the first-level cache
+/// Logits that a worker keeps between two passes, 16 MiB: reading them is cheaper than multiplying again,
+/// wherever they lie.
+inline constexpr std::size_t most_kept_logits = std::size_t{4} << 20;
+
+/// Slots of the panels that hold so many.
+constexpr index_t whole_panels(index_t n_slots) noexcept {
+  return (n_slots + panel_keys - 1) / panel_keys * panel_keys;
+}
 
 /// Query rows of one KV head, packed. Row i of the block, head g of the group: index i * group + g,
 /// or g * n + i when `by_head`. Only present rows are packed, in ascending order.
 struct query_block_scratch {
   worker_scratch<float> floats;
   worker_scratch<index_t> integers;
+  worker_scratch<float> kept;
   index_t capacity = 0;  ///< packed rows, a multiple of the group
   index_t group = 1;
   index_t dim = 0;
 
+  /// @param two_passes keys are passed twice: logits of the first pass are kept, as many as may be
   static query_block_scratch take(workspace& ws, int workers, cache_shape const& s, plane const& k,
-                                  index_t n_rows) {
+                                  index_t n_rows, bool two_passes) {
     query_block_scratch r;
     r.group = s.group();
     r.dim = s.dim_k;
@@ -35,6 +45,8 @@ struct query_block_scratch {
     r.floats = take_each<float>(
         ws, workers, n * size_of(r.dim) + n * 18 + panel_floats(r.dim) + gather_floats(k) + 64);
     r.integers = take_each<index_t>(ws, workers, n * 2 + 16);
+    std::size_t const all = n * size_of(whole_panels(s.max_slots));
+    if (two_passes) r.kept = take_each<float>(ws, workers, std::min(all, most_kept_logits));
     return r;
   }
 };
@@ -47,6 +59,8 @@ struct query_block {
   float* max = nullptr;    ///< [capacity]
   float* sum = nullptr;    ///< [capacity]
   float* gathered = nullptr;
+  float* kept = nullptr;             ///< [panel][packed row][16] logits between two passes, or null
+  std::size_t most_kept = 0;         ///< floats of `kept`
   index_t* position = nullptr;       ///< [capacity] of each packed row
   std::uint16_t* visible = nullptr;  ///< [capacity]
   index_t dim = 0;
@@ -57,7 +71,8 @@ struct query_block {
   bool by_head = false;
   logit_form form{};
 
-  query_block(query_block_scratch const& s, int worker) noexcept : dim(s.dim), group(s.group) {
+  query_block(query_block_scratch const& s, int worker) noexcept
+      : most_kept(s.kept.each), dim(s.dim), group(s.group) {
     offset_t const c = s.capacity;
     float* f = s.floats(worker);
     panel = f;
@@ -67,11 +82,16 @@ struct query_block {
     max = (f += c * panel_keys);
     sum = (f += c);
     gathered = f + c;
+    if (most_kept > 0) kept = s.kept(worker);
     position = s.integers(worker);
     visible = reinterpret_cast<std::uint16_t*>(position + c);
   }
 
   index_t packed() const noexcept { return n * group; }
+  /// Whether the logits of so many slots stay between two passes.
+  bool keeps(index_t n_slots) const noexcept {
+    return product(whole_panels(n_slots), packed()) <= most_kept;
+  }
   /// Normalisers of the packed rows from `first` on, once the statistics are finished.
   row_norm norm(index_t first) const noexcept { return {max + first, sum + first}; }
   index_t index(index_t i, index_t g) const noexcept { return by_head ? g * n + i : i * group + g; }
@@ -93,13 +113,20 @@ struct query_block {
     }
   }
 
-  /// Logits of packed rows [first, first + rows) for the current panel. Not inlined: in a larger
+  /// Logits of packed rows [first, first + rows) for the current panel, to `to` `[rows][16]`. Not inlined: in a larger
   /// function the compiler moves accumulators of the inner loop to the stack.
-  [[gnu::noinline]] logit_tile tile(index_t first, index_t rows) const noexcept {
+  [[gnu::noinline]] logit_tile tile(index_t first, index_t rows, float* to) const noexcept {
     query_rows const part{q + static_cast<offset_t>(first) * dim, dim, rows, dim, form};
-    qk_panel(part, panel, z, panel_keys);
-    return {z, panel_keys, rows, nullptr};
+    qk_panel(part, panel, to, panel_keys);
+    return {to, panel_keys, rows, nullptr};
   }
+};
+
+/// A head's slots for scoring.
+struct head_slots {
+  head_rows k;
+  index_t const* positions = nullptr;  ///< [n]
+  index_t n = 0;
 };
 
 /// Panels of a head: packs those for which `wanted(first, n)` holds and calls f(first, n).
@@ -112,9 +139,42 @@ void for_panels(query_block const& b, head_rows const& k, index_t n_slots, W con
                      index_t const count = std::min(panel_keys, n - j);
                      if (!wanted(at + j, count)) continue;
                      pack_panel(rows + j, count, b.dim, b.panel);
+                     for (index_t i = j + panel_keys; i < std::min(n, j + 2 * panel_keys); ++i)
+                       prefetch_row(rows[i], b.dim);
                      f(at + j, count);
                    }
                  });
+}
+
+/// Two passes over the panels for which `wanted(first, n)` holds, `first(at, n, tile)`, then `between()`, then
+/// `second(at, n, tile)`; `tile(row, rows)` are a panel's logits. The second pass multiplies again only
+/// where the logits could not be kept.
+template <class W, class F, class M, class G>
+void for_panels_twice(query_block const& b, head_rows const& k, index_t n_slots, W const& wanted,
+                      F const& first, M const& between, G const& second) noexcept {
+  bool const keeps = b.keeps(n_slots);
+  auto const kept = [&](index_t at, index_t row) {
+    return b.kept + (static_cast<offset_t>(at / panel_keys) * b.packed() + row) * panel_keys;
+  };
+  for_panels(b, k, n_slots, wanted, [&](index_t at, index_t n) {
+    first(at, n, [&](index_t row, index_t rows) {
+      return b.tile(row, rows, keeps ? kept(at, row) : b.z);
+    });
+  });
+  between();
+  if (!keeps) {
+    for_panels(b, k, n_slots, wanted, [&](index_t at, index_t n) {
+      second(at, n, [&](index_t row, index_t rows) { return b.tile(row, rows, b.z); });
+    });
+    return;
+  }
+  for (index_t at = 0; at < n_slots; at += panel_keys) {
+    index_t const n = std::min(panel_keys, n_slots - at);
+    if (wanted(at, n))
+      second(at, n, [&](index_t row, index_t rows) {
+        return logit_tile{kept(at, row), panel_keys, rows, nullptr};
+      });
+  }
 }
 
 /// Positions of the keys of a panel.

@@ -65,15 +65,19 @@ inline vf sanitise(vf z) noexcept {
   return select(nan, splat(-FLT_MAX), z);
 }
 
-inline vf finish_logit(vf dot, logit_form const& form) noexcept {
-  vf const z = dot * splat(form.scale);
-  vf const clean = sanitise(z);
-  if (!(form.softcap > 0)) return clean;
+/// A logit z = dot * scale under a cap. @param clean sanitise(z)
+[[gnu::noinline]] inline vf cap_logit(vf z, vf clean, float softcap) noexcept {
   vi const magnitude = bits_of(z) & splat(std::int32_t{0x7fffffff});
   vi const nan = greater(magnitude, splat(std::int32_t{0x7f800000}));
   // The quotient is clamped because a small cap may overflow it.
-  vf const x = max(min(clean / splat(form.softcap), splat(30.0f)), splat(-30.0f));
-  return select(nan, clean, splat(form.softcap) * tanh(x));
+  vf const x = max(min(clean / splat(softcap), splat(30.0f)), splat(-30.0f));
+  return select(nan, clean, splat(softcap) * tanh(x));
+}
+
+inline vf finish_logit(vf dot, logit_form const& form) noexcept {
+  vf const z = dot * splat(form.scale);
+  vf const clean = sanitise(z);
+  return form.softcap > 0 ? cap_logit(z, clean, form.softcap) : clean;
 }
 
 /// Dot products to logits in place.
