@@ -32,9 +32,17 @@
 /// names (inline namespace), so that files compiled with different flags can be linked together.
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define KVKEEP_CPU_AVX2 1
-#define KVKEEP_CPU_ISA isa_avx2
 #else
 #define KVKEEP_CPU_AVX2 0
+#endif
+#if KVKEEP_CPU_AVX2 && defined(__AVX512F__)
+#define KVKEEP_CPU_AVX512 1
+#define KVKEEP_CPU_ISA isa_avx512
+#elif KVKEEP_CPU_AVX2
+#define KVKEEP_CPU_AVX512 0
+#define KVKEEP_CPU_ISA isa_avx2
+#else
+#define KVKEEP_CPU_AVX512 0
 #define KVKEEP_CPU_ISA isa_generic
 #endif
 

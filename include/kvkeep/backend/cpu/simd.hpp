@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
 /// Eight-lane vectors of the CPU backend: the only file with vector types. AVX2, FMA and F16C where
-/// the compiler targets them, else the loops of simd_plain.hpp. Loads and stores need no alignment.
+/// the compiler targets them (and AVX-512 for pairs of them), else the loops of simd_plain.hpp. Loads and stores need no alignment.
 /// Horizontal operations use one fixed tree, so a result does not depend on who asks for it.
 #pragma once
 
@@ -151,6 +151,38 @@ inline void transpose8(vf (&r)[8]) noexcept {
     r[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
     r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
   }
+}
+
+#endif
+
+#if KVKEEP_CPU_AVX512
+
+/// 16 floats, for sums of products alone: there every lane is a sum of its own, so that their number does
+/// not show in the results.
+struct wf {
+  __m512 v;
+};
+inline wf splat_wide(float x) noexcept { return {_mm512_set1_ps(x)}; }
+inline wf load_wide(float const* p) noexcept { return {_mm512_loadu_ps(p)}; }
+inline wf fma(wf a, wf b, wf c) noexcept { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+template <int Half>
+inline vf half_of(wf a) noexcept {  // with a mask: without, g++ 12 warns of its own headers
+  return {_mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(a.v), Half))};
+}
+
+#else
+
+struct wf {
+  vf low, high;
+};
+inline wf splat_wide(float x) noexcept { return {splat(x), splat(x)}; }
+inline wf load_wide(float const* p) noexcept { return {load(p), load(p + lanes)}; }
+inline wf fma(wf a, wf b, wf c) noexcept {
+  return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
+}
+template <int Half>
+inline vf half_of(wf a) noexcept {
+  return Half == 0 ? a.low : a.high;
 }
 
 #endif

@@ -62,58 +62,55 @@ struct query_rows {
   logit_form form = {};  ///< applied to every dot product
 };
 
-/// R rows against one panel: R * 2 accumulators, one per eight outputs, features in ascending
-/// order.
+/// Rows that pass over a panel together: as many sums as there are registers for.
+inline constexpr int panel_rows = KVKEEP_CPU_AVX512 ? 12 : 6;
+
+/// R rows against one panel: a sum per output, features in ascending order.
 template <int R>
 inline void qk_rows_of_panel(query_rows const& q, index_t first, float const* panel, float* out,
                              offset_t stride) noexcept {
   float const* row[R];
-  vf acc[R][2];
+  wf acc[R];
   KVKEEP_CPU_UNROLL
   for (int r = 0; r < R; ++r) {
     row[r] = q.q + (first + r) * q.stride;
-    acc[r][0] = splat(0.0f);
-    acc[r][1] = splat(0.0f);
+    acc[r] = splat_wide(0.0f);
   }
   for (index_t d = 0; d < q.dim; ++d, panel += panel_keys) {
-    vf const k0 = load(panel), k1 = load(panel + lanes);
+    wf const k = load_wide(panel);
     KVKEEP_CPU_UNROLL
-    for (int r = 0; r < R; ++r) {
-      vf const x = splat(row[r][d]);
-      acc[r][0] = fma(x, k0, acc[r][0]);
-      acc[r][1] = fma(x, k1, acc[r][1]);
-    }
+    for (int r = 0; r < R; ++r) acc[r] = fma(splat_wide(row[r][d]), k, acc[r]);
   }
   KVKEEP_CPU_UNROLL
   for (int r = 0; r < R; ++r) {
-    store(out + r * stride, finish_logit(acc[r][0], q.form));
-    store(out + r * stride + lanes, finish_logit(acc[r][1], q.form));
+    store(out + r * stride, finish_logit(half_of<0>(acc[r]), q.form));
+    store(out + r * stride + lanes, finish_logit(half_of<1>(acc[r]), q.form));
+  }
+}
+
+/// The last rows from `first` on, at most R.
+template <int R>
+inline void qk_last_rows(query_rows const& q, index_t first, float const* panel, float* out,
+                         offset_t stride) noexcept {
+  if constexpr (R > 0) {
+    if (q.n_rows - first == R)
+      qk_rows_of_panel<R>(q, first, panel, out + first * stride, stride);
+    else
+      qk_last_rows<R - 1>(q, first, panel, out, stride);
   }
 }
 
 /// Logits of all query rows against the 16 keys of a panel; missing keys give the logit of 0.
 /// Every output is one sum over ascending features: how the rows are grouped does not show.
 /// @param out [q.n_rows][16] floats with `stride` floats between rows, host
-/// Cost: 32 * n_rows * dim flops; q is read once, the panel once per six rows (first-level cache).
+/// Cost: 32 * n_rows * dim flops; q is read once, the panel once per six rows (AVX-512: twelve) from the
+/// first-level cache.
 inline void qk_panel(query_rows const& q, float const* panel, float* out,
                      offset_t stride = panel_keys) noexcept {
   index_t r = 0;
-  for (; r + 6 <= q.n_rows; r += 6) qk_rows_of_panel<6>(q, r, panel, out + r * stride, stride);
-  float* const rest = out + r * stride;
-  switch (q.n_rows - r) {
-    case 5:
-      return qk_rows_of_panel<5>(q, r, panel, rest, stride);
-    case 4:
-      return qk_rows_of_panel<4>(q, r, panel, rest, stride);
-    case 3:
-      return qk_rows_of_panel<3>(q, r, panel, rest, stride);
-    case 2:
-      return qk_rows_of_panel<2>(q, r, panel, rest, stride);
-    case 1:
-      return qk_rows_of_panel<1>(q, r, panel, rest, stride);
-    default:
-      return;
-  }
+  for (; r + panel_rows <= q.n_rows; r += panel_rows)
+    qk_rows_of_panel<panel_rows>(q, r, panel, out + r * stride, stride);
+  qk_last_rows<panel_rows - 1>(q, r, panel, out, stride);
 }
 
 }  // namespace KVKEEP_CPU_ISA
