@@ -17,7 +17,7 @@ class decode_model {
   /// @param policy  a name of the policy table; `-cached` behind it chooses MorphKV's cached rows
   /// @param prompt  tokens of every sequence's prompt
   decode_model(point const& p, std::string const& policy, index_t prompt)
-      : p_(p), shape_(shape_of(p, p.capacity + 2)), prompt_(prompt) {
+      : p_(p), shape_(shape_of(p, most_slots(p, policy))), prompt_(prompt) {
     random_bits r{5};
     for (std::size_t i = 0, n = layers_for(p, prompt); i < n; ++i)
       with_type(p.type, [&](auto t) { caches_.emplace_back(t, shape_, p.where, r); });
@@ -40,7 +40,14 @@ class decode_model {
     return static_cast<std::size_t>(std::clamp(72e6 / bytes, 5.0, 32.0)) / 3 * 3 + 2;
   }
 
+  /// Tokens between two bursts of "morphkv-burst".
+  static index_t burst_length(point const& p) {
+    return static_cast<index_t>(std::ceil((1 + p.capacity) * burst_factor)) - p.capacity;
+  }
+
   std::size_t layers() const { return caches_.size(); }
+  /// Slots in use in every head of a layer.
+  index_t in_use(std::size_t layer) const { return session_->lengths(int_of(layer))(0, 0); }
   /// The layer for the `which`-th of the other works while `layer` makes its step.
   std::size_t other(std::size_t layer, std::size_t which) const {
     return (layer + which * (layers() + 1) / 3) % layers();
@@ -71,7 +78,7 @@ class decode_model {
     plain_.weights = {};
     plain_.weight_sum = {};
     if (evidence) {
-      index_t const group = p_.group, stride = p_.capacity + 16;
+      index_t const group = p_.group, stride = shape_.max_slots + 14;
       plain_.weights = row_major(weights_[layer].data(), p_.batch, p_.kv_heads, group, stride);
       plain_.weight_sum = row_major(weight_sums_.data(), p_.batch, p_.kv_heads, group, 1);
     }
@@ -92,6 +99,11 @@ class decode_model {
   using session_type = session<cpu::context, any_policy<cpu::context>>;
   static constexpr std::size_t query_sets = 61;
 
+  static constexpr double burst_factor = 1.1;  ///< evict_after
+  static index_t most_slots(point const& p, std::string const& policy) {
+    return p.capacity + (policy == "morphkv-burst" ? burst_length(p) : 0) + 2;
+  }
+
   static index_t int_of(std::size_t n) { return static_cast<index_t>(n); }
   batch entries() const { return {ids_}; }
   index_t row_floats() const { return p_.batch * shape_.n_q_heads * p_.dim; }
@@ -107,6 +119,7 @@ class decode_model {
     o.window = p_.window;
     o.sinks = policy == "streamingllm" ? 4 : 0;
     if (policy == "morphkv-cached") o.evaluation = morph_rows::cached;
+    if (policy == "morphkv-burst") o.evict_after = burst_factor;
     limits lim;
     lim.max_sequences = p_.batch;
     session_ = std::make_unique<session_type>(
@@ -151,7 +164,7 @@ class decode_model {
     scratch_ = scratch_for(ctx_, plain_);
     weight_sums_.resize(static_cast<std::size_t>(p_.batch * shape_.n_q_heads));
     weights_.assign(layers(), std::vector<float>(weight_sums_.size() *
-                                                 static_cast<std::size_t>(p_.capacity + 16)));
+                                                 static_cast<std::size_t>(shape_.max_slots + 14)));
   }
 
   point p_;

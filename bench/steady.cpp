@@ -67,6 +67,7 @@ class sequence {
   }
   double attention() {
     plain_.q.data = next_rows();
+    lengths_.assign(lengths_.size(), session_->lengths(0)(0, 0));
     workspace ws(scratch_);
     return timed([&] { expect(run(ctx_, plain_, ws), "attention"); });
   }
