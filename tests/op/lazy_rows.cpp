@@ -216,6 +216,43 @@ TEST_CASE("the direct form decides where bounds cannot, and the state survives i
   }
 }
 
+TEST_CASE("a head that lets nothing go takes no row, and starts anew when it does") {
+  generator g(9);
+  test::layer_options o = full_layer(g, 90);
+  o.cache.shape.n_kv_heads = 2;
+  o.cache.shape.n_q_heads = 4;
+  test::test_layer l(o);
+  lazy_steps x(l, g, {2, 12, 16}, reduction::sum);
+  test::run_op(x.enter, x.rows, x.head);
+  std::vector<float> const state = x.head.data();
+  x.enter.anew = false;
+  test::run_op(x.enter, x.rows, x.head);  // the row has entered
+  CHECK(test::same_bits(state, x.head.data()));
+  REQUIRE(x.step());
+  x.next();
+  // From now on the second head alone has room.
+  padded<index_t, 2> keep({l.n_ids, 2}, 89);
+  for (index_t id = 0; id < l.n_ids; ++id) keep(id, 1) = 90;
+  x.enter.keep = keep.cref();
+  std::vector<float> const before = x.rows.data();
+  test::run_op(x.enter, x.rows, x.head);
+  for (index_t b = 0; b < l.n(); ++b) {
+    index_t const id = l.id[uz(b)];
+    CHECK(cpu::lazy_head(x.shape, x.head.ref().at(id, 0, 0)).newest() == x.newest);
+    CHECK(cpu::lazy_head(x.shape, x.head.ref().at(id, 1, 0)).newest() == -1);
+    for (index_t r = 0; r < x.shape.slot_rows(); ++r) {
+      float const* const now = x.rows.ref().at(id, 1, r, 0);
+      float const* const then = before.data() + (now - x.rows.data().data());
+      CHECK(std::memcmp(then, now, 90 * sizeof(float)) == 0);
+    }
+  }
+  x.enter.keep = {};
+  for (int i = 0; i < 10; ++i) {
+    REQUIRE(x.step());
+    x.next();
+  }
+}
+
 TEST_CASE("lazy ops refuse shapes that they cannot serve, and heads below their budget keep all") {
   generator g(5);
   test::layer_options o = full_layer(g, 60);

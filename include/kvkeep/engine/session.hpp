@@ -214,6 +214,7 @@ class session {
   status take_slots(layer_data& l, batch const& b, index_t* slots, workspace& w) noexcept;
   status check_token(layer_data const& l, batch const& b) const noexcept;
   status show_token(index_t m, batch const& b, queries const& q, float* out, float* lse) noexcept;
+  bool wants_weights(layer_data const& l, entries const& e) const noexcept;
   status weigh(layer_data& l, batch const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
   status token_done(layer_data& l, entries const& e, workspace& w) noexcept;
@@ -226,6 +227,8 @@ class session {
                 workspace& w) noexcept;
   KVKEEP_COLD status decide_sequences(index_t const* ids, index_t const* rows, index_t n,
                           workspace& w) noexcept;
+  status newest_input(layer_data const& l, source const& s, score_input<space>& in,
+                      workspace& w) const noexcept;
   status score_tokens(layer_data& l, source const& s, index_t extra, score_map<space> out,
                       workspace& w) noexcept;
   status resolve_keep(layer_data const& l, source const& s, index_t extra,

@@ -52,6 +52,8 @@ namespace op {
 /// Takes the newest token's attention weights into the state: its row enters, the column that leaves the
 /// window joins the sums of the older rows, an eighth of the slots gets new bounds. Where the slots are
 /// not those that the state stands for (after a cut, say), all of it is made anew from keys and queries.
+/// A head with no more slots in use than `keep` lets nothing go and takes no row: its state stands for no
+/// slots until it lets some go. A row that has entered does not enter again.
 /// Bytes: 4 * group + 12 + 2 n_rows / 8 per slot, 4 group * n_rows * 10 per head. Operations: 2 * group +
 /// 2 n_rows per slot. Anew: K once per row, 2 * dim_k * group * n_rows operations per slot.
 template <class Space = host_space>
@@ -64,6 +66,7 @@ struct lazy_enter {
   tensor_ref<float const, 4, Space> weight_max{};  ///< [id, kv_head, g, ring row] the maximum
   index_t const* ring_row = nullptr;               ///< [entry]; null: row 0
   offset_t ring_stride = 0;
+  tensor_ref<index_t const, 2, Space> keep{};      ///< [id, kv_head], or null: every head takes its row
   reduction fuse = reduction::max;                 ///< sum or max
   bool anew = false;                               ///< the newest token has no weights yet
 };

@@ -69,7 +69,7 @@ struct recent_fused_score : scorer_base {
   template <class Ctx>
   status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
     if (evaluation == morph_rows::direct) return status::ok;
-    if (evaluation == morph_rows::lazy) return enter(ctx, in, true, ws);
+    if (evaluation == morph_rows::lazy) return enter(ctx, in, {}, true, ws);
     query_rows<space_of<Ctx>> q;
     KVKEEP_TRY(last_queries(ctx, in, row_count(), q, ws));
     return run(ctx,
@@ -77,14 +77,13 @@ struct recent_fused_score : scorer_base {
                                               in.weight_stride, in.weight_ring},
                ws);
   }
-  template <class Ctx>
-  status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
-    return evaluation == morph_rows::lazy ? enter(ctx, in, false, ws) : status::ok;
-  }
+  /// A token's row enters the lazy state only where something leaves, so that a cache below its capacity costs
+  /// nothing.
   template <class Ctx>
   status victims(Ctx& ctx, score_input<space_of<Ctx>> const& in,
                  tensor_ref<index_t const, 2, space_of<Ctx>> keep,
                  tensor_ref<index_t, 2, space_of<Ctx>> victim, workspace& ws) const {
+    KVKEEP_TRY(enter(ctx, in, keep, false, ws));
     op::lazy_victim<space_of<Ctx>> o{in.batch, in.layer, lazy_state_of(in)};
     o.frozen = in.guard.frozen;
     o.keep = keep;
@@ -121,12 +120,14 @@ struct recent_fused_score : scorer_base {
     return {lazy_of(in.layer.kv.shape), in.seen, in.ring_from, in.ring_q, in.loose, in.head};
   }
   template <class Ctx>
-  status enter(Ctx& ctx, score_input<space_of<Ctx>> const& in, bool anew, workspace& ws) const {
+  status enter(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+               tensor_ref<index_t const, 2, space_of<Ctx>> keep, bool anew, workspace& ws) const {
     op::lazy_enter<space_of<Ctx>> o{in.batch, in.layer, lazy_state_of(in)};
     o.weights = in.weights;
     o.weight_max = in.weight_max;
     o.ring_row = in.newest_row;
     o.ring_stride = in.weight_stride;
+    o.keep = keep;
     o.fuse = fusion;
     o.anew = anew;
     return run(ctx, o, ws);

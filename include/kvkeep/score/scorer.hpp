@@ -99,7 +99,8 @@ struct scorer_base {
   }
 };
 
-/// One victim per sequence and KV head, where a head has more slots in use than `keep` `[id, kv_head]`.
+/// One victim per sequence and KV head, where a head has more slots in use than `keep` `[id, kv_head]`. Called
+/// after `fold`, with the newest token's row, when something is due: not for every token.
 template <class S, class Ctx>
 concept finds_victims = requires(S const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
                                  tensor_ref<index_t const, 2, space_of<Ctx>> keep,

@@ -89,10 +89,12 @@ inline void enter_token(lazy_job const& job, index_t position, lazy_row const* g
 inline void lazy_enter_head(op::lazy_enter<host_space> const& o, enter_scratch const& scratch,
                             index_t b, index_t h, int worker) noexcept {
   lazy_job job = make_job(o, b, h);
+  if (o.keep.data != nullptr && job.n <= o.keep(job.id, h)) return job.head.set_newest(-1);
   job.old = scratch.old(worker);
   lazy_shape const& s = job.head.shape();
   index_t const n_old = job.n_old = mark_old(job);
   index_t const before = job.head.newest(), entered = job.oldest_recent() >= 1 ? 1 : 0;
+  if (!o.anew && n_old >= 0 && before == job.newest && job.head.old() == n_old) return;
   bool const follows =
       !o.anew && before == job.newest - 1 && before >= 0 && job.head.old() + entered == n_old;
   job.head.set_newest(n_old < 0 ? -1 : job.newest);

@@ -66,22 +66,31 @@ auto session<Ctx, P, D>::list_due(layer_data const& l, index_t const* ids, index
   return due;
 }
 
+/// What a scorer sees of a source whose newest tokens have been folded in. Takes the rows' list from the
+/// scratch.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::newest_input(layer_data const& l, source const& s, score_input<space>& in,
+                                        workspace& w) const noexcept {
+  index_t* const newest = w.take<index_t>(static_cast<std::size_t>(s.batch.n));
+  in = input(l, s, false, newest);
+  if (w.measuring()) {
+    in.newest_row = &limits_.max_sequences;  // any pointer: the decode form is measured
+    return status::ok;
+  }
+  if (!w.ok()) return status::workspace_too_small;
+  index_t const ring = std::max(1, shape_.rows.weight_ring);
+  for (index_t i = 0; i < s.batch.n; ++i) newest[i] = (l.seen[s.batch.id[i]] + ring - 1) % ring;
+  return status::ok;
+}
+
 /// Scores of all slots in use, joined over heads where one set serves a layer.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::score_tokens(layer_data& l, source const& s, index_t extra,
                                         score_map<space> out, workspace& w) noexcept {
   workspace::frame const frame(w);
-  index_t* newest = w.take<index_t>(static_cast<std::size_t>(s.batch.n));
-  auto in = input(l, s, false, newest);
+  score_input<space> in;
+  KVKEEP_TRY(newest_input(l, s, in, w));
   in.guard.recent += extra;
-  if (w.measuring()) {
-    in.newest_row = &in.query_ring;  // any pointer: the decode form is measured
-  } else {
-    if (!w.ok()) return status::workspace_too_small;
-    index_t const ring = std::max(1, shape_.rows.weight_ring);
-    for (index_t i = 0; i < s.batch.n; ++i)
-      newest[i] = (l.seen[s.batch.id[i]] + ring - 1) % ring;
-  }
   KVKEEP_TRY(decode_.score.score(*ctx_, in, out, w));
   if (decode_.width() == scope::head || !decode_.score.traits().comparable) return status::ok;
   return run(*ctx_, op::mean_heads<space>{s.batch, s.layer.slots, out}, w);
@@ -107,9 +116,11 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::take_victims(layer_data& l, source const& s, workspace& w) noexcept {
   if constexpr (finds_victims<typename D::score_type, Ctx>) {
     workspace::frame const frame(w);
+    score_input<space> in;
+    KVKEEP_TRY(newest_input(l, s, in, w));
     tensor_ref<index_t, 2, space> keep;
     KVKEEP_TRY(resolve_keep(l, s, 0, keep, w));
-    KVKEEP_TRY(decode_.score.victims(*ctx_, input(l, s, false, nullptr), keep, l.victim, w));
+    KVKEEP_TRY(decode_.score.victims(*ctx_, in, keep, l.victim, w));
     for (index_t i = 0; i < s.batch.n && !w.measuring(); ++i) next_generation(s.batch.id[i]);
     if (!w.measuring()) note_victims(l, s.batch);
     return status::ok;

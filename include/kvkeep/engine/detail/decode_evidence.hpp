@@ -52,6 +52,17 @@ status session<Ctx, P, D>::show_token(index_t m, batch const& b, queries const& 
   return status::ok;
 }
 
+/// Whether the newest tokens' weights are asked for: always if there is a ring of them, but for scorers that
+/// look at them only where something leaves.
+template <backend Ctx, class P, class D>
+bool session<Ctx, P, D>::wants_weights(layer_data const& l, entries const& e) const noexcept {
+  if (shape_.rows.weight_ring == 0) return false;
+  if (!decode_.score.traits().finds_victims || limits_.max_draft > 0) return true;
+  for (index_t i = 0; i < e.n; ++i)
+    if (excess(l, e.ids[i], 0) > 0) return true;
+  return false;
+}
+
 /// Attention (or, without `out`, weights alone), the query ring, and what follows a token.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q, float* out,
@@ -85,7 +96,8 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
   }
   if (out != nullptr || measuring) a.out = row_major<space>(out, e.n, hq, shape_.cache.dim_v);
   if (lse != nullptr) a.lse = row_major<space>(lse, e.n, hq);
-  if (shape_.rows.weight_ring > 0) {
+  bool const weights = measuring || wants_weights(l, e);
+  if (weights && shape_.rows.weight_ring > 0) {
     a.weights = detail::weight_rows(l.slots.rows, shape_.rows, shape_.cache.group());
     a.weight_sum = l.weight_sum;
     if (shape_.rows.head_floats > 0) a.weight_max = l.weight_max;
@@ -95,7 +107,7 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
   if (attention_folds_) a.fold = decode_.score.attention_fold(input(l, s, false, nullptr));
   if (detail::decides_late(decode_.when))
     KVKEEP_TRY(attend_special(l, s, a, w));
-  else if (out != nullptr || shape_.rows.weight_ring > 0 || attention_folds_ || measuring)
+  else if (out != nullptr || weights || attention_folds_)
     KVKEEP_TRY(run(*ctx_, a, w));
   return token_done(l, e, w);
 }

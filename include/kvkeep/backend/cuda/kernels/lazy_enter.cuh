@@ -35,9 +35,14 @@ struct lazy_enter_kernel {
     block_head const at(o.layer.kv.shape.n_kv_heads);
     lazy_job const job(o, at);
     lazy_head const& head = job.head;
+    if (o.keep.data != nullptr && job.n <= o.keep(job.id, job.h)) {
+      if (thread_of_block() == 0) head.set_newest(-1);
+      return;
+    }
     index_t const before = head.newest(), old_before = head.old();
     index_t const n_old = count_old(job, box);
     index_t const entered = job.oldest_recent() >= 1 ? 1 : 0;
+    if (!o.anew && n_old >= 0 && before == job.newest && old_before == n_old) return;
     bool const follows =
         !o.anew && before == job.newest - 1 && before >= 0 && old_before + entered == n_old;
     if (thread_of_block() == 0) {  // count_old has barriers: all have read
