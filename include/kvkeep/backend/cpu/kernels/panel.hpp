@@ -69,17 +69,21 @@ inline constexpr int panel_rows = KVKEEP_CPU_AVX512 ? 12 : 6;
 template <int R>
 inline void qk_rows_of_panel(query_rows const& q, index_t first, float const* panel, float* out,
                              offset_t stride) noexcept {
-  float const* row[R];
+  // Four rows share an address: one each would not leave registers for anything else.
+  constexpr int each = 4, shared = (R + each - 1) / each;
+  float const* row[shared];
   wf acc[R];
   KVKEEP_CPU_UNROLL
-  for (int r = 0; r < R; ++r) {
-    row[r] = q.q + (first + r) * q.stride;
-    acc[r] = splat_wide(0.0f);
-  }
+  for (int i = 0; i < shared; ++i) row[i] = q.q + (first + i * each) * q.stride;
+  KVKEEP_CPU_UNROLL
+  for (int r = 0; r < R; ++r) acc[r] = splat_wide(0.0f);
+  offset_t const apart[each] = {0, q.stride, 2 * q.stride, 3 * q.stride};
   for (index_t d = 0; d < q.dim; ++d, panel += panel_keys) {
     wf const k = load_wide(panel);
     KVKEEP_CPU_UNROLL
-    for (int r = 0; r < R; ++r) acc[r] = fma(splat_wide(row[r][d]), k, acc[r]);
+    for (int r = 0; r < R; ++r) acc[r] = fma(splat_wide(row[r / each][apart[r % each]]), k, acc[r]);
+    KVKEEP_CPU_UNROLL
+    for (int i = 0; i < shared; ++i) ++row[i];
   }
   KVKEEP_CPU_UNROLL
   for (int r = 0; r < R; ++r) {
