@@ -125,6 +125,11 @@ class device_session {
     if (w.measuring()) return status::ok;
     return run(*ctx_, op::for_each<F, space>{n, f}, w);
   }
+  detail::settle_victims<space> settling(layer_data const& l,
+                                         batch_ref<space> const& b) const noexcept {
+    return {b,          shape_.cache.n_kv_heads, l.slots.lengths, l.victim, l.fresh,
+            l.appended, l.seen,                  {},              {},       false};
+  }
   score_input<space> input(layer_data const& l, batch_ref<space> const& b,
                            bool prompt) const noexcept;
 

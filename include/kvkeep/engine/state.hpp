@@ -85,7 +85,7 @@ struct layer_state {
   tensor_ref<float, 3, Space> head{};        ///< [S, H, head floats]
   index_t* seen = nullptr;       ///< [S] confirmed tokens
   index_t* ring_from = nullptr;  ///< [S] oldest position in the query ring
-  index_t* appended = nullptr;   ///< [S] host: tokens with a slot
+  index_t* appended = nullptr;   ///< [S] tokens with a slot
   index_t* attended = nullptr;   ///< [S] host: tokens with evidence
   std::uint8_t* has_lse = nullptr;      ///< [S] host: every ring row has a log-sum-exp
   std::uint8_t* prompt_done = nullptr;  ///< [S] host

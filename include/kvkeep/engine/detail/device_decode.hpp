@@ -54,9 +54,10 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   bool const in_place = q.type == dtype::f32 && !measuring;
   float* const dense = in_place ? nullptr : w.take<float>(product(b.n, hq, dim));
   if (!measuring && !w.ok()) return status::workspace_too_small;
-  if (bound_.rings_tokens) KVKEEP_TRY(each(b.n * hq, detail::push_token<space>{l, b, q}, w));
-  if (!in_place) KVKEEP_TRY(each(b.n * hq, detail::dense_queries{q, hq, dim, dense}, w));
-  if (ring > 0) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l, b, ring, 0, ring_row}, w));
+  detail::show_token<space> show{
+      {{}, l.appended, b, q}, {q, hq, dim, dense}, {l.appended, b, ring, ring_row}};
+  if (bound_.rings_tokens) show.push.ring_q = l.ring_q;
+  if (bound_.rings_tokens || !in_place || ring > 0) KVKEEP_TRY(each(b.n * hq * dim, show, w));
   op::attend<space> a{b, {l.kv, l.slots}};
   a.q = row_major<space>(static_cast<float const*>(dense), b.n, hq, dim);
   if (in_place) {
@@ -74,10 +75,10 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
     a.ring_stride = l.slots.rows.stride[2];
   }
   auto in = input(l, b, false);
+  in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
   if (bound_.attention_folds) a.fold = decode_.score.attention_fold(in);
   if (out != nullptr || ring > 0 || bound_.attention_folds || measuring)
     KVKEEP_TRY(run(*ctx_, a, w));
-  KVKEEP_TRY(each(b.n, detail::count_tokens<space>{l, b}, w));
   // Without a ring, and while measuring, any pointer says that there is a newest token.
   in.newest_row = measuring ? &shape_.n_sequences : ring_row;
   if (decode_.score.traits().at_decode && !bound_.attention_folds)
@@ -102,8 +103,7 @@ status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const
   bool const decides = detail::cuts_while_decoding(decode_.score);
   if (decides && one_leaves_) return evict(l, in, w);
   if (decides) KVKEEP_TRY(cut(l, in, w));
-  return each(in.batch.n * shape_.cache.n_kv_heads,
-              detail::settle_victims<space>{l, {}, {}, in.batch, false}, w);
+  return each(in.batch.n * shape_.cache.n_kv_heads, settling(l, in.batch), w);
 }
 
 /// One victim per head over its budget.
@@ -137,7 +137,11 @@ status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const&
     if (one_set) one.slots.lengths.extent[1] = 1;
     KVKEEP_TRY(run(*ctx_, one, w));
   }
-  return each(b.n * heads, detail::settle_victims<space>{l, keep, found, b, one_set}, w);
+  auto settle = settling(l, b);
+  settle.keep = keep;
+  settle.found = found;
+  settle.one_set = one_set;
+  return each(b.n * heads, settle, w);
 }
 
 /// A cut of the heads for which one is due.

@@ -183,7 +183,7 @@ status device_session<Ctx, P, D>::cut_once(layer_data& l, batch_ref<space> const
   index_t* const newest = w.take<index_t>(static_cast<std::size_t>(b.n));
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   index_t const ring = std::max(1, shape_.rows.weight_ring);
-  KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l, b, ring, 1, newest}, w));
+  KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, newest}, w));
   auto in = input(l, b, false);
   in.newest_row = w.measuring() ? &shape_.n_sequences : newest;  // measuring: any pointer
   return cut(l, in, w);

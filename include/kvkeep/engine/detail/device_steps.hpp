@@ -30,7 +30,7 @@ struct set_counters {
   index_t tokens;
   index_t ring_from;  ///< oldest position in the query ring; -1: as it was
   KVKEEP_HD void operator()(index_t) const noexcept {
-    l.seen[id] = tokens;
+    l.seen[id] = l.appended[id] = tokens;
     if (ring_from >= 0) l.ring_from[id] = ring_from;
   }
 };
@@ -88,6 +88,7 @@ struct take_slot {
     if (fault == 0) fault = fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
     // Heads write the same word, all of them a fault: whichever remains says that there was one.
     if (fault != 0) faults[id] |= fault;
+    l.appended[id] = l.seen[id] + 1;  // the same from every head
     out[i] = fault == 0 ? slot : -1;
     if (fault != 0) return;
     if (free < 0) l.slots.lengths(id, h) = slot + 1;
@@ -98,51 +99,58 @@ struct take_slot {
   }
 };
 
-/// Stores the newest tokens' queries in the rings. Index: entry * n_q_heads + query head.
+/// Stores the newest tokens' queries in the rings. Index: (entry * n_q_heads + query head) * dim_k + feature.
 template <class Space>
 struct push_token {
-  layer_state<Space> l;
+  tensor_ref<float, 4, Space> ring_q;  ///< [id, q_head, ring row, dim_k]; null: nothing is stored
+  index_t const* appended;             ///< [id] tokens, the newest included
   batch_ref<Space> batch;
   queries q;
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const heads = l.kv.shape.n_q_heads, entry = i / heads, head = i % heads;
-    index_t const id = batch.id_of(entry), at = l.seen[id] % l.ring_q.extent[2];
-    load_row(q, entry * q.entry_stride + head * q.head_stride, l.kv.shape.dim_k,
-             l.ring_q.at(id, head, at));
+    index_t const heads = ring_q.extent[1], dim = ring_q.extent[3], row = i / dim, d = i % dim;
+    index_t const entry = row / heads, head = row % heads, id = batch.id_of(entry);
+    ring_q(id, head, (appended[id] - 1) % ring_q.extent[2], d) =
+        query_feature(q, entry * q.entry_stride + head * q.head_stride + d);
   }
 };
 
-/// The newest tokens' queries as dense fp32 `[entry, q_head, dim]`. Index: entry * n_q_heads + query head.
+/// The newest tokens' queries as dense fp32 `[entry, q_head, dim]`. Index as in push_token.
 struct dense_queries {
   queries q;
   index_t heads;
   index_t dim;
   float* out;
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    load_row(q, i / heads * q.entry_stride + i % heads * q.head_stride, dim,
-             out + static_cast<offset_t>(i) * dim);
+    index_t const row = i / dim;
+    out[i] =
+        query_feature(q, row / heads * q.entry_stride + row % heads * q.head_stride + i % dim);
   }
 };
 
 /// Ring rows of the newest tokens' weights. Index: entry.
 template <class Space>
 struct ring_rows_of {
-  layer_state<Space> l;
+  index_t const* appended;  ///< [id] tokens, the newest included
   batch_ref<Space> batch;
   index_t ring;
-  index_t counted;  ///< 1 if the newest tokens count as seen already, else 0
-  index_t* out;     ///< [entry]
+  index_t* out;  ///< [entry]
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    out[i] = (l.seen[batch.id_of(i)] + ring - counted) % ring;
+    out[i] = (appended[batch.id_of(i)] + ring - 1) % ring;
   }
 };
 
-/// The newest tokens count as seen. Index: entry.
+/// All that attention and what follows it find prepared: any of the three. Index as in push_token.
 template <class Space>
-struct count_tokens {
-  layer_state<Space> l;
-  batch_ref<Space> batch;
-  KVKEEP_HD void operator()(index_t i) const noexcept { ++l.seen[batch.id_of(i)]; }
+struct show_token {
+  push_token<Space> push;
+  dense_queries dense;
+  ring_rows_of<Space> rows;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    if (push.ring_q.data != nullptr) push(i);
+    if (dense.out != nullptr) dense(i);
+    index_t const each = dense.heads * dense.dim;
+    if (rows.ring > 0 && i % each == 0) rows(i / each);
+  }
 };
 
 /// What a decision keeps in each head, and as `lengths` the slots of the heads for which one is due, 0 for
@@ -174,20 +182,26 @@ struct adopt_lengths {
 };
 
 /// After a decision: all heads of a layer that keeps one set have its first head's victim, heads for which
-/// nothing was due have none, and the newest token is settled. Index: entry * n_kv_heads + head.
+/// nothing was due have none, and the newest token counts as seen. Index: entry * n_kv_heads + head.
 template <class Space>
 struct settle_victims {
-  layer_state<Space> l;
+  batch_ref<Space> batch;
+  index_t n_kv_heads;
+  tensor_ref<index_t, 2, Space> lengths;      ///< [id, head]
+  tensor_ref<index_t, 2, Space> victim;       ///< [id, head]
+  tensor_ref<index_t, 3, Space> fresh;        ///< [0, id, head]
+  index_t const* appended;                    ///< [id]
+  index_t* seen;                              ///< [id]
   tensor_ref<index_t, 2, Space> keep;         ///< [id, head], or null: nothing was decided
   tensor_ref<index_t const, 2, Space> found;  ///< [id, head] victims
-  batch_ref<Space> batch;
   bool one_set;
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const heads = l.kv.shape.n_kv_heads, id = batch.id_of(i / heads), h = i % heads;
-    l.fresh(0, id, h) = -1;
+    index_t const id = batch.id_of(i / n_kv_heads), h = i % n_kv_heads;
+    seen[id] = appended[id];  // the same from every head; until here `appended` is what ops read
+    fresh(0, id, h) = -1;
     if (keep.data == nullptr) return;
-    index_t const victim = found(id, one_set ? 0 : h);
-    l.victim(id, h) = keep(id, h) < l.slots.lengths(id, h) ? victim : -1;
+    index_t const own = found(id, one_set ? 0 : h);
+    victim(id, h) = keep(id, h) < lengths(id, h) ? own : -1;
   }
 };
 
