@@ -28,6 +28,12 @@ Op<Fn, device_space> on_device(Op<Fn, host_space> const& op) {
   return std::bit_cast<Op<Fn, device_space>>(op);
 }
 
+template <class... Ops>
+auto on_device(op::head_chain<host_space, Ops...> const& chain) {
+  return std::bit_cast<
+      op::head_chain<device_space, decltype(on_device(std::declval<Ops const&>()))...>>(chain);
+}
+
 /// Enqueues and waits.
 template <class Op>
 status call(op_context& ctx, Op const& op, workspace& ws) {

@@ -15,6 +15,7 @@ namespace kvkeep::op {
 /// 4 bytes per slot and query head when weights are asked for. Operations: 2 (dim_k + dim_v) per slot
 /// and query head, one exponential. Sums run in a fixed order per output element.
 /// Preconditions: query rows are fp32; a head without slots yields zeros and lse = -infinity.
+/// Without anything to write nothing is done.
 template <class Space = host_space>
 struct attend {
   using space = Space;
@@ -36,6 +37,12 @@ struct attend {
   /// Optional visibility, `[entry, q_head, slot]`: 0 hides the slot from that query head's output (the
   /// weights are unaffected).
   tensor_ref<std::uint8_t const, 3, Space> visible{};
+
+  /// Whether there is anything to write.
+  constexpr bool asks() const noexcept {
+    return out.data != nullptr || lse.data != nullptr || weights.data != nullptr ||
+           weight_sum.data != nullptr || weight_max.data != nullptr || fold.out.data != nullptr;
+  }
 };
 
 }  // namespace kvkeep::op

@@ -179,6 +179,7 @@ KVKEEP_CPU_OP status enqueue(context& c, op::attend<host_space> const& o, worksp
   bool const masked = o.visible.data != nullptr;
   attend_scratch const scratch = attend_scratch::take(ws, workers, kv, masked);
   if (!placed(ws)) return not_placed(ws);
+  if (!o.asks()) return status::ok;
   for_heads(c, o.batch.n, kv.shape.n_kv_heads,
             [&](index_t b, index_t h, int worker) { attend_head(o, scratch, b, h, worker); });
   return status::ok;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "context.hpp"
+#include "head_chain.hpp"
 #include "score_slots.hpp"
 
 #if defined(KVKEEP_CPU_COMPILED)

@@ -76,14 +76,11 @@ inline status launch_splits(context const& c, attend_plan const& plan,
   return launch(c, plan.split_grid(), plain.shared_bytes(), plain);
 }
 
-/// Splits, their merge, and the weights if somebody wants them. Takes the scratch.
-inline status run_attention(context const& c, attend_task& t, index_t n_entries,
-                            workspace& ws) noexcept {
-  attend_plan const plan(t.kv.shape, n_entries, t.n_rows);
+/// Takes the scratch of a task.
+inline void take_scratch(attend_task& t, attend_plan const& plan, workspace& ws) noexcept {
   t.splits = plan.splits;
   t.tile = plan.tile;
   t.tiles = plan.tiles;
-  workspace::frame const frame(ws);
   t.all = ws.take<softmax_part>(plan.pieces());
   t.shown = ws.take<softmax_part>(plan.pieces());
   t.totals = ws.take<softmax_part>(plan.rows());
@@ -91,9 +88,12 @@ inline status run_attention(context const& c, attend_task& t, index_t n_entries,
   bool const wants_logits = asked(t.fold.out) && !asked(t.weights);
   float* const logits =
       ws.take<float>(wants_logits ? plan.rows() * product(t.kv.shape.max_slots) : 0);
-  if (!placed(ws)) return not_placed(ws);
   if (t.fold.out.data != nullptr && t.weights.data == nullptr) t.logits = logits;
-  KVKEEP_TRY(launch_splits(c, plan, t));
+}
+
+/// After the splits: their merge, and the weights if somebody wants them.
+inline status launch_merge(context const& c, attend_plan const& plan,
+                           attend_task const& t) noexcept {
   KVKEEP_TRY(
       launch(c, plan.merge_grid(), attend_merge_kernel::shared_bytes(), attend_merge_kernel{t}));
   if (t.weights.data == nullptr && t.fold.out.data == nullptr) return status::ok;
@@ -101,15 +101,25 @@ inline status run_attention(context const& c, attend_task& t, index_t n_entries,
                 attend_weights_kernel{{}, t});
 }
 
-/// Attention of every entry and KV head. Scratch: 16 bytes per query head and split of 256 slots, 4 per
-/// value feature of those, and 4 per query head and slot if weights are folded and not kept.
-inline status enqueue(context& c, op::attend<device_space> const& o, workspace& ws) noexcept {
+/// All of it, by kernels of its own, if somebody asks for something.
+inline status run_attention(context const& c, attend_task& t, index_t n_entries, bool asks,
+                            workspace& ws) noexcept {
+  attend_plan const plan(t.kv.shape, n_entries, t.n_rows);
+  workspace::frame const frame(ws);
+  take_scratch(t, plan, ws);
+  if (!placed(ws)) return not_placed(ws);
+  if (!asks) return status::ok;
+  KVKEEP_TRY(launch_splits(c, plan, t));
+  return launch_merge(c, plan, t);
+}
+
+/// The task of an op whose arrays are such that the kernels can read them.
+inline status make_task(op::attend<device_space> const& o, attend_task& t) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
   if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v))) return status::unsupported;
   if (!slots_contiguous(o.q) || !slots_contiguous(o.out) || !slots_contiguous(o.weights) ||
       !slots_contiguous(o.visible) || !slots_contiguous(o.fold.out))
     return status::bad_argument;
-  attend_task t;
   t.batch = o.batch;
   t.kv = kv;
   t.lengths = o.layer.slots.lengths;
@@ -123,7 +133,34 @@ inline status enqueue(context& c, op::attend<device_space> const& o, workspace& 
   t.ring_stride = o.ring_stride;
   t.fold = o.fold;
   t.visible = o.visible;
-  return run_attention(c, t, o.batch.n, ws);
+  return status::ok;
+}
+
+/// Attention of every entry and KV head. Scratch: 16 bytes per query head and split of 256 slots, 4 per
+/// value feature of those, and 4 per query head and slot if weights are folded and not kept.
+inline status enqueue(context& c, op::attend<device_space> const& o, workspace& ws) noexcept {
+  attend_task t;
+  KVKEEP_TRY(make_task(o, t));
+  return run_attention(c, t, o.batch.n, o.asks(), ws);
+}
+
+/// In a chain: the splits by a kernel of their own, the rest by the block of a head, if that is not too much.
+inline planned<attend_stage> plan(context const& c, op::attend<device_space> const& o,
+                                  workspace& ws) noexcept {
+  planned<attend_stage> p;
+  p.result = make_task(o, p.stage.t);
+  if (p.result != status::ok) return p;
+  attend_plan const plan(o.layer.kv.shape, o.batch.n, 1);
+  take_scratch(p.stage.t, plan, ws);
+  bool const by_block = plan.one_block_merges(o.layer.kv.shape.max_slots, c.n_sm);
+  p.stage.merge = !o.asks() ? merge_by::nobody : by_block ? merge_by::block : merge_by::kernels;
+  return p;
+}
+inline status begin(context const& c, attend_stage& s) noexcept {
+  attend_plan const plan(s.t.kv.shape, s.t.batch.n, 1);
+  if (s.merge == merge_by::nobody) return status::ok;
+  KVKEEP_TRY(launch_splits(c, plan, s.t));
+  return s.merge == merge_by::kernels ? launch_merge(c, plan, s.t) : status::ok;
 }
 
 /// Weights of query rows. Keys are read once per row, after the first from the L2.
@@ -143,7 +180,7 @@ inline status enqueue(context& c, op::row_weights<device_space> const& o, worksp
   t.weights = o.weights;
   t.weight_sum = o.weight_sum;
   t.ring_stride = o.ring_stride;
-  return run_attention(c, t, o.batch.n, ws);
+  return run_attention(c, t, o.batch.n, true, ws);
 }
 
 }  // namespace kvkeep::cuda

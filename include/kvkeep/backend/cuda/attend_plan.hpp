@@ -17,6 +17,10 @@ inline constexpr index_t most_tile_heads = 8;
 /// Parts of the merge of a row's splits: part s takes splits s, s + 8, ...
 inline constexpr index_t merge_parts = 8;
 
+/// Slots of a head up to which one block merges its splits and makes its weights, rather than as many as
+/// there are for; and however many, where there is such a block for every multiprocessor. To be measured.
+inline constexpr index_t one_block_slots = 8192;
+
 /// Query heads that a block has registers for, of which a group may leave some unused.
 KVKEEP_HD constexpr index_t tile_heads(index_t group) noexcept {
   return group <= 1 ? 1 : group <= 4 ? 4 : most_tile_heads;
@@ -50,6 +54,11 @@ struct attend_plan {
   constexpr grid split_grid() const noexcept {
     return {static_cast<offset_t>(product(n_entries, n_heads, n_rows, tiles)), splits,
             split_threads};
+  }
+  /// Whether a block per KV head shall do what follows the splits.
+  constexpr bool one_block_merges(index_t slots, int n_sm) const noexcept {
+    return slots <= one_block_slots ||
+           product(n_entries, n_heads) >= static_cast<std::size_t>(n_sm);
   }
   /// x: entry, query head, row. A warp for each part of the merge, as far as there are splits.
   constexpr grid merge_grid() const noexcept {

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "context.cuh"
+#include "kernels/stages.cuh"
 #include "plan.hpp"
 
 namespace kvkeep::cuda {
@@ -44,10 +45,47 @@ status launch(context const& c, grid const& g, std::size_t shared, K const& kern
                                                                       : status::backend_error;
 }
 
+/// Shared memory of stages one after another.
+template <class First, class... Rest>
+std::size_t most_shared(sequence<First, Rest...> const& stages) noexcept {
+  if constexpr (sizeof...(Rest) == 0)
+    return stages.first.shared_bytes();
+  else
+    return std::max(stages.first.shared_bytes(), most_shared(stages.rest));
+}
+
 /// After the scratch has been taken: whether there is memory to work on, and the result if not.
 inline bool placed(workspace const& ws) noexcept { return !ws.measuring() && ws.ok(); }
 inline status not_placed(workspace const& ws) noexcept {
   return ws.measuring() ? status::ok : status::workspace_too_small;
+}
+
+/// An op as a stage: what `plan(context, op, workspace)` gives, the scratch taken.
+template <class Stage>
+struct planned {
+  using stage_type = Stage;
+  status result = status::ok;  ///< of the checks
+  Stage stage{};
+};
+
+/// Starts stages: a block per head, of about a thread for eight slots.
+template <class... Stages>
+status launch_stages(context const& c, index_t n_entries, index_t n_heads, index_t max_slots,
+                     sequence<Stages...> const& stages) noexcept {
+  head_kernel<Stages...> const kernel{stages, n_heads};
+  int const threads = std::min(threads_for(max_slots), kernel.most_threads);
+  return launch(c, head_grid(n_entries, n_heads, 1, threads), most_shared(stages), kernel);
+}
+
+/// Runs an op that is one stage and nothing else.
+template <class Op>
+status run_stage(context const& c, Op const& o, index_t n_entries, index_t n_heads,
+                 index_t max_slots, workspace& ws) noexcept {
+  workspace::frame const frame(ws);
+  auto const p = plan(c, o, ws);
+  if (p.result != status::ok) return p.result;
+  if (!placed(ws)) return not_placed(ws);
+  return launch_stages(c, n_entries, n_heads, max_slots, make_sequence(p.stage));
 }
 
 /// Slots lie side by side in every row that the kernels read; null counts as fine.

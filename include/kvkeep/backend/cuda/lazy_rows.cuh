@@ -20,39 +20,33 @@ bool lazy_readable(Op const& o) noexcept {
          s.group == o.layer.kv.shape.group();
 }
 
-/// One block per head.
-inline grid lazy_grid(index_t n_entries, cache_shape const& s, int most_threads) noexcept {
-  return head_grid(n_entries, s.n_kv_heads, 1, std::min(threads_for(s.max_slots), most_threads));
+inline planned<lazy_enter_stage> plan(context const&, op::lazy_enter<device_space> const& o,
+                                      workspace& ws) noexcept {
+  cache_shape const& s = o.layer.kv.shape;
+  if (!readable(o.layer.kv.k)) return {status::unsupported, {}};
+  if (!lazy_readable(o) || !slots_contiguous(o.weights)) return {status::bad_argument, {}};
+  std::size_t const all = product(o.batch.n, s.n_kv_heads, s.max_slots);
+  return {status::ok, {o, ws.take<float>(product(all, o.state.shape.group)), s.max_slots}};
 }
-
 /// Takes rows into the state. Scratch: 4 * group bytes per slot.
 inline status enqueue(context& c, op::lazy_enter<device_space> const& o, workspace& ws) noexcept {
-  kv_ref<device_space> const& kv = o.layer.kv;
-  if (!readable(kv.k)) return status::unsupported;
-  if (!lazy_readable(o) || !slots_contiguous(o.weights)) return status::bad_argument;
-  workspace::frame const frame(ws);
-  index_t const n_slots = kv.shape.max_slots;
-  lazy_enter_kernel kernel{o, nullptr, n_slots};
-  kernel.weights =
-      ws.take<float>(product(o.batch.n, kv.shape.n_kv_heads, o.state.shape.group, n_slots));
-  if (!placed(ws)) return not_placed(ws);
-  return launch(c, lazy_grid(o.batch.n, kv.shape, kernel.most_threads), kernel.bytes(), kernel);
+  cache_shape const& s = o.layer.kv.shape;
+  return run_stage(c, o, o.batch.n, s.n_kv_heads, s.max_slots, ws);
 }
 
+inline planned<lazy_victim_stage> plan(context const&, op::lazy_victim<device_space> const& o,
+                                       workspace& ws) noexcept {
+  cache_shape const& s = o.layer.kv.shape;
+  if (!readable(o.layer.kv.k)) return {status::unsupported, {}};
+  if (!lazy_readable(o)) return {status::bad_argument, {}};
+  std::size_t const all = product(o.batch.n, s.n_kv_heads, s.max_slots);
+  float* const weights = ws.take<float>(product(all, o.state.shape.group));
+  return {status::ok, {o, weights, ws.take<float>(all), s.max_slots}};
+}
 /// Victims. Scratch: 4 * (group + 1) bytes per slot.
 inline status enqueue(context& c, op::lazy_victim<device_space> const& o, workspace& ws) noexcept {
-  kv_ref<device_space> const& kv = o.layer.kv;
-  if (!readable(kv.k)) return status::unsupported;
-  if (!lazy_readable(o)) return status::bad_argument;
-  workspace::frame const frame(ws);
-  index_t const n_slots = kv.shape.max_slots;
-  std::size_t const all = product(o.batch.n, kv.shape.n_kv_heads, n_slots);
-  lazy_victim_kernel kernel{o, nullptr, nullptr, n_slots};
-  kernel.weights = ws.take<float>(product(all, o.state.shape.group));
-  kernel.scores = ws.take<float>(all);
-  if (!placed(ws)) return not_placed(ws);
-  return launch(c, lazy_grid(o.batch.n, kv.shape, kernel.most_threads),
-                victim_boxes::bytes(o.state.shape, kv.k.dim), kernel);
+  cache_shape const& s = o.layer.kv.shape;
+  return run_stage(c, o, o.batch.n, s.n_kv_heads, s.max_slots, ws);
 }
 
 }  // namespace kvkeep::cuda

@@ -7,6 +7,13 @@
 
 namespace kvkeep::cuda {
 
+/// The least of some numbers.
+template <class... T>
+constexpr int min_of(int first, T... rest) noexcept {
+  ((first = rest < first ? rest : first), ...);
+  return first;
+}
+
 /// Blocks of a launch, `threads` each. x may be large, y holds up to 65535.
 struct grid {
   offset_t x = 0;

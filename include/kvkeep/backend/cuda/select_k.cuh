@@ -44,15 +44,15 @@ inline status enqueue(context& c, op::select_blocks<device_space> const& o,
                 select_blocks_kernel{{}, o, blocks, most_blocks});
 }
 
+inline planned<evict_one_stage> plan(context const&, op::evict_one<device_space> const& o,
+                                     workspace&) noexcept {
+  if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions))
+    return {status::bad_argument, {}};
+  return {status::ok, {o}};
+}
 /// Victims.
 inline status enqueue(context& c, op::evict_one<device_space> const& o, workspace& ws) noexcept {
-  if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions))
-    return status::bad_argument;
-  if (!placed(ws)) return not_placed(ws);
-  return launch(
-      c, select_grid(o.batch.n, o.slots),
-      shared_pieces::bytes<int>(warp_size) + shared_pieces::bytes<unsigned long long>(warp_size),
-      evict_one_kernel{{}, o});
+  return run_stage(c, o, o.batch.n, o.slots.lengths.extent[1], o.slots.positions.extent[2], ws);
 }
 
 }  // namespace kvkeep::cuda

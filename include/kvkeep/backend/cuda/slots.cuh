@@ -15,11 +15,26 @@ inline grid slot_grid(index_t n_entries, index_t n_heads, index_t slots) noexcep
   return head_grid(n_entries, n_heads, ceil_div(slots, slot_threads), slot_threads);
 }
 
+/// A thread per slot of every head.
+template <class Work>
+status launch_slots(context const& c, index_t n_entries, index_t n_heads, index_t slots,
+                    Work const& work) noexcept {
+  return launch(c, slot_grid(n_entries, n_heads, slots), 0,
+                each_slot_kernel<Work>{{}, work, n_heads});
+}
+
+inline planned<each_slot_stage<mean_heads_slots>> plan(context const&,
+                                                       op::mean_heads<device_space> const& o,
+                                                       workspace&) noexcept {
+  if (!slots_contiguous(o.scores)) return {status::bad_argument, {}};
+  return {status::ok, {{o}}};
+}
 /// Mean over the KV heads, written back to each.
 inline status enqueue(context& c, op::mean_heads<device_space> const& o, workspace& ws) noexcept {
-  if (!slots_contiguous(o.scores)) return status::bad_argument;
+  auto const p = plan(c, o, ws);
+  if (p.result != status::ok) return p.result;
   if (!placed(ws)) return not_placed(ws);
-  return launch(c, slot_grid(o.batch.n, 1, o.scores.extent[2]), 0, mean_heads_kernel{{}, o});
+  return launch_slots(c, o.batch.n, 1, o.scores.extent[2], p.stage.work);
 }
 
 /// Running sum over layers, and the mean at the last one.
@@ -27,26 +42,32 @@ inline status enqueue(context& c, op::mean_layers<device_space> const& o, worksp
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.sum) || o.n_layers < 1)
     return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);
-  return launch(c, slot_grid(o.batch.n, o.slots.lengths.extent[1], o.scores.extent[2]), 0,
-                mean_layers_kernel{{}, o});
+  return launch_slots(c, o.batch.n, o.slots.lengths.extent[1], o.scores.extent[2],
+                      mean_layers_slots{o});
 }
 
 /// Folds one token's weights into the slots' sums.
 inline status enqueue(context& c, op::accumulate<device_space> const& o, workspace& ws) noexcept {
   if (!slots_contiguous(o.weights) || !slots_contiguous(o.fold.out)) return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);
-  return launch(c, slot_grid(o.batch.n, o.slots.lengths.extent[1], o.weights.extent[3]), 0,
-                accumulate_kernel{{}, o});
+  return launch_slots(c, o.batch.n, o.slots.lengths.extent[1], o.weights.extent[3],
+                      accumulate_slots{o});
 }
 
-/// Reduces rows.
-inline status enqueue(context& c, op::reduce_rows<device_space> const& o, workspace& ws) noexcept {
+inline planned<each_slot_stage<reduce_rows_slots>> plan(context const&,
+                                                        op::reduce_rows<device_space> const& o,
+                                                        workspace& ws) noexcept {
   if (!slots_contiguous(o.in) || !slots_contiguous(o.out) ||
       (o.by_age && o.seen == nullptr && !ws.measuring()) || !slots_contiguous(o.slots.positions))
-    return status::bad_argument;
+    return {status::bad_argument, {}};
+  return {status::ok, {{o}}};
+}
+/// Reduces rows.
+inline status enqueue(context& c, op::reduce_rows<device_space> const& o, workspace& ws) noexcept {
+  auto const p = plan(c, o, ws);
+  if (p.result != status::ok) return p.result;
   if (!placed(ws)) return not_placed(ws);
-  return launch(c, slot_grid(o.batch.n, o.slots.lengths.extent[1], o.in.extent[3]), 0,
-                reduce_rows_kernel{{}, o});
+  return launch_slots(c, o.batch.n, o.slots.lengths.extent[1], o.in.extent[3], p.stage.work);
 }
 
 /// Whether a functor reads the plane's rows where they lie.
@@ -54,24 +75,39 @@ inline bool as_floats(plane_ref<device_space> const& p) noexcept {
   return p.type == dtype::f32 && p.contiguous();
 }
 
+template <class Fn>
+planned<each_slot_stage<functor_slots<Fn>>> plan(context const&,
+                                                 op::score_slots<Fn, device_space> const& o,
+                                                 workspace& ws) noexcept {
+  kv_ref<device_space> const& kv = o.layer.kv;
+  if ((Fn::reads_k && !readable(kv.k)) || (Fn::reads_v && !readable(kv.v)))
+    return {status::unsupported, {}};
+  if (!slots_contiguous(o.out) || !slots_contiguous(o.layer.slots.positions) || o.first_slot < 0)
+    return {status::bad_argument, {}};
+  functor_slots<Fn> work{o, nullptr, Fn::reads_k && !as_floats(kv.k),
+                         Fn::reads_v && !as_floats(kv.v)};
+  std::size_t const floats =
+      product(o.batch.n, kv.shape.n_kv_heads, kv.shape.max_slots, kv.shape.dim_k + kv.shape.dim_v);
+  if (work.copy_k || work.copy_v) work.copies = ws.take<float>(floats);
+  return {status::ok, {work}};
+}
 /// Scores every slot by a functor. Scratch: rows as floats, where they are not.
 template <class Fn>
 status enqueue(context& c, op::score_slots<Fn, device_space> const& o, workspace& ws) noexcept {
-  kv_ref<device_space> const& kv = o.layer.kv;
-  if ((Fn::reads_k && !readable(kv.k)) || (Fn::reads_v && !readable(kv.v)))
-    return status::unsupported;
-  if (!slots_contiguous(o.out) || !slots_contiguous(o.layer.slots.positions) || o.first_slot < 0)
-    return status::bad_argument;
   workspace::frame const frame(ws);
-  score_slots_kernel<Fn> kernel{
-      {}, o, nullptr, Fn::reads_k && !as_floats(kv.k), Fn::reads_v && !as_floats(kv.v)};
-  std::size_t const floats =
-      product(o.batch.n, kv.shape.n_kv_heads, kv.shape.max_slots, kv.shape.dim_k + kv.shape.dim_v);
-  if (kernel.copy_k || kernel.copy_v) kernel.copies = ws.take<float>(floats);
+  auto const p = plan(c, o, ws);
+  if (p.result != status::ok) return p.result;
   if (!placed(ws)) return not_placed(ws);
-  return launch(c, slot_grid(o.batch.n, kv.shape.n_kv_heads, kv.shape.max_slots), 0, kernel);
+  cache_shape const& s = o.layer.kv.shape;
+  return launch_slots(c, o.batch.n, s.n_kv_heads, s.max_slots, p.stage.work);
 }
 
+/// In a chain: the indices of a place by its block.
+template <class Fn>
+planned<for_each_stage<Fn>> plan(context const&, op::for_each<Fn, device_space> const& o,
+                                 workspace&) noexcept {
+  return {status::ok, {o}};
+}
 /// fn(0), fn(1), ... in any order, at once: a functor writes what no other index touches.
 template <class Fn>
 status enqueue(context& c, op::for_each<Fn, device_space> const& o, workspace& ws) noexcept {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
 /// Decode attention after its splits: their sums are merged in order, then logits become weights, which
-/// are folded on the way.
+/// are folded on the way. By kernels of their own, or as a stage.
 #pragma once
 
 #include "attend.cuh"
@@ -37,81 +37,139 @@ __device__ inline softmax_part merge_parts_of(softmax_part const* parts, index_t
   return r;
 }
 
-/// One query row: output, log-sum-exp, and the sum and maximum of its weights.
+/// Shared memory of a merge: a row's maximum and what its sum of values is multiplied by, and sums of values.
+struct merge_box {
+  static constexpr index_t each = 4, chunk = each * warp_size;  ///< features of a warp at a time
+  float *top, *inverse;                                         ///< [row]
+  float* sums;  ///< [warp, or part if those are more][chunk]
+
+  __device__ explicit merge_box(index_t rows) {
+    shared_pieces pieces;
+    top = pieces.take<float>(rows);
+    inverse = pieces.take<float>(rows);
+    sums = pieces.take<float>(0);
+  }
+  static constexpr std::size_t bytes(index_t rows, index_t warps) {
+    return 2 * shared_pieces::bytes<float>(rows) +
+           shared_pieces::bytes<float>((warps > merge_parts ? warps : merge_parts) * chunk);
+  }
+};
+
+/// Query rows that a block merges: query heads g, .. g + count - 1 of a KV head.
+struct merge_place {
+  index_t entry, head, row, g, count;
+};
+
+/// Log-sum-exp, sum and maximum of the rows' weights, and what the values need of them. A warp per row.
+__device__ inline void merge_sums(attend_task const& t, merge_place const& at, index_t splits,
+                                  merge_box const& box) {
+  index_t const id = t.batch.id_of(at.entry), ring = t.ring_row(at.entry, at.row);
+  for (index_t i = warp_of_block(); i < at.count; i += warps_of_block()) {
+    index_t const g = at.g + i, q_head = at.head * t.kv.shape.group() + g;
+    offset_t const index = t.row_index(at.entry, q_head, at.row);
+    float const* const sink = t.kv.sink_logits != nullptr ? t.kv.sink_logits + q_head : nullptr;
+    softmax_part const all = merge_parts_of(t.all + index * t.splits, splits);
+    softmax_part shown = all;
+    if (t.visible.data != nullptr) shown = merge_parts_of(t.shown + index * t.splits, splits);
+    if (lane_of_warp() != 0) continue;
+    row_normaliser const r = normaliser(shown, sink);
+    bool const empty = !(shown.sum > 0);
+    float const sum = splits > 0 ? normaliser(all, sink).sum : 0.0f;
+    t.totals[index] = {all.max, sum};
+    if (t.weight_sum.data != nullptr) t.weight_sum(id, at.head, g, ring) = sum;
+    if (t.weight_max.data != nullptr) t.weight_max(id, at.head, g, ring) = all.max;
+    if (t.lse.data != nullptr)
+      t.lse(at.entry, q_head) = empty ? -__uint_as_float(0x7f800000u) : r.lse;
+    box.top[i] = shown.max;
+    box.inverse[i] = empty ? 0.0f : __fdiv_rn(1.0f, r.sum);
+  }
+}
+
+/// Outputs of the rows: a warp adds up every eighth split of a row.
+__device__ inline void merge_values(attend_task const& t, merge_place const& at, index_t splits,
+                                    merge_box const& box) {
+  constexpr index_t each = merge_box::each, chunk = merge_box::chunk;
+  index_t const dim = t.kv.shape.dim_v, used = min(splits, merge_parts);
+  index_t const at_once = max(1, warps_of_block() / max(used, 1));
+  index_t const q_head = at.head * t.kv.shape.group() + at.g;
+  softmax_part const* const parts = t.visible.data != nullptr ? t.shown : t.all;
+  for (index_t first_row = 0; first_row < at.count; first_row += at_once) {
+    index_t const rows = min(at_once, at.count - first_row);
+    for (index_t first = 0; first < dim; first += chunk) {
+      for (index_t task = warp_of_block(); task < rows * used; task += warps_of_block()) {
+        index_t const i = first_row + task / used;
+        offset_t const index = t.row_index(at.entry, q_head + i, at.row) * t.splits;
+        float acc[each] = {};
+        for (index_t s = task % used; s < splits; s += merge_parts) {
+          float const factor = weight_of(parts[index + s].max - box.top[i]);
+          for (index_t k = 0; k < each; ++k) {
+            index_t const d = first + lane_of_warp() + k * warp_size;
+            if (d < dim) acc[k] = __fmaf_rn(factor, t.values[(index + s) * dim + d], acc[k]);
+          }
+        }
+        for (index_t k = 0; k < each; ++k)
+          box.sums[task * chunk + lane_of_warp() + k * warp_size] = acc[k];
+      }
+      __syncthreads();
+      index_t const width = min(chunk, dim - first);
+      for (index_t at_sum = thread_of_block(); at_sum < rows * width;
+           at_sum += threads_of_block()) {
+        index_t const r = at_sum / width, d = at_sum % width;
+        float sum = 0;
+        for (index_t p = 0; p < used; ++p)
+          sum = __fadd_rn(sum, box.sums[(r * used + p) * chunk + d]);
+        t.out.at(at.entry, q_head + first_row + r, 0)[first + d] =
+            __fmul_rn(sum, box.inverse[first_row + r]);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+/// Output, log-sum-exp, and the sum and maximum of the weights of a block's rows.
+__device__ inline void merge_rows(attend_task const& t, merge_place const& at) {
+  if (!t.present(at.entry, at.row)) return;
+  merge_box const box(at.count);
+  index_t const n = t.lengths(t.batch.id_of(at.entry), at.head);
+  index_t const splits = (n + split_slots - 1) / split_slots;
+  merge_sums(t, at, splits, box);
+  if (t.out.data == nullptr) return;
+  __syncthreads();
+  merge_values(t, at, splits, box);
+}
+
+/// A block per query row.
 struct attend_merge_kernel {
   static constexpr int most_threads = merge_parts * warp_size, blocks_per_sm = 4;
-  static constexpr index_t each = 4, chunk = each * warp_size;  ///< features of a warp at a time
   attend_task t;
 
-  static std::size_t shared_bytes() { return shared_pieces::bytes<float>(merge_parts * chunk); }
-
+  static constexpr std::size_t shared_bytes() { return merge_box::bytes(1, merge_parts); }
   __device__ void operator()() const {
     index_t x = static_cast<index_t>(blockIdx.x);
     index_t const row = x % t.n_rows;
     x /= t.n_rows;
     index_t const q_head = x % t.kv.shape.n_q_heads, entry = x / t.kv.shape.n_q_heads;
-    if (!t.present(entry, row)) return;
-    index_t const group = t.kv.shape.group(), head = q_head / group, g = q_head % group;
-    index_t const id = t.batch.id_of(entry);
-    index_t const splits = (t.lengths(id, head) + split_slots - 1) / split_slots;
-    offset_t const index = t.row_index(entry, q_head, row);
-    float const* const sink = t.kv.sink_logits != nullptr ? t.kv.sink_logits + q_head : nullptr;
-
-    softmax_part const all = merge_parts_of(t.all + index * t.splits, splits);
-    softmax_part shown = all;
-    if (t.visible.data != nullptr) shown = merge_parts_of(t.shown + index * t.splits, splits);
-    row_normaliser const r = normaliser(shown, sink);
-    bool const empty = !(shown.sum > 0);
-    if (thread_of_block() == 0) {
-      float const sum = splits > 0 ? normaliser(all, sink).sum : 0.0f;
-      index_t const ring = t.ring_row(entry, row);
-      t.totals[index] = {all.max, sum};
-      if (t.weight_sum.data != nullptr) t.weight_sum(id, head, g, ring) = sum;
-      if (t.weight_max.data != nullptr) t.weight_max(id, head, g, ring) = all.max;
-      if (t.lse.data != nullptr)
-        t.lse(entry, q_head) = empty ? -__uint_as_float(0x7f800000u) : r.lse;
-    }
-    if (t.out.data != nullptr)
-      merge_values(index, splits, shown.max, empty ? 0.0f : __fdiv_rn(1.0f, r.sum),
-                   t.out.at(entry, q_head, 0));
-  }
-
- private:
-  /// @param out [dim_v], device
-  __device__ void merge_values(offset_t index, index_t splits, float top, float inverse,
-                               float* out) const {
-    shared_pieces pieces;
-    float* const sums = pieces.take<float>(merge_parts * chunk);
-    softmax_part const* const parts =
-        (t.visible.data != nullptr ? t.shown : t.all) + index * t.splits;
-    index_t const dim = t.kv.shape.dim_v, used = min(splits, merge_parts);
-    float const* const values = t.values + index * t.splits * dim;
-    for (index_t first = 0; first < dim; first += chunk) {
-      for (index_t p = warp_of_block(); p < used; p += warps_of_block()) {
-        float acc[each] = {};
-        for (index_t s = p; s < splits; s += merge_parts) {
-          float const factor = weight_of(parts[s].max - top);
-          for (index_t k = 0; k < each; ++k) {
-            index_t const d = first + lane_of_warp() + k * warp_size;
-            if (d < dim)
-              acc[k] = __fmaf_rn(factor, values[static_cast<offset_t>(s) * dim + d], acc[k]);
-          }
-        }
-        for (index_t k = 0; k < each; ++k)
-          sums[p * chunk + lane_of_warp() + k * warp_size] = acc[k];
-      }
-      __syncthreads();
-      for (index_t i = thread_of_block(); i < min(chunk, dim - first); i += threads_of_block()) {
-        float sum = 0;
-        for (index_t p = 0; p < used; ++p) sum = __fadd_rn(sum, sums[p * chunk + i]);
-        out[first + i] = __fmul_rn(sum, inverse);
-      }
-      __syncthreads();
-    }
+    index_t const group = t.kv.shape.group();
+    merge_rows(t, {entry, q_head / group, row, q_head % group, 1});
   }
 };
 
-/// A slot's logits become weights, and are folded.
+/// A slot's logits of one query row per head become weights, and are folded.
+__device__ inline void weigh_slot(attend_task const& t, index_t entry, index_t head, index_t row,
+                                  index_t j) {
+  index_t const id = t.batch.id_of(entry), group = t.kv.shape.group();
+  softmax_part const* const totals = t.totals + t.row_index(entry, head * group, row);
+  for (index_t g = 0; g < group; ++g) {
+    float* const z = t.weight_slots(entry, head, g, row) + j;
+    *z = weight_of(*z - totals[g * t.n_rows].max);
+  }
+  if (t.fold.out.data == nullptr) return;
+  fold_slot(
+      t.fold, t.fold.out_by_id ? id : entry, id, head, j, group,
+      [&](index_t g) { return t.weight_slots(entry, head, g, row)[j]; },
+      [&](index_t g) { return inverse_of(totals[g * t.n_rows].sum); });
+}
+
 struct attend_weights_kernel : slot_kernel {
   attend_task t;
 
@@ -120,18 +178,32 @@ struct attend_weights_kernel : slot_kernel {
     index_t const row = x % t.n_rows;
     x /= t.n_rows;
     index_t const head = x % t.kv.shape.n_kv_heads, entry = x / t.kv.shape.n_kv_heads;
-    index_t const id = t.batch.id_of(entry), j = slot(), group = t.kv.shape.group();
-    if (j >= t.lengths(id, head) || !t.present(entry, row)) return;
-    softmax_part const* const totals = t.totals + t.row_index(entry, head * group, row);
-    for (index_t g = 0; g < group; ++g) {
-      float* const z = t.weight_slots(entry, head, g, row) + j;
-      *z = weight_of(*z - totals[g * t.n_rows].max);
-    }
-    if (t.fold.out.data == nullptr) return;
-    fold_slot(
-        t.fold, t.fold.out_by_id ? id : entry, id, head, j, group,
-        [&](index_t g) { return t.weight_slots(entry, head, g, row)[j]; },
-        [&](index_t g) { return inverse_of(totals[g * t.n_rows].sum); });
+    index_t const j = slot();
+    if (j < t.lengths(t.batch.id_of(entry), head) && t.present(entry, row))
+      weigh_slot(t, entry, head, row, j);
+  }
+};
+
+/// What follows the splits: nothing, this block's stage, or kernels that have done it before.
+enum class merge_by : std::uint8_t { nobody, block, kernels };
+
+/// All of it, of one query row per head: where that is work for one block, and other stages follow.
+struct attend_stage {
+  static constexpr int most_threads = 512;
+  attend_task t;
+  merge_by merge = merge_by::block;
+
+  std::size_t shared_bytes() const {
+    return merge_box::bytes(t.kv.shape.group(), most_threads / warp_size);
+  }
+  __device__ void operator()(block_head const& at) const {
+    if (merge != merge_by::block) return;
+    merge_rows(t, {at.entry, at.head, 0, 0, t.kv.shape.group()});
+    if (t.weights.data == nullptr && t.fold.out.data == nullptr) return;
+    __syncthreads();
+    index_t const n = t.lengths(t.batch.id_of(at.entry), at.head);
+    for (index_t j = thread_of_block(); j < n; j += threads_of_block())
+      weigh_slot(t, at.entry, at.head, 0, j);
   }
 };
 

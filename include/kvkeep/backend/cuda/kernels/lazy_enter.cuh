@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// How rows and columns enter the state of MorphKV's lazy evaluation. One block per head.
+/// How rows and columns enter the state of MorphKV's lazy evaluation.
 #pragma once
 
 #include "lazy_head.cuh"
+#include "stages.cuh"
 #include "sums.cuh"
 
 namespace kvkeep::cuda {
 
 /// Cost: as the op says; the state is made anew at 2 * dim_k operations per slot and row on one multiprocessor.
-struct lazy_enter_kernel {
-  static constexpr int most_threads = 512, blocks_per_sm = 1;
+struct lazy_enter_stage {
+  static constexpr int most_threads = 384;
   op::lazy_enter<device_space> o;
   float* weights;   ///< [head][group][n_slots], to make the state anew
   index_t n_slots;  ///< most slots of a head
 
-  std::size_t bytes() const {
+  std::size_t shared_bytes() const {
     lazy_shape const& s = o.state.shape;
     return sum_box::bytes(2 * s.group) + row_weights_box::bytes(o.layer.kv.k.dim, s.group) +
            shared_pieces::bytes<float>(s.group) +
@@ -23,7 +24,7 @@ struct lazy_enter_kernel {
            shared_pieces::bytes<float>(s.all_rows()) + shared_pieces::bytes<int>(warp_size);
   }
 
-  __device__ void operator()() const {
+  __device__ void operator()(block_head const& at) const {
     shared_pieces shared;
     lazy_shape const& s = o.state.shape;
     boxes const b{sum_box(shared, 2 * s.group),
@@ -32,7 +33,6 @@ struct lazy_enter_kernel {
     float* const factors = shared.take<float>(lazy_shape::ahead * s.padded_rows());
     float* const ratio = shared.take<float>(s.all_rows());
     int* const box = shared.take<int>(warp_size);
-    block_head const at(o.layer.kv.shape.n_kv_heads);
     lazy_job const job(o, at);
     lazy_head const& head = job.head;
     if (o.keep.data != nullptr && job.n <= o.keep(job.id, job.h)) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// The victim of MorphKV's lazy evaluation. One block per head: bounds, then exact scores of the few slots in
-/// doubt, or the direct form.
+/// The victim of MorphKV's lazy evaluation: bounds, then exact scores of the few slots in doubt, or the
+/// direct form.
 #pragma once
 
 #include "lazy_exact.cuh"
@@ -45,17 +45,18 @@ struct victim_boxes {
   }
 };
 
-struct lazy_victim_kernel {
-  static constexpr int most_threads = 512, blocks_per_sm = 1;
+struct lazy_victim_stage {
+  static constexpr int most_threads = 384;
   op::lazy_victim<device_space> o;
   float* weights;   ///< [head][group][n_slots], for the direct form
   float* scores;    ///< [head][n_slots] bounds, or direct scores
   index_t n_slots;  ///< most slots of a head
 
-  __device__ void operator()() const {
+  std::size_t shared_bytes() const { return victim_boxes::bytes(o.state.shape, o.layer.kv.k.dim); }
+  __device__ void operator()(block_head const& at) const {
     shared_pieces shared;
     victim_boxes const b(shared, o.state.shape, o.layer.kv.k.dim, weights, n_slots);
-    lazy_job const job(o, block_head(o.layer.kv.shape.n_kv_heads));
+    lazy_job const job(o, at);
     bool const keeps = job.n == 0 || (o.keep.data != nullptr && job.n <= o.keep(job.id, job.h));
     index_t const victim = keeps ? -1 : decide(job, b);
     if (thread_of_block() == 0) o.victim(job.id, job.h) = victim;

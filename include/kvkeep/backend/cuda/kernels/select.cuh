@@ -6,6 +6,7 @@
 
 #include "../../../op/select_k.hpp"
 #include "guard.cuh"
+#include "stages.cuh"
 
 namespace kvkeep::cuda {
 
@@ -231,15 +232,18 @@ __device__ last_slot last_of_thread(index_t n, Score const& score, index_t const
   return r;
 }
 
-/// One block per head.
-struct evict_one_kernel : select_kernel {
+struct evict_one_stage {
+  static constexpr int most_threads = 1024;
   op::evict_one<device_space> o;
 
-  __device__ void operator()() const {
+  static constexpr std::size_t shared_bytes() {
+    return shared_pieces::bytes<int>(warp_size) +
+           shared_pieces::bytes<unsigned long long>(warp_size);
+  }
+  __device__ void operator()(block_head const& at) const {
     shared_pieces shared;
     int* const box = shared.take<int>(warp_size);
     auto* const wide = shared.take<unsigned long long>(warp_size);
-    block_head const at(o.slots.lengths.extent[1]);
     index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
     index_t const* const positions = o.slots.positions.at(id, at.head, 0);
     float const* const scores = o.scores.at(at.entry, at.head, 0);

@@ -9,24 +9,19 @@
 #include "../../../op/window_score.hpp"
 #include "guard.cuh"
 #include "rows.cuh"
+#include "stages.cuh"
 
 namespace kvkeep::cuda {
 
-/// A block takes 256 slots of a head (grid: heads, strides of slots).
-struct slot_kernel {
-  static constexpr int most_threads = 256, blocks_per_sm = 1;
-  __device__ static index_t slot() {
-    return static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
-  }
-};
-
-struct mean_heads_kernel : slot_kernel {
+/// Of all heads of an entry.
+struct mean_heads_slots {
   op::mean_heads<device_space> o;
 
-  __device__ void operator()() const {
-    index_t const b = static_cast<index_t>(blockIdx.x), j = slot();
-    index_t const heads = o.slots.lengths.extent[1];
-    if (j >= o.slots.lengths(o.batch.id_of(b), 0)) return;
+  __device__ index_t count(block_head const& at) const {
+    return o.slots.lengths(o.batch.id_of(at.entry), 0);
+  }
+  __device__ void operator()(block_head const& at, index_t j) const {
+    index_t const b = at.entry, heads = o.slots.lengths.extent[1];
     float sum = o.scores(b, 0, j);
     for (index_t h = 1; h < heads; ++h) sum = __fadd_rn(sum, o.scores(b, h, j));
     float const mean = __fdiv_rn(sum, static_cast<float>(heads));
@@ -34,13 +29,13 @@ struct mean_heads_kernel : slot_kernel {
   }
 };
 
-struct mean_layers_kernel : slot_kernel {
+struct mean_layers_slots {
   op::mean_layers<device_space> o;
 
-  __device__ void operator()() const {
-    block_head const at(o.slots.lengths.extent[1]);
-    index_t const j = slot();
-    if (j >= o.slots.lengths(o.batch.id_of(at.entry), at.head)) return;
+  __device__ index_t count(block_head const& at) const {
+    return o.slots.lengths(o.batch.id_of(at.entry), at.head);
+  }
+  __device__ void operator()(block_head const& at, index_t j) const {
     float sum = o.scores(at.entry, at.head, j);
     if (!o.first) sum = __fadd_rn(o.sum(at.entry, at.head, j), sum);
     o.sum(at.entry, at.head, j) = o.last ? __fdiv_rn(sum, static_cast<float>(o.n_layers)) : sum;
@@ -66,13 +61,14 @@ __device__ void fold_slot(weight_fold<device_space> const& fold, index_t at, ind
   }
 }
 
-struct accumulate_kernel : slot_kernel {
+struct accumulate_slots {
   op::accumulate<device_space> o;
 
-  __device__ void operator()() const {
-    block_head const at(o.slots.lengths.extent[1]);
-    index_t const id = o.batch.id_of(at.entry), j = slot();
-    if (j >= o.slots.lengths(id, at.head)) return;
+  __device__ index_t count(block_head const& at) const {
+    return o.slots.lengths(o.batch.id_of(at.entry), at.head);
+  }
+  __device__ void operator()(block_head const& at, index_t j) const {
+    index_t const id = o.batch.id_of(at.entry);
     index_t const ring = o.ring_row != nullptr ? o.ring_row[at.entry] : 0;
     fold_slot(
         o.fold, o.fold.out_by_id ? id : at.entry, id, at.head, j, o.weights.extent[2],
@@ -81,13 +77,14 @@ struct accumulate_kernel : slot_kernel {
   }
 };
 
-struct reduce_rows_kernel : slot_kernel {
+struct reduce_rows_slots {
   op::reduce_rows<device_space> o;
 
-  __device__ void operator()() const {
-    block_head const at(o.slots.lengths.extent[1]);
-    index_t const id = o.batch.id_of(at.entry), j = slot(), n_rows = o.in.extent[2];
-    if (j >= o.slots.lengths(id, at.head)) return;
+  __device__ index_t count(block_head const& at) const {
+    return o.slots.lengths(o.batch.id_of(at.entry), at.head);
+  }
+  __device__ void operator()(block_head const& at, index_t j) const {
+    index_t const id = o.batch.id_of(at.entry), n_rows = o.in.extent[2];
     float const* const in = o.in.at(o.in_by_id ? id : at.entry, at.head, 0, j);
     float x = in[0];
     for (index_t r = 1; r < n_rows; ++r) {
@@ -105,17 +102,18 @@ struct reduce_rows_kernel : slot_kernel {
 /// A thread's slot through the user's functor. @param copies [heads][slots][dim_k + dim_v] scratch for
 /// rows that do not lie as floats, or null
 template <class Fn>
-struct score_slots_kernel : slot_kernel {
+struct functor_slots {
   op::score_slots<Fn, device_space> o;
   float* copies;
   bool copy_k, copy_v;
 
-  __device__ void operator()() const {
+  __device__ index_t count(block_head const& at) const {
+    return o.layer.slots.lengths(o.batch.id_of(at.entry), at.head);
+  }
+  __device__ void operator()(block_head const& at, index_t j) const {
     kv_ref<device_space> const& kv = o.layer.kv;
-    block_head const at(kv.shape.n_kv_heads);
-    index_t const id = o.batch.id_of(at.entry), seq = o.batch.row_of(at.entry), j = slot();
-    bool const mine = o.only.data != nullptr ? o.only(id, at.head) == j : j >= o.first_slot;
-    if (j >= o.layer.slots.lengths(id, at.head) || !mine) return;
+    index_t const id = o.batch.id_of(at.entry), seq = o.batch.row_of(at.entry);
+    if (o.only.data != nullptr ? o.only(id, at.head) != j : j < o.first_slot) return;
     float* copy = copies;
     if (copies != nullptr)
       copy += (static_cast<offset_t>(blockIdx.x) * kv.shape.max_slots + j) *
@@ -150,6 +148,21 @@ struct for_each_kernel {
     index_t const i = static_cast<index_t>(blockIdx.x) * threads_of_block() + thread_of_block();
     Fn fn = o.fn;
     if (i < o.n) fn(i);
+  }
+};
+
+/// The indices of a place.
+template <class Fn>
+struct for_each_stage {
+  static constexpr int most_threads = 1024;
+  op::for_each<Fn, device_space> o;
+
+  static constexpr std::size_t shared_bytes() { return 0; }
+  __device__ void operator()(block_head const&) const {
+    index_t const each = o.n / static_cast<index_t>(gridDim.x);
+    index_t const first = static_cast<index_t>(blockIdx.x) * each;
+    Fn fn = o.fn;
+    for (index_t i = thread_of_block(); i < each; i += threads_of_block()) fn(first + i);
   }
 };
 

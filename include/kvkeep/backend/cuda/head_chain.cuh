@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// CUDA: a chain's ops as stages of one kernel.
+#pragma once
+
+#include "launch.cuh"
+
+namespace kvkeep::cuda {
+
+/// The stages of a chain's ops, their scratch taken. The first check that fails is the result.
+template <class... Ops>
+auto plan_each(context const& c, sequence<Ops...> const& ops, workspace& ws,
+               status& result) noexcept {
+  if constexpr (sizeof...(Ops) == 0) {
+    return sequence<>{};
+  } else {
+    auto const p = plan(c, ops.first, ws);
+    if (result == status::ok) result = p.result;
+    auto const rest = plan_each(c, ops.rest, ws, result);
+    return [&]<class... Rest>(sequence<Rest...> const& r) {
+      return sequence<typename decltype(plan(c, ops.first, ws))::stage_type, Rest...>{p.stage, r};
+    }(rest);
+  }
+}
+
+/// One kernel, and before it those that its first stage has need of.
+template <class... Ops>
+status enqueue(context& c, op::head_chain<device_space, Ops...> const& o, workspace& ws) noexcept {
+  workspace::frame const frame(ws);
+  status result = status::ok;
+  auto stages = plan_each(c, o.ops, ws, result);
+  if (result != status::ok) return result;
+  if (!placed(ws)) return not_placed(ws);
+  if constexpr (requires { begin(c, stages.first); }) KVKEEP_TRY(begin(c, stages.first));
+  return launch_stages(c, o.n_entries, o.n_heads, o.max_slots, stages);
+}
+
+}  // namespace kvkeep::cuda

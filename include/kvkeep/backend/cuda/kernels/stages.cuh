@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Kernels of which a block works on one head (or on all heads of an entry), stage after stage.
+/// A stage is what a block does of one op, a copyable struct:
+///   static constexpr int most_threads;                    of a block, any number of warps up to that
+///   std::size_t shared_bytes() const;                     dynamic shared memory
+///   __device__ void operator()(block_head const&) const;  by all threads
+/// A stage's results are the same bits whatever the number of threads, and whatever runs before and after it.
+#pragma once
+
+#include "../../../op/head_chain.hpp"
+#include "../plan.hpp"
+#include "block.cuh"
+
+namespace kvkeep::cuda {
+
+template <class First, class... Rest>
+__device__ void run_stages(sequence<First, Rest...> const& stages, block_head const& at) {
+  stages.first(at);
+  if constexpr (sizeof...(Rest) > 0) {
+    __syncthreads();  // of what the next one reads, and of the shared memory, which it takes over
+    run_stages(stages.rest, at);
+  }
+}
+
+/// One block per entry and head: `blockIdx.x = entry * n_heads + head`.
+template <class... Stages>
+struct head_kernel {
+  static constexpr int most_threads = min_of(Stages::most_threads...), blocks_per_sm = 1;
+  sequence<Stages...> stages;
+  index_t n_heads;
+
+  __device__ void operator()() const { run_stages(stages, block_head(n_heads)); }
+};
+
+/// A block takes 256 slots of a head (grid: heads, strides of slots).
+struct slot_kernel {
+  static constexpr int most_threads = 256, blocks_per_sm = 1;
+  __device__ static index_t slot() {
+    return static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
+  }
+};
+
+/// What an op does with each slot by itself: `count(at)` slots, `(at, j)` for one.
+/// As a kernel of its own, spread over all multiprocessors,
+template <class Work>
+struct each_slot_kernel : slot_kernel {
+  Work work;
+  index_t n_heads;
+
+  __device__ void operator()() const {
+    block_head const at(n_heads);
+    index_t const j = slot();
+    if (j < work.count(at)) work(at, j);
+  }
+};
+/// and as a stage.
+template <class Work>
+struct each_slot_stage {
+  static constexpr int most_threads = 1024;
+  Work work;
+
+  static constexpr std::size_t shared_bytes() { return 0; }
+  __device__ void operator()(block_head const& at) const {
+    index_t const n = work.count(at);
+    for (index_t j = thread_of_block(); j < n; j += threads_of_block()) work(at, j);
+  }
+};
+
+}  // namespace kvkeep::cuda
