@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Every op of the CUDA backend, compiled without a device; spilled registers are errors.
+// Every op of the CUDA backend, and a decoded token's chains of ops, compiled without a device; spilled
+// registers are errors.
 #include <kvkeep/cuda.cuh>
+#include <kvkeep/engine/detail/token_chain.hpp>
+#include <kvkeep/policy/h2o.hpp>
 #include <kvkeep/policy/knorm.hpp>
+#include <kvkeep/policy/morphkv.hpp>
 
 namespace kvkeep {
 
@@ -38,6 +42,17 @@ KVKEEP_COMPILE_OP(op::row_weights<device_space>);
 KVKEEP_COMPILE_OP(op::score_slots<key_norm_fn, device_space>);
 KVKEEP_COMPILE_OP(op::select_blocks<device_space>);
 KVKEEP_COMPILE_OP(op::select_k<device_space>);
+KVKEEP_COMPILE_OP(op::for_each<detail::show_token<device_space>, device_space>);
+KVKEEP_COMPILE_OP(op::for_each<detail::take_slot<device_space>, device_space>);
 #undef KVKEEP_COMPILE_OP
+
+#define KVKEEP_COMPILE_TOKEN(...)                                          \
+  template status detail::decide_token(cuda::context&, __VA_ARGS__ const&, \
+                                       score_input<device_space> const&,   \
+                                       detail::token_steps<device_space> const&, workspace&)
+KVKEEP_COMPILE_TOKEN(recent_fused_score);
+KVKEEP_COMPILE_TOKEN(heavy_hitter_score);
+KVKEEP_COMPILE_TOKEN(slot_score<key_norm_fn>);
+#undef KVKEEP_COMPILE_TOKEN
 
 }  // namespace kvkeep

@@ -12,6 +12,7 @@
 #include "../budget/inherit.hpp"
 #include "../budget/pyramid.hpp"
 #include "../policy/policy.hpp"
+#include "detail/token_chain.hpp"
 
 namespace kvkeep {
 
@@ -52,6 +53,10 @@ class any_scorer {
                  workspace& w) const {
     return self_->victims(c, in, keep, victim, w);
   }
+  status decide_token(Ctx& c, input const& in, detail::token_steps<space> const& t,
+                      workspace& w) const {
+    return self_->decide_token(c, in, t, w);
+  }
 
  private:
   struct base {
@@ -71,6 +76,8 @@ class any_scorer {
                                 workspace&) const = 0;
     virtual status victims(Ctx&, input const&, slot_list<true>, slot_list<false>,
                            workspace&) const = 0;
+    virtual status decide_token(Ctx&, input const&, detail::token_steps<space> const&,
+                                workspace&) const = 0;
   };
   template <class S>
   struct model final : base {
@@ -112,6 +119,10 @@ class any_scorer {
         return s.victims(c, in, keep, victim, w);
       else
         return status::unsupported;
+    }
+    status decide_token(Ctx& c, input const& in, detail::token_steps<space> const& t,
+                        workspace& w) const override {
+      return detail::decide_token(c, s, in, t, w);
     }
   };
 

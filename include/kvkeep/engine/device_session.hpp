@@ -12,6 +12,7 @@
 #include "detail/device_steps.hpp"
 #include "detail/offers.hpp"
 #include "detail/prompt_steps.hpp"
+#include "detail/token_chain.hpp"
 #include "slots.hpp"
 
 namespace kvkeep {
@@ -127,8 +128,16 @@ class device_session {
   }
   detail::settle_victims<space> settling(layer_data const& l,
                                          batch_ref<space> const& b) const noexcept {
-    return {b,          shape_.cache.n_kv_heads, l.slots.lengths, l.victim, l.fresh,
-            l.appended, l.seen,                  {},              {},       false};
+    return {b,
+            shape_.cache.n_kv_heads,
+            l.slots.lengths,
+            l.victim,
+            l.fresh,
+            l.appended,
+            l.seen,
+            {},
+            {},
+            false};
   }
   score_input<space> input(layer_data const& l, batch_ref<space> const& b,
                            bool prompt) const noexcept;
@@ -153,9 +162,11 @@ class device_session {
                     float* lse) noexcept;
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
-  status decide(layer_data& l, score_input<space> const& in, workspace& w) noexcept;
+  status decide(layer_data& l, score_input<space> const& in, op::attend<space> const& a,
+                workspace& w) noexcept;
   status score_tokens(score_input<space> const& in, score_map<space> out, workspace& w) noexcept;
-  status evict(layer_data& l, score_input<space> const& in, workspace& w) noexcept;
+  status evict(layer_data& l, score_input<space> const& in, op::attend<space> const& a,
+               workspace& w) noexcept;
   status cut(layer_data& l, score_input<space> in, workspace& w) noexcept;
 
   Ctx* ctx_ = nullptr;

@@ -51,17 +51,25 @@ struct heavy_hitter_score : scorer_base {
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
                workspace& ws) const {
-    float const scale =
-        group == reduction::mean ? 1.0F / static_cast<float>(in.layer.kv.shape.group()) : 1.0F;
-    op::reduce_rows<space_of<Ctx>> reduce{in.batch, in.layer.slots, in.rows, true,
-                                          group == reduction::max ? group : reduction::sum, scale};
-    reduce.by_age = by_age;
-    reduce.seen = in.seen;
-    reduce.out = out;
-    return run(ctx, reduce, ws);
+    return run(ctx, reduce(in, out), ws);
+  }
+  template <class Space, class Run>
+  status score_ops(score_input<Space> const& in, score_map<Space> out, Run const& run) const {
+    return run(reduce(in, out));
   }
 
  private:
+  template <class Space>
+  op::reduce_rows<Space> reduce(score_input<Space> const& in, score_map<Space> out) const {
+    float const scale =
+        group == reduction::mean ? 1.0F / static_cast<float>(in.layer.kv.shape.group()) : 1.0F;
+    op::reduce_rows<Space> r{in.batch, in.layer.slots, in.rows, true,
+                             group == reduction::max ? group : reduction::sum, scale};
+    r.by_age = by_age;
+    r.seen = in.seen;
+    r.out = out;
+    return r;
+  }
   index_t n_rows(cache_shape const& s) const { return group == reduction::max ? s.group() : 1; }
 };
 
@@ -98,20 +106,28 @@ struct last_row_score : scorer_base {
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
                workspace& ws) const {
-    float const scale = 1.0F / static_cast<float>(in.layer.kv.shape.group());
-    bool const decoding = in.newest_row != nullptr;
-    if (!decoding) KVKEEP_TRY(last_row(ctx, in, as_rows(out), false, ws));
-    op::reduce_rows<space_of<Ctx>> mean{in.batch, in.layer.slots, in.rows, true, reduction::sum,
-                                        scale};
-    if (!decoding) {
+    op::reduce_rows<space_of<Ctx>> mean = group_mean(in, out);
+    if (in.newest_row == nullptr) {
+      KVKEEP_TRY(last_row(ctx, in, as_rows(out), false, ws));
       mean.in = as_rows(out);
       mean.in_by_id = false;
     }
-    mean.out = out;
     return run(ctx, mean, ws);
+  }
+  template <class Space, class Run>
+  status score_ops(score_input<Space> const& in, score_map<Space> out, Run const& run) const {
+    return run(group_mean(in, out));
   }
 
  private:
+  /// Of the newest row.
+  template <class Space>
+  static op::reduce_rows<Space> group_mean(score_input<Space> const& in, score_map<Space> out) {
+    float const scale = 1.0F / static_cast<float>(in.layer.kv.shape.group());
+    op::reduce_rows<Space> r{in.batch, in.layer.slots, in.rows, true, reduction::sum, scale};
+    r.out = out;
+    return r;
+  }
   /// The last prompt query's attention row, summed over the group.
   template <class Ctx>
   static status last_row(Ctx& ctx, score_input<space_of<Ctx>> const& in,

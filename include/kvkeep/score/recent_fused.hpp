@@ -19,6 +19,24 @@ enum class morph_rows : std::uint8_t {
   direct   ///< recomputed from the query ring and K: no state per slot, K is read again
 };
 
+namespace detail {
+
+/// Positions of the last rows, ascending; -1: absent. (No member: kernels take no private types.)
+struct row_positions {
+  index_t const* seen;
+  index_t const* from;
+  index_t const* id;
+  index_t n_rows;
+  index_t* out;
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const s = id ? id[i / n_rows] : i / n_rows;
+    index_t const p = seen[s] - n_rows + i % n_rows;
+    out[i] = p >= 0 && p >= from[s] ? p : -1;
+  }
+};
+
+}  // namespace detail
+
 /// Spec 4.3, 4.4; arXiv 2503.00979, ghadiaravi13/MorphKV patch_{mistral,qwen2,phi3,llama}.py.
 /// Softmax per row over the old columns only (all but the last W tokens), maximum over the group, then
 /// maximum or sum over the rows. The guard's `recent` is W.
@@ -69,7 +87,7 @@ struct recent_fused_score : scorer_base {
   template <class Ctx>
   status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
     if (evaluation == morph_rows::direct) return status::ok;
-    if (evaluation == morph_rows::lazy) return enter(ctx, in, {}, true, ws);
+    if (evaluation == morph_rows::lazy) return run(ctx, enter_op(in, {}, true), ws);
     query_rows<space_of<Ctx>> q;
     KVKEEP_TRY(last_queries(ctx, in, row_count(), q, ws));
     return run(ctx,
@@ -83,13 +101,13 @@ struct recent_fused_score : scorer_base {
   status victims(Ctx& ctx, score_input<space_of<Ctx>> const& in,
                  tensor_ref<index_t const, 2, space_of<Ctx>> keep,
                  tensor_ref<index_t, 2, space_of<Ctx>> victim, workspace& ws) const {
-    KVKEEP_TRY(enter(ctx, in, keep, false, ws));
-    op::lazy_victim<space_of<Ctx>> o{in.batch, in.layer, lazy_state_of(in)};
-    o.frozen = in.guard.frozen;
-    o.keep = keep;
-    o.fuse = fusion;
-    o.victim = victim;
-    return run(ctx, o, ws);
+    KVKEEP_TRY(run(ctx, enter_op(in, keep, false), ws));
+    return run(ctx, victim_op(in, keep, victim), ws);
+  }
+  template <class Space, class Run>
+  status victim_ops(score_input<Space> const& in, tensor_ref<index_t const, 2, Space> keep,
+                    tensor_ref<index_t, 2, Space> victim, Run const& run) const {
+    return run(enter_op(in, keep, false), victim_op(in, keep, victim));
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
@@ -119,10 +137,21 @@ struct recent_fused_score : scorer_base {
   lazy_state<Space> lazy_state_of(score_input<Space> const& in) const {
     return {lazy_of(in.layer.kv.shape), in.seen, in.ring_from, in.ring_q, in.loose, in.head};
   }
-  template <class Ctx>
-  status enter(Ctx& ctx, score_input<space_of<Ctx>> const& in,
-               tensor_ref<index_t const, 2, space_of<Ctx>> keep, bool anew, workspace& ws) const {
-    op::lazy_enter<space_of<Ctx>> o{in.batch, in.layer, lazy_state_of(in)};
+  template <class Space>
+  op::lazy_victim<Space> victim_op(score_input<Space> const& in,
+                                   tensor_ref<index_t const, 2, Space> keep,
+                                   tensor_ref<index_t, 2, Space> victim) const {
+    op::lazy_victim<Space> o{in.batch, in.layer, lazy_state_of(in)};
+    o.frozen = in.guard.frozen;
+    o.keep = keep;
+    o.fuse = fusion;
+    o.victim = victim;
+    return o;
+  }
+  template <class Space>
+  op::lazy_enter<Space> enter_op(score_input<Space> const& in,
+                                 tensor_ref<index_t const, 2, Space> keep, bool anew) const {
+    op::lazy_enter<Space> o{in.batch, in.layer, lazy_state_of(in)};
     o.weights = in.weights;
     o.weight_max = in.weight_max;
     o.ring_row = in.newest_row;
@@ -130,21 +159,8 @@ struct recent_fused_score : scorer_base {
     o.keep = keep;
     o.fuse = fusion;
     o.anew = anew;
-    return run(ctx, o, ws);
+    return o;
   }
-
-  struct row_positions {
-    index_t const* seen;
-    index_t const* from;
-    index_t const* id;
-    index_t n_rows;
-    index_t* out;
-    KVKEEP_HD void operator()(index_t i) const noexcept {
-      index_t const s = id ? id[i / n_rows] : i / n_rows;
-      index_t const p = seen[s] - n_rows + i % n_rows;
-      out[i] = p >= 0 && p >= from[s] ? p : -1;
-    }
-  };
 
   template <class Ctx>
   status score_cached(Ctx& ctx, score_input<space_of<Ctx>> const& in,
@@ -154,8 +170,8 @@ struct recent_fused_score : scorer_base {
     index_t* position = ws.take<index_t>(static_cast<std::size_t>(n));
     if (!ws.measuring()) {
       if (!ws.ok()) return status::workspace_too_small;
-      row_positions const fn{in.seen, in.ring_from, in.batch.id, row_count(), position};
-      KVKEEP_TRY(run(ctx, op::for_each<row_positions, space>{n, fn}, ws));
+      detail::row_positions const fn{in.seen, in.ring_from, in.batch.id, row_count(), position};
+      KVKEEP_TRY(run(ctx, op::for_each<detail::row_positions, space>{n, fn}, ws));
     }
     op::ring_score<space> o{in.batch, in.layer};
     o.positions =

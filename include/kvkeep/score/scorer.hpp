@@ -108,6 +108,29 @@ concept finds_victims = requires(S const& s, Ctx& c, score_input<space_of<Ctx>> 
   { s.victims(c, in, keep, victim, w) } -> std::same_as<status>;
 };
 
+/// Takes any ops.
+struct any_ops {
+  template <class... Ops>
+  status operator()(Ops const&...) const {
+    return status::ok;
+  }
+};
+/// Optional: the ops that `fold` (where attention does not do it) and `score` run for a decoded token, handed to
+/// `run(ops...)`. Each is independent per entry and KV head (op::head_chain), so that a backend may run them
+/// in one go with what comes before and after.
+template <class S, class Space>
+concept hands_out_scores =
+    requires(S const& s, score_input<Space> const& in, score_map<Space> out, any_ops run) {
+      { s.score_ops(in, out, run) } -> std::same_as<status>;
+    };
+/// The same of `fold` and `victims`, for a scorer that finds victims.
+template <class S, class Space>
+concept hands_out_victims =
+    requires(S const& s, score_input<Space> const& in, tensor_ref<index_t const, 2, Space> keep,
+             tensor_ref<index_t, 2, Space> victim, any_ops run) {
+      { s.victim_ops(in, keep, victim, run) } -> std::same_as<status>;
+    };
+
 /// The narrow waist: `score` fills a float per slot in use, `[entry, kv_head, slot]`.
 template <class S, class Ctx>
 concept scorer = requires(S const& s, Ctx& c, score_input<space_of<Ctx>> const& in,

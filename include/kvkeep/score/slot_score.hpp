@@ -27,22 +27,30 @@ struct slot_score : scorer_base {
 
   template <class Ctx>
   status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
-    return evaluate(ctx, in, {}, in_rows(in), true, ws);
+    return run(ctx, evaluate(in, {}, in_rows(in), true), ws);
   }
   template <class Ctx>
   status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
-    return evaluate(ctx, in, in.fresh, in_rows(in), true, ws);
+    return run(ctx, evaluate(in, in.fresh, in_rows(in), true), ws);
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
                workspace& ws) const {
-    if (in.newest_row == nullptr) return evaluate(ctx, in, {}, out, false, ws);
-    op::reduce_rows<space_of<Ctx>> copy{in.batch, in.layer.slots, in.rows, true};
-    copy.out = out;
-    return run(ctx, copy, ws);
+    if (in.newest_row == nullptr) return run(ctx, evaluate(in, {}, out, false), ws);
+    return run(ctx, cached(in, out), ws);
+  }
+  template <class Space, class Run>
+  status score_ops(score_input<Space> const& in, score_map<Space> out, Run const& run) const {
+    return run(evaluate(in, in.fresh, in_rows(in), true), cached(in, out));
   }
 
  private:
+  template <class Space>
+  static op::reduce_rows<Space> cached(score_input<Space> const& in, score_map<Space> out) {
+    op::reduce_rows<Space> copy{in.batch, in.layer.slots, in.rows, true};
+    copy.out = out;
+    return copy;
+  }
   template <class Space>
   static score_map<Space> in_rows(score_input<Space> const& in) noexcept {
     score_map<Space> m;
@@ -54,15 +62,15 @@ struct slot_score : scorer_base {
     }
     return m;
   }
-  template <class Ctx>
-  status evaluate(Ctx& ctx, score_input<space_of<Ctx>> const& in,
-                  tensor_ref<index_t const, 2, space_of<Ctx>> only, score_map<space_of<Ctx>> out,
-                  bool by_id, workspace& ws) const {
-    op::score_slots<Fn, space_of<Ctx>> o{in.batch, in.layer, fn, in.seen};
+  template <class Space>
+  op::score_slots<Fn, Space> evaluate(score_input<Space> const& in,
+                                      tensor_ref<index_t const, 2, Space> only,
+                                      score_map<Space> out, bool by_id) const {
+    op::score_slots<Fn, Space> o{in.batch, in.layer, fn, in.seen};
     o.only = only;
     o.out = out;
     o.out_by_id = by_id;
-    return run(ctx, o, ws);
+    return o;
   }
 };
 

@@ -77,13 +77,9 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   auto in = input(l, b, false);
   in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
   if (bound_.attention_folds) a.fold = decode_.score.attention_fold(in);
-  if (out != nullptr || ring > 0 || bound_.attention_folds || measuring)
-    KVKEEP_TRY(run(*ctx_, a, w));
   // Without a ring, and while measuring, any pointer says that there is a newest token.
   in.newest_row = measuring ? &shape_.n_sequences : ring_row;
-  if (decode_.score.traits().at_decode && !bound_.attention_folds)
-    KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
-  return decide(l, in, w);
+  return decide(l, in, a, w);
 }
 
 /// Scores of all slots in use, joined over heads where one set serves a layer.
@@ -96,52 +92,39 @@ status device_session<Ctx, P, D>::score_tokens(score_input<space> const& in, sco
   return run(*ctx_, op::mean_heads<space>{in.batch, in.layer.slots, out}, w);
 }
 
-/// The decision after a token, for the next one. `in` is that of the newest tokens.
+/// Attention of the newest tokens and the decision after it, for the next ones.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const& in,
-                                         workspace& w) noexcept {
-  bool const decides = detail::cuts_while_decoding(decode_.score);
-  if (decides && one_leaves_) return evict(l, in, w);
-  if (decides) KVKEEP_TRY(cut(l, in, w));
-  return each(in.batch.n * shape_.cache.n_kv_heads, settling(l, in.batch), w);
+                                         op::attend<space> const& a, workspace& w) noexcept {
+  auto const settle = detail::each_head(in, settling(l, in.batch));
+  if (!detail::cuts_while_decoding(decode_.score))
+    return detail::run_heads(*ctx_, in, w, a, settle);
+  if (one_leaves_) return evict(l, in, a, w);
+  KVKEEP_TRY(run(*ctx_, a, w));
+  if (!bound_.attention_folds) KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
+  KVKEEP_TRY(cut(l, in, w));
+  return each(settle.n, settle.fn, w);
 }
 
 /// One victim per head over its budget.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const& in,
-                                        workspace& w) noexcept {
+                                        op::attend<space> const& a, workspace& w) noexcept {
   workspace::frame const frame(w);
-  bool const measuring = w.measuring();
   batch_ref<space> const& b = in.batch;
-  index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
-  index_t const n_ids = shape_.n_sequences;
-  auto const ids = static_cast<std::size_t>(n_ids);
-  auto const keep = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
-  auto const found = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
-  if (!measuring && !w.ok()) return status::workspace_too_small;
-  detail::resolve_keep<space> const resolve{l.k, l.slots, b.id, b.id, heads, 1.0, decode_.when.room,
-                                            0,   1,       0,    keep};
-  KVKEEP_TRY(each(b.n * heads, resolve, w));
-  bool const one_set = decode_.width() != scope::head;
-  bool finds = false;
-  if constexpr (finds_victims<typename D::score_type, Ctx>) {
-    finds = decode_.score.traits().finds_victims && !one_set;
-    if (finds) KVKEEP_TRY(decode_.score.victims(*ctx_, in, keep, found, w));
-  }
-  if (!finds) {
-    auto const scores =
-        row_major<space>(w.take<float>(product(b.n, heads, slots)), b.n, heads, slots);
-    if (!measuring && !w.ok()) return status::workspace_too_small;
-    KVKEEP_TRY(score_tokens(in, scores, w));
-    op::evict_one<space> one{b, l.slots, scores, in.guard, found};
-    if (one_set) one.slots.lengths.extent[1] = 1;
-    KVKEEP_TRY(run(*ctx_, one, w));
-  }
-  auto settle = settling(l, b);
-  settle.keep = keep;
-  settle.found = found;
-  settle.one_set = one_set;
-  return each(b.n * heads, settle, w);
+  index_t const heads = shape_.cache.n_kv_heads, n_ids = shape_.n_sequences;
+  auto const size = product(n_ids, heads);
+  auto const keep = row_major<space>(w.take<index_t>(size), n_ids, heads);
+  auto const found = row_major<space>(w.take<index_t>(size), n_ids, heads);
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  detail::token_steps<space> t{a, {}, settling(l, b), found};
+  t.resolve = {l.k, l.slots, b.id, b.id, heads, 1.0, decode_.when.room, 0, 1, 0, keep};
+  t.settle.keep = keep;
+  t.settle.found = found;
+  t.one_set = t.settle.one_set = decode_.width() != scope::head;
+  t.joins = decode_.score.traits().comparable;
+  t.folds = !bound_.attention_folds;
+  return detail::decide_token(*ctx_, decode_.score, in, t, w);
 }
 
 /// A cut of the heads for which one is due.

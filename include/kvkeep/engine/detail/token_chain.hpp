@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Device session: a token's attention and the decision after it, as few ops for the backend as its scorer allows.
+#pragma once
+
+#include "../../op/attend.hpp"
+#include "../../op/head_chain.hpp"
+#include "../../op/reduce.hpp"
+#include "../../op/select_k.hpp"
+#include "device_steps.hpp"
+
+namespace kvkeep::detail {
+
+/// What a session knows of one token in one layer, and wants done: attention, then one victim per head over
+/// its budget.
+template <class Space>
+struct token_steps {
+  op::attend<Space> attend;
+  resolve_keep<Space> resolve;
+  settle_victims<Space> settle;           ///< with `keep` and `found`, where victims go
+  tensor_ref<index_t, 2, Space> victims;  ///< [id, head] `settle.found`, to be written
+  bool folds = false;                     ///< the scorer's `fold` is due: attention has not done it
+  bool one_set = false;                   ///< one kept set for all heads
+  bool joins = false;                     ///< ... by the mean of their scores
+};
+
+/// A chain over the heads of a batch.
+template <class Ctx, class... Ops>
+status run_heads(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws, Ops const&... ops) {
+  cache_shape const& s = in.layer.kv.shape;
+  return run(ctx, op::make_chain<space_of<Ctx>>(in.batch.n, s.n_kv_heads, s.max_slots, ops...), ws);
+}
+/// A chain over the entries of a batch.
+template <class Ctx, class... Ops>
+status run_entries(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws,
+                   Ops const&... ops) {
+  return run(ctx, op::make_chain<space_of<Ctx>>(in.batch.n, 1, in.layer.kv.shape.max_slots, ops...),
+             ws);
+}
+
+/// As ops read it.
+template <class Space>
+tensor_ref<index_t const, 2, Space> read_only(tensor_ref<index_t, 2, Space> const& t) {
+  return t;
+}
+/// A step per entry and KV head.
+template <class F, class Space>
+op::for_each<F, Space> each_head(score_input<Space> const& in, F const& f) {
+  return {in.batch.n * in.layer.kv.shape.n_kv_heads, f};
+}
+
+/// Attention, scores and the victims that follow from them, of a scorer that hands out its ops or does not.
+template <class Ctx, class S>
+status evict_by_score(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in,
+                      token_steps<space_of<Ctx>> const& t, workspace& ws) {
+  using space = space_of<Ctx>;
+  cache_shape const& shape = in.layer.kv.shape;
+  workspace::frame const frame(ws);
+  auto const scores =
+      row_major<space>(ws.take<float>(product(in.batch.n, shape.n_kv_heads, shape.max_slots)),
+                       in.batch.n, shape.n_kv_heads, shape.max_slots);
+  if (!ws.measuring() && !ws.ok()) return status::workspace_too_small;
+  auto const resolve = each_head(in, t.resolve);
+  auto const settle = each_head(in, t.settle);
+  op::evict_one<space> evict{in.batch, in.layer.slots, scores, in.guard, t.victims};
+  if (t.one_set) evict.slots.lengths.extent[1] = 1;
+  if constexpr (hands_out_scores<S, space>) {
+    if (!t.one_set)
+      return s.score_ops(in, scores, [&](auto const&... ops) {
+        return run_heads(ctx, in, ws, t.attend, resolve, ops..., evict, settle);
+      });
+    KVKEEP_TRY(s.score_ops(in, scores, [&](auto const&... ops) {
+      return run_heads(ctx, in, ws, t.attend, resolve, ops...);
+    }));
+  } else {
+    KVKEEP_TRY(run_heads(ctx, in, ws, t.attend, resolve));
+    if (t.folds) KVKEEP_TRY(s.fold(ctx, in, ws));
+    KVKEEP_TRY(s.score(ctx, in, scores, ws));
+    if (!t.one_set) return run_heads(ctx, in, ws, evict, settle);
+  }
+  if (!t.joins) return run_entries(ctx, in, ws, evict, settle);
+  op::mean_heads<space> const mean{in.batch, in.layer.slots, scores};
+  return run_entries(ctx, in, ws, mean, evict, settle);
+}
+
+/// Attention and the decision after it. Precondition: the scorer decides while decoding.
+template <class Ctx, class S>
+status decide_token(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in,
+                    token_steps<space_of<Ctx>> const& t, workspace& ws) {
+  if constexpr (requires { s.decide_token(ctx, in, t, ws); }) {
+    return s.decide_token(ctx, in, t, ws);
+  } else {
+    if constexpr (hands_out_victims<S, space_of<Ctx>>)
+      if (s.traits().finds_victims && !t.one_set)
+        return s.victim_ops(in, read_only(t.settle.keep), t.victims, [&](auto const&... ops) {
+          return run_heads(ctx, in, ws, t.attend, each_head(in, t.resolve), ops...,
+                           each_head(in, t.settle));
+        });
+    return evict_by_score(ctx, s, in, t, ws);
+  }
+}
+
+}  // namespace kvkeep::detail
