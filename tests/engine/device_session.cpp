@@ -59,6 +59,13 @@ std::string describe(pairing const& p) {
   return p.prompt + ", then " + p.decode + ", evict_after " + std::to_string(p.d.evict_after);
 }
 
+/// Queries as bf16 holds them.
+void round_queries(test::text& t) {
+  for (oracle::tokens& l : t.layer)
+    for (double& x : l.q.data)
+      x = static_cast<double>(to_float(to_bf16(static_cast<float>(x))));
+}
+
 /// Slots may differ (what a session frees as a victim may be a cut here), so outputs agree up to rounding.
 /// Two sequences of different lengths, then a third that begins while they decode.
 void compare(pairing const& p, test::world w, std::uint64_t seed) {
@@ -68,7 +75,11 @@ void compare(pairing const& p, test::world w, std::uint64_t seed) {
   test::engine host(o, test::make(p.prompt, p.o), test::make(p.decode, p.d));
   test::device_engine device(o, make_policy<test::op_context>(p.prompt, p.o),
                              make_policy<test::op_context>(p.decode, p.d));
-  auto const a = w.words(1), b = w.words(2), c = w.words(3);
+  auto a = w.words(1), b = w.words(2), c = w.words(3);
+  if (g.chance(0.5F)) {
+    for (test::text* t : {&a, &b, &c}) round_queries(*t);
+    device.show_bf16();
+  }
   auto const start = [&](test::text const& t, index_t n) {
     test::stream h = host.begin(t), d = device.begin(t);
     REQUIRE(h.id == d.id);

@@ -50,6 +50,8 @@ class device_engine {
   }
 
   auto& session() { return *session_; }
+  /// Decoded tokens' queries are shown as bf16. Precondition: they are such numbers.
+  void show_bf16() { brain_ = true; }
 
   /// Rows run backwards, so that rows and ids differ.
   stream begin(text const& t, index_t id = -1) {
@@ -100,8 +102,11 @@ class device_engine {
         q.insert(q.end(), mine.begin(), mine.end());
         r.push_back(std::move(t));
       }
-      REQUIRE(session_->attend(l, b, make_queries(q.data(), shape_.n_q_heads, 1, shape_.dim_k),
-                               out.data()) == status::ok);
+      std::vector<bf16> halves;
+      for (float const x : q) halves.push_back(to_bf16(x));
+      queries const shown = brain_ ? make_queries(halves.data(), shape_.n_q_heads, 1, shape_.dim_k)
+                                   : make_queries(q.data(), shape_.n_q_heads, 1, shape_.dim_k);
+      REQUIRE(session_->attend(l, b, shown, out.data()) == status::ok);
       settle_device();
       std::size_t const each = out.size() / uz(n);
       for (std::size_t i = 0; i < uz(n); ++i) {
@@ -152,6 +157,7 @@ class device_engine {
 
   engine_options options_;
   cache_shape shape_;
+  bool brain_ = false;
   std::vector<test_cache> caches_;
   std::vector<layer_spec<device_memory>> specs_;
   std::unique_ptr<aligned_block> memory_;
