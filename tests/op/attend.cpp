@@ -243,6 +243,42 @@ TEST_CASE("a query that sees nothing yields zeros") {
   for (index_t d = 0; d < 5; ++d) CHECK(a.out(0, 1, d) == l.cache.get_v(0, 0, 3)[uz(d)]);
 }
 
+TEST_CASE("queries of 16 bits, with gaps, give the bits of the same numbers as floats") {
+  auto const compare = [](test::test_layer const& l, auto convert) {
+    generator g(7);
+    attend_run floats(l, g, 1);
+    offset_t const each = l.shape().dim_k + 3, entry = each * l.shape().n_q_heads + 5;
+    std::vector<decltype(convert(0.0F))> raw(uz(static_cast<index_t>(entry) * l.n()));
+    for (index_t b = 0; b < l.n(); ++b)
+      for (index_t h = 0; h < l.shape().n_q_heads; ++h)
+        for (index_t d = 0; d < l.shape().dim_k; ++d) {
+          auto const x = convert(floats.q(b, h, d));
+          raw[static_cast<std::size_t>(b * entry + h * each + d)] = x;
+          floats.q(b, h, d) = to_float(x);
+        }
+    floats.run();
+    generator again(7);
+    attend_run a(l, again, 1);
+    a.op.q = {};
+    a.op.raw = make_queries(raw.data(), l.shape().n_q_heads, 1, l.shape().dim_k);
+    a.op.raw.entry_stride = entry;
+    a.op.raw.head_stride = each;
+    a.run();
+    CHECK(test::same_bits(a.out.data(), floats.out.data()));
+    CHECK(test::same_bits(a.weights.data(), floats.weights.data()));
+  };
+  for (index_t const dim : {12, 64, 128})
+    for (dtype const type : test::readable_dtypes()) {
+      test::layer_options o;
+      o.cache.shape = {2, 6, 2, dim, dim, 300};
+      o.cache.type = type;
+      test::test_layer const l(o);
+      compare(l, [](float x) { return to_fp16(x); });
+      compare(l, [](float x) { return to_bf16(x); });
+      compare(l, [](float x) { return x; });
+    }
+}
+
 TEST_CASE("outputs may be left out one by one") {
   test::layer_options o;
   o.cache.shape = {2, 6, 3, 16, 8, 33};

@@ -51,8 +51,10 @@ struct token {
   padded<float, 4> weights, weight_sum, weight_max, sums;
   padded<index_t, 2> fresh, keep, victim, free;
   padded<std::uint8_t, 3> visible;
+  std::vector<bf16> brain;
   op::attend<> attend;
 
+  token(token const&) = delete;
   token(test::test_layer const& layer, generator g)
       : l(layer),
         q({l.n(), l.shape().n_q_heads, l.shape().dim_k}, 0, 0),
@@ -75,6 +77,10 @@ struct token {
     attend.batch = l.batch();
     attend.layer = l.ref();
     attend.q = q.cref();
+    if (g.chance(0.5F)) {
+      q.each([&](float& x) { brain.push_back(to_bf16(x)); });
+      attend.raw = make_queries(brain.data(), l.shape().n_q_heads, 1, l.shape().dim_k);
+    }
     if (g.chance(0.8F)) attend.out = out.ref();
     if (g.chance(0.5F)) attend.lse = lse.ref();
     if (g.chance(0.6F)) {

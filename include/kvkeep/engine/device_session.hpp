@@ -162,10 +162,10 @@ class device_session {
                     float* lse) noexcept;
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
-  status decide(layer_data& l, score_input<space> const& in, op::attend<space> const& a,
+  status decide(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
                 workspace& w) noexcept;
   status score_tokens(score_input<space> const& in, score_map<space> out, workspace& w) noexcept;
-  status evict(layer_data& l, score_input<space> const& in, op::attend<space> const& a,
+  status evict(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
                workspace& w) noexcept;
   status cut(layer_data& l, score_input<space> in, workspace& w) noexcept;
 
@@ -185,6 +185,7 @@ class device_session {
   detail::shared_state<space> shared_{};
   index_t* numbers_ = nullptr;
   index_t n_numbers_ = 0;
+  index_t* first_rows_ = nullptr;  ///< [max_batch] 0: ring rows where a ring has one row or none
   index_t* faults_ = nullptr;
   std::size_t state_bytes_ = 0;
   std::size_t scratch_bytes_ = 0;

@@ -22,15 +22,6 @@ KVKEEP_HD inline void load_row(queries const& q, offset_t at, index_t dim, float
   }
 }
 
-/// One feature of a query as fp32.
-KVKEEP_HD inline float query_feature(queries const& q, offset_t at) noexcept {
-  switch (q.type) {
-    case dtype::f16: return to_float(static_cast<fp16 const*>(q.data)[at]);
-    case dtype::bf16: return to_float(static_cast<bf16 const*>(q.data)[at]);
-    default: return static_cast<float const*>(q.data)[at];
-  }
-}
-
 KVKEEP_HD inline float natural_lse(queries const& q, offset_t entry, offset_t head,
                                    offset_t row) noexcept {
   float const v = q.lse[entry * q.lse_entry_stride + head * q.lse_head_stride + row];

@@ -3,6 +3,7 @@
 /// Decode attention that also hands over its evidence.
 #pragma once
 
+#include "../view/evidence.hpp"
 #include "backend.hpp"
 #include "common.hpp"
 
@@ -14,7 +15,7 @@ namespace kvkeep::op {
 /// Bytes: reads (dim_k * e_k + dim_v * e_v) per slot and KV head once, shared by the group; writes
 /// 4 bytes per slot and query head when weights are asked for. Operations: 2 (dim_k + dim_v) per slot
 /// and query head, one exponential. Sums run in a fixed order per output element.
-/// Preconditions: query rows are fp32; a head without slots yields zeros and lse = -infinity.
+/// Queries are fp32 rows `q`, or `raw` ones. A head without slots yields zeros and lse = -infinity.
 /// Without anything to write nothing is done.
 template <class Space = host_space>
 struct attend {
@@ -22,6 +23,7 @@ struct attend {
   batch_ref<Space> batch{};
   layer_ref<Space> layer{};
   tensor_ref<float const, 3, Space> q{};         ///< [entry, q_head, dim_k]
+  queries raw{};  ///< instead of `q`, if it has a row: of any type, one row per entry and query head
   tensor_ref<float, 3, Space> out{};             ///< [entry, q_head, dim_v], or null: weights only
   tensor_ref<float, 2, Space> lse{};             ///< [entry, q_head] natural log-sum-exp, or null
   /// exp(z - max) per slot, `[id, kv_head, g, slot]`, row `weight_row[entry]` of a ring (stride

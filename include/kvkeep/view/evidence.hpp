@@ -47,6 +47,15 @@ struct queries {
   index_t n_tokens() const noexcept { return tokens > 0 ? tokens : n_rows; }
 };
 
+/// One element of queries as fp32.
+KVKEEP_HD inline float query_feature(queries const& q, offset_t at) noexcept {
+  switch (q.type) {
+    case dtype::f16: return to_float(static_cast<fp16 const*>(q.data)[at]);
+    case dtype::bf16: return to_float(static_cast<bf16 const*>(q.data)[at]);
+    default: return static_cast<float const*>(q.data)[at];
+  }
+}
+
 /// Contiguous queries `[entry, q_head, row, dim]`, with an optional contiguous log-sum-exp.
 template <class T>
 queries make_queries(T const* q, index_t n_q_heads, index_t n_rows, index_t dim,

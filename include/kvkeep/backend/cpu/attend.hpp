@@ -167,6 +167,25 @@ inline void attend_head(op::attend<host_space> const& o, attend_scratch const& s
     for (index_t d = 0; d < kv.shape.dim_v; ++d) o.out(b, h * group + g, d) = 0;
 }
 
+/// Floats that raw queries need.
+inline std::size_t raw_floats(op::attend<host_space> const& o) noexcept {
+  cache_shape const& s = o.layer.kv.shape;
+  return o.raw.n_rows > 0 ? product(o.batch.n, s.n_q_heads, s.dim_k) : 0;
+}
+/// The same op with its raw queries as floats. @param dense [entry][q_head][dim_k]
+inline op::attend<host_space> with_floats(op::attend<host_space> const& o, float* dense) noexcept {
+  cache_shape const& s = o.layer.kv.shape;
+  for (index_t b = 0; b < o.batch.n; ++b)
+    for (index_t h = 0; h < s.n_q_heads; ++h) {
+      float* const to = dense + (static_cast<offset_t>(b) * s.n_q_heads + h) * s.dim_k;
+      for (index_t d = 0; d < s.dim_k; ++d)
+        to[d] = query_feature(o.raw, b * o.raw.entry_stride + h * o.raw.head_stride + d);
+    }
+  op::attend<host_space> r = o;
+  r.q = row_major<host_space>(static_cast<float const*>(dense), o.batch.n, s.n_q_heads, s.dim_k);
+  return r;
+}
+
 /// Attention of every entry and KV head. Cost as the op says.
 KVKEEP_CPU_OP status enqueue(context& c, op::attend<host_space> const& o, workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
@@ -178,10 +197,17 @@ KVKEEP_CPU_OP status enqueue(context& c, op::attend<host_space> const& o, worksp
   int const workers = c.workers(o.batch.n * kv.shape.n_kv_heads);
   bool const masked = o.visible.data != nullptr;
   attend_scratch const scratch = attend_scratch::take(ws, workers, kv, masked);
+  float* const dense = ws.take<float>(raw_floats(o));
   if (!placed(ws)) return not_placed(ws);
   if (!o.asks()) return status::ok;
-  for_heads(c, o.batch.n, kv.shape.n_kv_heads,
-            [&](index_t b, index_t h, int worker) { attend_head(o, scratch, b, h, worker); });
+  auto const run = [&](op::attend<host_space> const& each) {
+    for_heads(c, o.batch.n, kv.shape.n_kv_heads,
+              [&](index_t b, index_t h, int worker) { attend_head(each, scratch, b, h, worker); });
+  };
+  if (o.raw.n_rows > 0)
+    run(with_floats(o, dense));
+  else
+    run(o);
   return status::ok;
 }
 

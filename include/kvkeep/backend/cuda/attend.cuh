@@ -17,20 +17,16 @@ bool asked(tensor_ref<T, R, S> const& t) noexcept {
   return t.data != nullptr || t.extent[0] > 0;
 }
 
-/// A query per head as rows of queries.
-inline tensor_ref<float const, 4, device_space> one_row(
-    tensor_ref<float const, 3, device_space> const& q) noexcept {
-  tensor_ref<float const, 4, device_space> r;
+/// fp32 rows as queries of any type.
+template <int R>
+queries as_queries(tensor_ref<float const, R, device_space> const& q) noexcept {
+  queries r;
   r.data = q.data;
-  index_t const extent[] = {q.extent[0], q.extent[1], 1, q.extent[2]};
-  offset_t const stride[] = {q.stride[0], q.stride[1], 0, q.stride[2]};
-  for (int a = 0; a < 4; ++a) {
-    r.extent[a] = extent[a];
-    r.stride[a] = stride[a];
-  }
+  r.entry_stride = q.stride[0];
+  r.head_stride = q.stride[1];
+  if constexpr (R == 4) r.row_stride = q.stride[2];
   return r;
 }
-
 /// Which heads the kernels for rows can take: contiguous features, of K and V alike.
 inline alignment rows_of(attend_task const& t) noexcept {
   plane_ref<device_space> const& k = t.kv.k;
@@ -116,14 +112,15 @@ inline status run_attention(context const& c, attend_task& t, index_t n_entries,
 /// The task of an op whose arrays are such that the kernels can read them.
 inline status make_task(op::attend<device_space> const& o, attend_task& t) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
-  if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v))) return status::unsupported;
+  if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v)) || o.raw.type == dtype::opaque)
+    return status::unsupported;
   if (!slots_contiguous(o.q) || !slots_contiguous(o.out) || !slots_contiguous(o.weights) ||
       !slots_contiguous(o.visible) || !slots_contiguous(o.fold.out))
     return status::bad_argument;
   t.batch = o.batch;
   t.kv = kv;
   t.lengths = o.layer.slots.lengths;
-  t.q = one_row(o.q);
+  t.q = o.raw.n_rows > 0 ? o.raw : as_queries(o.q);
   t.weight_row = o.weight_row;
   t.out = o.out;
   t.lse = o.lse;
@@ -172,7 +169,7 @@ inline status enqueue(context& c, op::row_weights<device_space> const& o, worksp
   t.batch = o.batch;
   t.kv = o.layer.kv;
   t.lengths = o.layer.slots.lengths;
-  t.q = o.rows.q;
+  t.q = as_queries(o.rows.q);
   t.position = o.rows.position;
   t.rows_by_id = o.rows.by_id;
   t.n_rows = o.rows.q.extent[2];

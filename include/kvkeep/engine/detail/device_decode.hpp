@@ -48,38 +48,31 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b, queries const& q,
                                         float* out, float* lse, workspace& w) noexcept {
   bool const measuring = w.measuring();
-  index_t const hq = shape_.cache.n_q_heads, dim = shape_.cache.dim_k;
-  index_t const ring = shape_.rows.weight_ring;
-  index_t* const ring_row = w.take<index_t>(static_cast<std::size_t>(b.n));
-  bool const in_place = q.type == dtype::f32 && !measuring;
-  float* const dense = in_place ? nullptr : w.take<float>(product(b.n, hq, dim));
+  index_t const hq = shape_.cache.n_q_heads, ring = shape_.rows.weight_ring;
+  index_t* const rows = w.take<index_t>(static_cast<std::size_t>(b.n));
   if (!measuring && !w.ok()) return status::workspace_too_small;
-  detail::show_token<space> show{
-      {{}, l.appended, b, q}, {q, hq, dim, dense}, {l.appended, b, ring, ring_row}};
-  if (bound_.rings_tokens) show.push.ring_q = l.ring_q;
-  if (bound_.rings_tokens || !in_place || ring > 0) KVKEEP_TRY(each(b.n * hq * dim, show, w));
+  if (ring > 1) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, rows}, w));
+  auto in = input(l, b, false);
+  in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
+  // Without a ring, and while measuring, any pointer says that there is a newest token.
+  in.newest_row = measuring ? &shape_.n_sequences : ring > 1 ? rows : first_rows_;
   op::attend<space> a{b, {l.kv, l.slots}};
-  a.q = row_major<space>(static_cast<float const*>(dense), b.n, hq, dim);
-  if (in_place) {
-    a.q.data = static_cast<float const*>(q.data);
-    a.q.stride[0] = q.entry_stride;
-    a.q.stride[1] = q.head_stride;
-  }
+  a.raw = q;
   if (out != nullptr || measuring) a.out = row_major<space>(out, b.n, hq, shape_.cache.dim_v);
   if (lse != nullptr) a.lse = row_major<space>(lse, b.n, hq);
   if (ring > 0) {
     a.weights = detail::weight_rows(l.slots.rows, shape_.rows, shape_.cache.group());
     a.weight_sum = l.weight_sum;
     if (shape_.rows.head_floats > 0) a.weight_max = l.weight_max;
-    a.weight_row = ring_row;
+    if (ring > 1) a.weight_row = rows;
     a.ring_stride = l.slots.rows.stride[2];
   }
-  auto in = input(l, b, false);
-  in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
   if (bound_.attention_folds) a.fold = decode_.score.attention_fold(in);
-  // Without a ring, and while measuring, any pointer says that there is a newest token.
-  in.newest_row = measuring ? &shape_.n_sequences : ring_row;
-  return decide(l, in, a, w);
+  detail::token_steps<space> t;
+  t.attend = a;
+  t.push = {bound_.rings_tokens ? b.n * hq * shape_.cache.dim_k : 0, {l.ring_q, l.appended, b, q}};
+  t.settle = settling(l, b);
+  return decide(l, in, t, w);
 }
 
 /// Scores of all slots in use, joined over heads where one set serves a layer.
@@ -95,12 +88,12 @@ status device_session<Ctx, P, D>::score_tokens(score_input<space> const& in, sco
 /// Attention of the newest tokens and the decision after it, for the next ones.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const& in,
-                                         op::attend<space> const& a, workspace& w) noexcept {
-  auto const settle = detail::each_head(in, settling(l, in.batch));
+                                         detail::token_steps<space>& t, workspace& w) noexcept {
+  auto const settle = detail::each_head(in, t.settle);
   if (!detail::cuts_while_decoding(decode_.score))
-    return detail::run_heads(*ctx_, in, w, a, settle);
-  if (one_leaves_) return evict(l, in, a, w);
-  KVKEEP_TRY(run(*ctx_, a, w));
+    return detail::run_heads(*ctx_, in, w, t.attend, t.push, settle);
+  if (one_leaves_) return evict(l, in, t, w);
+  KVKEEP_TRY(detail::run_heads(*ctx_, in, w, t.attend, t.push));
   if (!bound_.attention_folds) KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
   KVKEEP_TRY(cut(l, in, w));
   return each(settle.n, settle.fn, w);
@@ -109,18 +102,17 @@ status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const
 /// One victim per head over its budget.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const& in,
-                                        op::attend<space> const& a, workspace& w) noexcept {
+                                        detail::token_steps<space>& t, workspace& w) noexcept {
   workspace::frame const frame(w);
-  batch_ref<space> const& b = in.batch;
   index_t const heads = shape_.cache.n_kv_heads, n_ids = shape_.n_sequences;
   auto const size = product(n_ids, heads);
   auto const keep = row_major<space>(w.take<index_t>(size), n_ids, heads);
-  auto const found = row_major<space>(w.take<index_t>(size), n_ids, heads);
+  t.victims = row_major<space>(w.take<index_t>(size), n_ids, heads);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  detail::token_steps<space> t{a, {}, settling(l, b), found};
-  t.resolve = {l.k, l.slots, b.id, b.id, heads, 1.0, decode_.when.room, 0, 1, 0, keep};
+  index_t const* const ids = in.batch.id;
+  t.resolve = {l.k, l.slots, ids, ids, heads, 1.0, decode_.when.room, 0, 1, 0, keep};
   t.settle.keep = keep;
-  t.settle.found = found;
+  t.settle.found = t.victims;
   t.one_set = t.settle.one_set = decode_.width() != scope::head;
   t.joins = decode_.score.traits().comparable;
   t.folds = !bound_.attention_folds;

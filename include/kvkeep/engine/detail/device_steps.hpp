@@ -16,6 +16,12 @@ enum class device_fault : index_t {
 
 namespace detail {
 
+/// numbers[i] = 0.
+struct count_none {
+  index_t* numbers;
+  KVKEEP_HD void operator()(index_t i) const noexcept { numbers[i] = 0; }
+};
+
 /// numbers[i] = i.
 struct count_up {
   index_t* numbers;
@@ -102,28 +108,16 @@ struct take_slot {
 /// Stores the newest tokens' queries in the rings. Index: (entry * n_q_heads + query head) * dim_k + feature.
 template <class Space>
 struct push_token {
-  tensor_ref<float, 4, Space> ring_q;  ///< [id, q_head, ring row, dim_k]; null: nothing is stored
+  tensor_ref<float, 4, Space> ring_q;  ///< [id, q_head, ring row, dim_k]
   index_t const* appended;             ///< [id] tokens, the newest included
   batch_ref<Space> batch;
   queries q;
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const heads = ring_q.extent[1], dim = ring_q.extent[3], row = i / dim, d = i % dim;
-    index_t const entry = row / heads, head = row % heads, id = batch.id_of(entry);
-    ring_q(id, head, (appended[id] - 1) % ring_q.extent[2], d) =
+    index_t const heads = ring_q.extent[1], ring = ring_q.extent[2], dim = ring_q.extent[3];
+    index_t const row = i / dim, d = i % dim, entry = row / heads, head = row % heads;
+    index_t const id = batch.id_of(entry);
+    ring_q(id, head, (appended[id] + ring - 1) % ring, d) =
         query_feature(q, entry * q.entry_stride + head * q.head_stride + d);
-  }
-};
-
-/// The newest tokens' queries as dense fp32 `[entry, q_head, dim]`. Index as in push_token.
-struct dense_queries {
-  queries q;
-  index_t heads;
-  index_t dim;
-  float* out;
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const row = i / dim;
-    out[i] =
-        query_feature(q, row / heads * q.entry_stride + row % heads * q.head_stride + i % dim);
   }
 };
 
@@ -136,20 +130,6 @@ struct ring_rows_of {
   index_t* out;  ///< [entry]
   KVKEEP_HD void operator()(index_t i) const noexcept {
     out[i] = (appended[batch.id_of(i)] + ring - 1) % ring;
-  }
-};
-
-/// All that attention and what follows it find prepared: any of the three. Index as in push_token.
-template <class Space>
-struct show_token {
-  push_token<Space> push;
-  dense_queries dense;
-  ring_rows_of<Space> rows;
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    if (push.ring_q.data != nullptr) push(i);
-    if (dense.out != nullptr) dense(i);
-    index_t const each = dense.heads * dense.dim;
-    if (rows.ring > 0 && i % each == 0) rows(i / each);
   }
 };
 

@@ -16,6 +16,7 @@ namespace kvkeep::detail {
 template <class Space>
 struct token_steps {
   op::attend<Space> attend;
+  op::for_each<push_token<Space>, Space> push;  ///< n 0: no ring of queries is kept
   resolve_keep<Space> resolve;
   settle_victims<Space> settle;           ///< with `keep` and `found`, where victims go
   tensor_ref<index_t, 2, Space> victims;  ///< [id, head] `settle.found`, to be written
@@ -67,13 +68,13 @@ status evict_by_score(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in
   if constexpr (hands_out_scores<S, space>) {
     if (!t.one_set)
       return s.score_ops(in, scores, [&](auto const&... ops) {
-        return run_heads(ctx, in, ws, t.attend, resolve, ops..., evict, settle);
+        return run_heads(ctx, in, ws, t.attend, t.push, resolve, ops..., evict, settle);
       });
     KVKEEP_TRY(s.score_ops(in, scores, [&](auto const&... ops) {
-      return run_heads(ctx, in, ws, t.attend, resolve, ops...);
+      return run_heads(ctx, in, ws, t.attend, t.push, resolve, ops...);
     }));
   } else {
-    KVKEEP_TRY(run_heads(ctx, in, ws, t.attend, resolve));
+    KVKEEP_TRY(run_heads(ctx, in, ws, t.attend, t.push, resolve));
     if (t.folds) KVKEEP_TRY(s.fold(ctx, in, ws));
     KVKEEP_TRY(s.score(ctx, in, scores, ws));
     if (!t.one_set) return run_heads(ctx, in, ws, evict, settle);
@@ -93,7 +94,7 @@ status decide_token(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in,
     if constexpr (hands_out_victims<S, space_of<Ctx>>)
       if (s.traits().finds_victims && !t.one_set)
         return s.victim_ops(in, read_only(t.settle.keep), t.victims, [&](auto const&... ops) {
-          return run_heads(ctx, in, ws, t.attend, each_head(in, t.resolve), ops...,
+          return run_heads(ctx, in, ws, t.attend, t.push, each_head(in, t.resolve), ops...,
                            each_head(in, t.settle));
         });
     return evict_by_score(ctx, s, in, t, ws);

@@ -22,7 +22,7 @@ struct attend_task {
   batch_ref<device_space> batch;
   kv_ref<device_space> kv;
   tensor_ref<index_t, 2, device_space> lengths;
-  tensor_ref<float const, 4, device_space> q;           ///< [entry or id, q_head, row, dim_k]
+  queries q;                                            ///< [entry or id, q_head, row, dim_k]
   tensor_ref<index_t const, 2, device_space> position;  ///< of the rows, negative: absent; or null
   bool rows_by_id = false;
   index_t n_rows = 1;
@@ -48,6 +48,10 @@ struct attend_task {
   }
   __device__ index_t source_of(index_t entry) const {
     return rows_by_id ? batch.id_of(entry) : entry;
+  }
+  /// Where a query row starts, in elements.
+  __device__ offset_t query_at(index_t entry, index_t q_head, index_t row) const {
+    return source_of(entry) * q.entry_stride + q_head * q.head_stride + row * q.row_stride;
   }
   __device__ bool present(index_t entry, index_t row) const {
     return position.data == nullptr || position(source_of(entry), row) >= 0;
@@ -202,7 +206,7 @@ struct plain_path {
     index_t const dim = t.kv.shape.dim_k, lanes = row_lanes(dim), groups = split_threads / lanes;
     index_t const group = thread_of_block() / lanes, lane = thread_of_block() % lanes;
     index_t const each = 16 / dtype_bytes(t.kv.k.type);
-    float const* const q = t.q.at(t.source_of(at.entry), at.q_head(t), at.row, 0);
+    offset_t const q = t.query_at(at.entry, at.q_head(t), at.row);
     for (index_t base = 0; base < at.n; base += groups) {
       index_t const slot = base + group;
       std::byte const* const row = box.keys[min(slot, at.n - 1)];
@@ -211,7 +215,8 @@ struct plain_path {
         for (index_t d = first; d < min(first + each, dim); ++d) {
           float const k = feature(t.kv.k, row, d);
           for (index_t i = 0; i < most_tile_heads; ++i)
-            if (i < at.count) x[i] = __fmaf_rn(q[i * t.q.stride[1] + d], k, x[i]);
+            if (i < at.count)
+              x[i] = __fmaf_rn(query_feature(t.q, q + i * t.q.head_stride + d), k, x[i]);
         }
       for (index_t i = 0; i < most_tile_heads; ++i) {
         for (index_t step = lanes / 2; step > 0; step /= 2)

@@ -74,13 +74,30 @@ struct row_path {
     return __ldg(reinterpret_cast<uint4 const*>(row) + piece * lanes + lane_of_warp() % lanes);
   }
 
+  /// This lane's features of the tile's query rows.
+  template <class Q>
+  __device__ static void load_queries(attend_task const& t, split_place const& at,
+                                      float (&q)[G][mine]) {
+    Q const* const row =
+        static_cast<Q const*>(t.q.data) + t.query_at(at.entry, at.q_head(t), at.row);
+    for (int g = 0; g < G; ++g)
+      for (int i = 0; i < mine; ++i)
+        q[g][i] = g < at.count ? to_float(row[g * t.q.head_stride + feature_of(i)]) : 0.0f;
+  }
+
   __device__ static void dot_products(attend_task const& t, split_place const& at,
                                       split_box const& box) {
     int const group = thread_of_block() / lanes;
     float q[G][mine];
-    for (int g = 0; g < G; ++g) {
-      float const* const row = t.q.at(t.source_of(at.entry), at.q_head(t) + g, at.row, 0);
-      for (int i = 0; i < mine; ++i) q[g][i] = g < at.count ? row[feature_of(i)] : 0.0f;
+    switch (t.q.type) {
+      case dtype::f16:
+        load_queries<fp16>(t, at, q);
+        break;
+      case dtype::bf16:
+        load_queries<bf16>(t, at, q);
+        break;
+      default:
+        load_queries<float>(t, at, q);
     }
     for (index_t base = 0; base < at.n; base += batch * groups) {
       uint4 k[batch][pieces];
