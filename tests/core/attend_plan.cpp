@@ -66,3 +66,21 @@ TEST_CASE("a tile holds the group, or as many of its heads as there are register
     CHECK((tile >= group || tile == cuda::most_tile_heads));
   }
 }
+
+TEST_CASE(
+    "one block per head finishes attention where it has little to do, or there are enough of "
+    "them") {
+  auto const by_block = [](index_t entries, index_t slots) {
+    return attend_plan(shape_of(8, 4, slots), entries, 1).one_block_merges(slots, 132);
+  };
+  CHECK(by_block(1, 1));
+  CHECK(by_block(1, cuda::one_block_slots));
+  CHECK(!by_block(1, cuda::one_block_slots + 1));
+  CHECK(!by_block(16, 1 << 17));  // 128 heads
+  CHECK(by_block(17, 1 << 17));
+}
+
+TEST_CASE("the least of some numbers") {
+  CHECK(cuda::min_of(3) == 3);
+  CHECK(cuda::min_of(512, 1024, 384, 400) == 384);
+}
