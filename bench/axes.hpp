@@ -3,7 +3,7 @@
 /// The axes of all benchmarks in one place. Each program varies one axis at a time around `base`.
 #pragma once
 
-#include <kvkeep/kvkeep.hpp>
+#include <kvkeep/core/types.hpp>
 
 namespace bench {
 

@@ -6,30 +6,19 @@
 /// the same few milliseconds, and a result is the median of the samples' ratios.
 #pragma once
 
-#include <benchmark/benchmark.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <ctime>
-#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "axes.hpp"
+#include <kvkeep/kvkeep.hpp>
+
+#include "rows.hpp"
 
 namespace bench {
-
-using namespace kvkeep;
-
-inline void expect(status s, char const* what) {
-  if (s == status::ok) return;
-  std::fprintf(stderr, "%s: %s\n", what, kvkeep::to_string(s));
-  std::abort();
-}
 
 /// Product as a size.
 template <class... I>
@@ -63,13 +52,6 @@ double timed(F&& f) {
   f();
   benchmark::ClobberMemory();
   return now() - start - clock;
-}
-
-inline double quantile(std::vector<double> v, double q) {
-  if (v.empty()) return 0;
-  auto const at = static_cast<std::ptrdiff_t>(q * static_cast<double>(v.size() - 1));
-  std::nth_element(v.begin(), v.begin() + at, v.end());
-  return v[static_cast<std::size_t>(at)];
 }
 
 // -- floors -------------------------------------------------------------------------------------
@@ -171,23 +153,6 @@ class meter {
 };
 
 // -- programs -----------------------------------------------------------------------------------
-
-/// Registers a row of `samples` samples; f(state) fills it. Rows that several axes share are taken
-/// once. Google Benchmark's own time is that of `ours` alone. The number is fixed: a search for it
-/// would make the inputs anew each time.
-template <class F>
-void add_row(std::string const& name, int samples, F f) {
-  static std::set<std::string> known;
-  if (!known.insert(name).second) return;
-  benchmark::RegisterBenchmark(name.c_str(), f)
-      ->UseManualTime()
-      ->Unit(benchmark::kMicrosecond)
-      ->Iterations(samples);
-}
-
-inline std::string named(char const* key, index_t value) {
-  return "/" + std::string(key) + ":" + std::to_string(value);
-}
 
 /// Removes `--all` from the arguments: then rows that would make `./run bench` long are taken as well.
 inline bool takes_all(int& argc, char** argv) {

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// What the benchmarks of all backends share: rows of Google Benchmark, their names, quantiles.
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <set>
+#include <string>
+#include <vector>
+
+#include <kvkeep/core/status.hpp>
+
+#include "axes.hpp"
+
+namespace bench {
+
+using namespace kvkeep;
+
+inline void expect(status s, char const* what) {
+  if (s == status::ok) return;
+  std::fprintf(stderr, "%s: %s\n", what, kvkeep::to_string(s));
+  std::abort();
+}
+
+inline double quantile(std::vector<double> v, double q) {
+  if (v.empty()) return 0;
+  auto const at = static_cast<std::ptrdiff_t>(q * static_cast<double>(v.size() - 1));
+  std::nth_element(v.begin(), v.begin() + at, v.end());
+  return v[static_cast<std::size_t>(at)];
+}
+
+/// Registers a row of `samples` samples; f(state) fills it. Rows that several axes share are taken
+/// once. Google Benchmark's own time is that of `ours` alone. The number is fixed: a search for it
+/// would make the inputs anew each time.
+template <class F>
+void add_row(std::string const& name, int samples, F f) {
+  static std::set<std::string> known;
+  if (!known.insert(name).second) return;
+  benchmark::RegisterBenchmark(name.c_str(), f)
+      ->UseManualTime()
+      ->Unit(benchmark::kMicrosecond)
+      ->Iterations(samples);
+}
+
+inline std::string named(char const* key, index_t value) {
+  return "/" + std::string(key) + ":" + std::to_string(value);
+}
+
+}  // namespace bench
