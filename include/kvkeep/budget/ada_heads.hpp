@@ -83,7 +83,7 @@ struct ada_heads {
     return run(ctx, op::for_each<split, space>{1, split{*this, in, counts, room, remainder}}, ws);
   }
 
- private:
+  // Steps that a backend runs; public, because nvcc makes no kernel of a private type.
   struct fill {
     index_t* out;
     index_t value;

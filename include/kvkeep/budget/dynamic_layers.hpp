@@ -121,6 +121,8 @@ struct dynamic_layers {
     return most < candidates ? static_cast<index_t>(most) : candidates;
   }
 
+ public:
+  // Steps that a backend runs; public, because nvcc makes no kernel of a private type.
   struct fill {
     index_t* out;
     index_t value;
