@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// Scoring by query rows: SnapKV's window (op::column_sums of W rows), H2O's prompt (of all rows), MorphKV's
+// direct form (op::fused_rows).
+#include <kvkeep/backend/cuda/window_score.cuh>
+
+#include "reference.hpp"
+#include "suite.hpp"
+
+namespace bench {
+namespace {
+
+/// Keys, the last `n_rows` queries of every head, and where scores go.
+struct scoring_case {
+  point p;
+  index_t n_rows;
+  bool given_lse;
+  rotated<std::byte> k;
+  rotated<float> q, lse, out;
+  rotated<index_t> row_positions, lengths, positions;
+
+  scoring_case(suite& s, point const& shape, index_t rows, bool lse_given, std::size_t sets)
+      : p(shape), n_rows(rows), given_lse(lse_given), k(sets, plane_bytes(p, p.tokens)) {
+    auto const heads = product(p.batch, p.kv_heads), queries = heads * product(p.group, rows);
+    auto const slots = static_cast<std::size_t>(p.tokens);
+    q = {sets, queries * product(p.dim)};
+    lse = {1, queries};
+    out = {sets, heads * slots};
+    row_positions = {1, product(p.batch, rows)};
+    lengths = {1, heads};
+    positions = {sets, heads * slots};
+    fill_random(s.ctx, k.data(), p.type, k.size() / product(dtype_bytes(p.type)), 2);
+    fill_random(s.ctx, q, 3);
+    // Any value near the real log-sum-exp does: the work does not depend on it.
+    fill(s.ctx, lse.size(), constant{lse.data(), std::log(static_cast<float>(p.tokens)) + 0.5F});
+    fill(s.ctx, row_positions.size(), counted{row_positions.data(), p.tokens - rows, rows});
+    fill(s.ctx, lengths.size(), counted{lengths.data(), p.tokens, 1});
+    fill(s.ctx, positions.size(), counted{positions.data(), 0, p.tokens});
+    out.poison();
+  }
+
+  /// What both ops share.
+  template <class Op, class At>
+  Op with_rows(At const& at) const {
+    using space = typename Op::space;
+    cache_shape const shape = shape_of(p, p.tokens);
+    Op o;
+    o.batch.n = p.batch;
+    o.layer.kv = cache_view<space>(p, p.tokens, at(k), nullptr);
+    o.layer.slots.lengths = row_major<space>(at(lengths), p.batch, p.kv_heads);
+    o.layer.slots.positions = row_major<space>(at(positions), p.batch, p.kv_heads, p.tokens);
+    o.rows.q =
+        row_major<space>(static_cast<float const*>(at(q)), p.batch, shape.n_q_heads, n_rows, p.dim);
+    o.rows.position =
+        row_major<space>(static_cast<index_t const*>(at(row_positions)), p.batch, n_rows);
+    return o;
+  }
+  template <class At>
+  auto sums(At const& at) const {
+    using space = typename At::space;
+    auto o = with_rows<op::column_sums<space>>(at);
+    if (given_lse)
+      o.rows.lse = row_major<space>(static_cast<float const*>(at(lse)), p.batch,
+                                    p.kv_heads * p.group, n_rows);
+    o.out = row_major<space>(at(out), p.batch, p.kv_heads, 1, p.tokens);
+    o.clear = true;
+    return o;
+  }
+  template <class At>
+  auto fused(At const& at) const {
+    using space = typename At::space;
+    auto o = with_rows<op::fused_rows<space>>(at);
+    o.recent = p.window;
+    o.fuse = reduction::sum;
+    o.out = row_major<space>(at(out), p.batch, p.kv_heads, p.tokens);
+    return o;
+  }
+};
+
+/// @param pairs   of a query row and a visible key, per query head, over the batch
+/// @param passes  1 with log-sum-exps, else 2
+work work_of(point const& p, index_t n_rows, double pairs, double passes) {
+  double const heads = 1.0 * p.batch * p.kv_heads;
+  double const keys = heads * p.tokens * p.dim * dtype_bytes(p.type);
+  work w;
+  w.read = passes * keys + heads * p.group * n_rows * p.dim * 4;
+  w.moved = heads * p.tokens * 4;
+  double const flops = passes * 2 * p.dim * pairs * p.kv_heads * p.group;
+  (p.type == dtype::f32 ? w.fma : w.mma) = flops;
+  w.exps = passes * pairs * p.kv_heads * p.group;
+  return w;
+}
+
+std::size_t set_bytes(point const& p, index_t n_rows) {
+  return plane_bytes(p, p.tokens) + product(p.batch, p.kv_heads, p.group, n_rows, p.dim, 4);
+}
+
+template <class Op>
+void measure_scores(benchmark::State& state, suite& s, scoring_case const& c, work const& w,
+                    rotation const& turns, Op const& op_of) {
+  auto const memory = scratch_for(s.ctx, op_of(std::size_t{0}));
+  measure(
+      state, s, w, turns,
+      [&](std::size_t set) {
+        workspace ws = placed_in(memory);
+        expect(run(s.ctx, op_of(set), ws), "scoring");
+      },
+      [&] { return written(c.out) ? "" : "some scores were not written"; });
+}
+
+void add_window(suite& s, point const& p, bool given_lse) {
+  add_device_row(s,
+                 "window" + named("T", p.tokens) + named("W", p.window) + shape_name(p) +
+                     (given_lse ? "/lse" : "/no_lse"),
+                 [=](benchmark::State& state, suite& on) {
+                   rotation const r =
+                       rotate(static_cast<double>(set_bytes(p, p.window)), on.rotate_bytes, 4);
+                   scoring_case const c(on, p, p.window, given_lse, r.sets);
+                   double const pairs = 1.0 * p.batch * p.window * p.tokens;
+                   measure_scores(state, on, c, work_of(p, p.window, pairs, given_lse ? 1 : 2), r,
+                                  [&](std::size_t set) { return c.sums(on_device{set}); });
+                 });
+}
+
+/// All queries of a prompt, each of which sees the keys before it.
+void add_prompt(suite& s, point const& p) {
+  add_device_row(s, "h2o_prompt" + named("T", p.tokens) + shape_name(p) + "/lse",
+                 [=](benchmark::State& state, suite& on) {
+                   rotation const r =
+                       rotate(static_cast<double>(set_bytes(p, p.tokens)), on.rotate_bytes, 1);
+                   scoring_case const c(on, p, p.tokens, true, r.sets);
+                   double const pairs = 0.5 * p.batch * p.tokens * (p.tokens + 1.0);
+                   measure_scores(state, on, c, work_of(p, p.tokens, pairs, 1), r,
+                                  [&](std::size_t set) { return c.sums(on_device{set}); });
+                 });
+}
+
+void add_fused(suite& s, point const& p) {
+  add_device_row(s, "fused_rows" + named("T", p.tokens) + named("W", p.window) + shape_name(p),
+                 [=](benchmark::State& state, suite& on) {
+                   index_t const rows = p.window - 1;
+                   rotation const r =
+                       rotate(static_cast<double>(set_bytes(p, rows)), on.rotate_bytes, 1);
+                   scoring_case const c(on, p, rows, false, r.sets);
+                   double const pairs = 1.0 * p.batch * rows * (p.tokens - p.window);
+                   measure_scores(state, on, c, work_of(p, rows, pairs, 2), r,
+                                  [&](std::size_t set) { return c.fused(on_device{set}); });
+                 });
+}
+
+void check_case(suite& s, dtype type, bool given_lse) {
+  point p;
+  p.tokens = 300;
+  p.window = 8;
+  p.kv_heads = 2;
+  p.type = type;
+  scoring_case const c(s, p, p.window, given_lse, 1);
+  on_host host;
+  auto const cpu = [&](auto const& o) {
+    run_on_cpu(o);
+    return std::vector<float>(o.out.data, o.out.data + c.out.per_set());
+  };
+  auto const sums = cpu(c.sums(host));
+  run_once(s.ctx, c.sums(on_device{}));
+  check_same("column_sums", c.out.download(), sums, 1e-3);
+  if (given_lse) return;
+  auto const fused = cpu(c.fused(host));
+  run_once(s.ctx, c.fused(on_device{}));
+  check_same("fused_rows", c.out.download(), fused, 1e-3);
+}
+
+}  // namespace
+
+void check_scoring(suite& s) {
+  for (dtype t : all_types)
+    for (bool lse : {true, false}) check_case(s, t, lse);
+}
+
+void add_scoring_rows(suite& s) {
+  auto const with = [&](auto change) {
+    point p = base;
+    p.type = dtype::bf16;
+    if (s.tiny) p.tokens = 100, p.kv_heads = 1, p.window = 8;
+    change(p);
+    return p;
+  };
+  auto const same = [](point&) {};
+  if (s.tiny) {
+    add_window(s, with(same), true);
+    add_window(s, with(same), false);
+    add_prompt(s, with(same));
+    add_fused(s, with(same));
+    return;
+  }
+  for (index_t t : {8192, 32768, 131072})
+    for (index_t w : {16, 32, 64})
+      for (bool lse : {true, false})
+        add_window(s, with([=](point& p) { p.tokens = t, p.window = w; }), lse);
+  for (dtype t : {dtype::f16, dtype::f32}) add_window(s, with([=](point& p) { p.type = t; }), true);
+  for (index_t b : {8, 64}) add_window(s, with([=](point& p) { p.batch = b; }), true);
+  for (index_t t : {8192, 32768}) add_prompt(s, with([=](point& p) { p.tokens = t; }));
+  for (index_t t : {1024, 8192, 32768}) add_fused(s, with([=](point& p) { p.tokens = t; }));
+}
+
+}  // namespace bench

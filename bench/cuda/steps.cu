@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// Decode steps of a device session: append, the engine's write of K and V, attention with evidence and the
+// next victim. A replay is one token of every layer; layers rotate through more than the last cache.
+//   plain_us  the same write and attention over the same slots without a session, in the same samples
+//   overhead  of the step over that; overhead_us in microseconds
+// `steady` asks whether a step's time grows: one layer, eight tokens per replay, from token 1k to 100k.
+#include <kvkeep/cuda.cuh>
+#include <kvkeep/policy/h2o.hpp>
+#include <kvkeep/policy/morphkv.hpp>
+#include <kvkeep/policy/streamingllm.hpp>
+#include <kvkeep/policy/tova.hpp>
+
+#include "step_case.hpp"
+
+namespace bench {
+namespace {
+
+/// Tokens before anything is timed: the window's queries and bounds are then those of decoded tokens.
+int warm_steps(suite const& s, point const& p) { return s.tiny ? 10 : p.window + 16; }
+
+template <class Policy>
+void measure_step(benchmark::State& state, suite& s, point const& p, Policy const& policy,
+                  bool all_queries) {
+  auto const bytes = static_cast<double>(2 * plane_bytes(p, p.capacity + 1));
+  std::size_t const layers = rotate(bytes, s.rotate_bytes, 1).sets;
+  step_case<Policy> c(s, p, policy, layers, 1);
+  c.fill_prompts(all_queries);
+  recording const step(s.ctx.stream, [&] { c.step(0); });
+  recording const plain(s.ctx.stream, [&] { c.plain_step(0); });
+  int const warm = warm_steps(s, p), n = s.samples;
+  stopwatch with(s.ctx.stream, static_cast<std::size_t>(n));
+  stopwatch without(s.ctx.stream, static_cast<std::size_t>(n));
+  for (int i = -warm; i < n; ++i) {
+    auto const at = static_cast<std::size_t>(std::max(i, 0));  // warm-up is timed over
+    c.next_tokens();
+    with.start(at);
+    step.replay();
+    with.stop(at);
+    without.start(at);
+    plain.replay();
+    without.stop(at);
+  }
+  std::vector<double> t = with.seconds(), bare = without.seconds(), more(t.size());
+  for (std::size_t i = 0; i < t.size(); ++i) {
+    t[i] /= static_cast<double>(layers);
+    bare[i] /= static_cast<double>(layers);
+    more[i] = t[i] - bare[i];
+  }
+  if (std::string const what = c.fault(warm + n); !what.empty()) {
+    state.SkipWithError(what.c_str());
+    return;
+  }
+  report(state, s, c.work_of_step(), t);
+  auto& counters = state.counters;
+  counters["plain_us"] = quantile(bare, 0.5) * 1e6;
+  counters["overhead_us"] = quantile(more, 0.5) * 1e6;
+  counters["overhead"] = quantile(more, 0.5) / quantile(bare, 0.5);
+  counters["p99_ratio"] = quantile(t, 0.99) / quantile(t, 0.5);
+  counters["launches"] = static_cast<double>(step.launches()) / static_cast<double>(layers);
+  counters["sets"] = static_cast<double>(layers);
+}
+
+template <class Policy>
+void measure_steady(benchmark::State& state, suite& s, point const& p, Policy const& policy,
+                    bool all_queries) {
+  constexpr int tokens = 8;
+  int const last = s.tiny ? p.capacity + 200 : 100'000;
+  step_case<Policy> c(s, p, policy, 1, tokens);
+  c.fill_prompts(all_queries);
+  recording const steps(s.ctx.stream, [&] {
+    for (std::size_t i = 0; i < tokens; ++i) c.step(i);
+  });
+  recording const plain(s.ctx.stream, [&] { c.plain_step(0); });
+  plain.replay();
+  int done = 0;
+  auto const advance = [&](int to) {
+    for (; p.capacity + done < to; done += tokens) {
+      c.next_tokens();
+      steps.replay();
+      if (done % 4096 == 0) wait_for(s.ctx.stream);  // the queue of the driver is not endless
+    }
+  };
+  auto const sample = [&] {
+    std::vector<double> t = time_replays(steps, s.samples, [&](int) { c.next_tokens(); });
+    done += tokens * (s.samples + 3);
+    for (double& x : t) x /= tokens;
+    return t;
+  };
+  advance(p.capacity + warm_steps(s, p));
+  std::vector<double> const early = sample();
+  advance(last - tokens * (s.samples + 3));
+  std::vector<double> const late = sample();
+  if (std::string const what = c.fault(done); !what.empty()) {
+    state.SkipWithError(what.c_str());
+    return;
+  }
+  report(state, s, c.work_of_step(), late);
+  auto& counters = state.counters;
+  counters["early_us"] = quantile(early, 0.5) * 1e6;
+  counters["drift"] = quantile(late, 0.5) / quantile(early, 0.5) - 1;
+  counters["p99_ratio"] = quantile(late, 0.99) / quantile(late, 0.5);
+  counters["token"] = p.capacity + done;
+  counters["launches"] = static_cast<double>(steps.launches()) / tokens;
+}
+
+/// f(policy, name, whether its prompt wants all queries) for each policy that is timed.
+template <class F>
+void each_policy(point const& p, F const& f) {
+  f(make_streamingllm({.capacity = p.capacity, .make_room_first = false}), "streamingllm", false);
+  f(make_h2o({.capacity = p.capacity, .recent = p.window}), "h2o", true);
+  f(make_tova({.capacity = p.capacity}), "tova", false);
+  f(make_morphkv({.capacity = p.capacity, .window = p.window}), "morphkv", false);
+  f(make_morphkv({.capacity = p.capacity, .window = p.window, .evaluation = morph_rows::cached}),
+    "morphkv-cached", false);
+}
+
+void add_steps(suite& s, point const& p) {
+  each_policy(p, [&](auto const& policy, char const* name, bool all) {
+    add_device_row(
+        s, std::string("step/") + name + named("C", p.capacity) + shape_name(p),
+        [=](benchmark::State& state, suite& on) { measure_step(state, on, p, policy, all); });
+  });
+}
+void add_steady(suite& s, point const& p) {
+  each_policy(p, [&](auto const& policy, char const* name, bool all) {
+    add_device_row(
+        s, std::string("steady/") + name + named("C", p.capacity) + shape_name(p),
+        [=](benchmark::State& state, suite& on) { measure_steady(state, on, p, policy, all); });
+  });
+}
+
+}  // namespace
+
+void add_step_rows(suite& s) {
+  auto const with = [&](index_t c, index_t b) {
+    point p = base;
+    p.type = dtype::bf16;
+    p.capacity = c;
+    p.batch = b;
+    if (s.tiny) p.kv_heads = 1, p.dim = 64, p.window = 8;
+    return p;
+  };
+  if (s.tiny) {
+    add_steps(s, with(40, 2));
+    add_steady(s, with(24, 1));
+    return;
+  }
+  for (index_t b : {1, 8, 64})
+    for (index_t c : {512, 1024, 4096}) add_steps(s, with(c, b));
+  add_steps(s, with(2048, 8));
+  add_steady(s, with(1024, 1));
+}
+
+}  // namespace bench

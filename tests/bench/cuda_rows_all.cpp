@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// All rows of the CUDA benchmarks in emulation: takes long to compile, so it is a target of its own.
+#include "cuda_rows.hpp"
+
+#include "../../bench/cuda/attention.cu"
+#include "../../bench/cuda/calibration.cu"
+#include "../../bench/cuda/choice.cu"
+#include "../../bench/cuda/scoring.cu"
+#include "../../bench/cuda/steps.cu"
+
+TEST_CASE("every row of the CUDA benchmarks runs, writes its outputs and has a floor") {
+  bench::check_rows(bench::all_parts(), 24);
+}
