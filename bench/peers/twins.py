@@ -21,7 +21,7 @@ class Layers:
 
     def __init__(self, p, seed):
         self.p = p
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = torch.Generator(torch.empty(0).device).manual_seed(seed)  # the default device's
         self.rows = torch.randn(257, p.kv_heads * (p.group + 2), p.dim, generator=self.random)
         self.turn = 0
 

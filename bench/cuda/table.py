@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+"""Ours, the floor, the best peer and the target, as one Markdown table.
+
+  python3 bench/cuda/table.py DIR/kvkeep.json [DIR/peers.json]
+
+Needs the standard library alone. A target without the figures that it asks for is "not measured", never met.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+CALIBRATION = [("empty_node_us", "empty graph node", "us"), ("copy_gb_per_s", "copy", "GB/s"),
+               ("read_gb_per_s", "read", "GB/s"), ("mma_tflops", "mma.sync bf16", "TFLOP/s"),
+               ("fma_tflops", "fp32 multiply-add", "TFLOP/s"), ("exp2_t_per_s", "exponentials", "T/s")]
+
+
+class Row:
+    """One row of ours, and its peers by name."""
+
+    def __init__(self, entry, peers, rows):
+        parts = [p for p in entry["name"].split("/") if not re.match(r"(iterations|repeats):|manual_time$", p)]
+        self.name, self.kind, self.words = "/".join(parts), parts[0], set(parts[1:])
+        self.number = {p.split(":")[0]: int(p.split(":")[1]) for p in parts if re.fullmatch(r"\w+:\d+", p)}
+        self.entry, self.rows = entry, rows
+        self.peers = {p["peer"]: p["us"] for p in peers if p["row"] == self.name}
+
+    def get(self, key):
+        return self.entry.get(key)
+
+    def batch(self):
+        return self.number.get("B", 1)
+
+    def peer(self, start=""):
+        """The fastest of the peers whose names begin so, as (us, name)."""
+        return min(((us, name) for name, us in self.peers.items() if name.startswith(start)), default=None)
+
+    def times(self, start):
+        """How many times longer that peer takes."""
+        best = self.peer(start)
+        return best[0] / self.get("us") if best else None
+
+
+# -- targets: (what, kinds, applies, value, limit, whether more is better) ------------------------------------------
+
+
+def long_step(r):
+    return r.batch() * r.number["C"] >= 8192
+
+
+def folds(r):
+    return bool(r.words & {"h2o", "tova", "morphkv"})
+
+
+def fold_cost(r, relative):
+    """A fold over the attention without it."""
+    plain = r.rows.get(r.name.replace("attend_fold", "attend", 1))
+    if plain is None:
+        return None
+    more = r.get("us") - plain.get("us")
+    return more / plain.get("us") if relative else more
+
+
+TARGETS = [
+    ("floor", ["window"], lambda r: r.number["T"] >= 32768, lambda r: r.get("floor_ratio"), 1.6, False),
+    ("torch eager", ["window"], lambda r: True, lambda r: r.times("torch eager"), 8, True),
+    ("torch.compile", ["window"], lambda r: True, lambda r: r.times("torch.compile"), 3, True),
+    ("floor", ["h2o_prompt"], lambda r: True, lambda r: r.get("floor_ratio"), 1.6, False),
+    ("torch.topk", ["select_k"], lambda r: r.number["n"] >= 8192, lambda r: r.times("torch.topk"), 4, True),
+    ("us", ["select_k"], lambda r: r.number["rows"] == 8 and r.number["n"] == 8192, lambda r: r.get("us"), 7, False),
+    ("floor", ["compact"], lambda r: True, lambda r: r.get("floor_ratio"), 1.2, False),
+    ("best peer's time", ["attend"], lambda r: True, lambda r: r.peer() and r.get("us") / r.peer()[0], 1.1, False),
+    ("overhead", ["attend_fold"], long_step, lambda r: fold_cost(r, True), 0.05, False),
+    ("overhead, us", ["attend_fold"], lambda r: not long_step(r), lambda r: fold_cost(r, False), 1.5, False),
+    ("overhead", ["step"], lambda r: folds(r) and long_step(r), lambda r: r.get("overhead"), 0.05, False),
+    ("overhead, us", ["step"], lambda r: folds(r) and not long_step(r), lambda r: r.get("overhead_us"), 1.5, False),
+    ("published MorphKV", ["step"], lambda r: "morphkv" in r.words and r.batch() == 1,
+     lambda r: r.times("published MorphKV"), 20, True),
+    ("drift, either way", ["steady"], lambda r: True,
+     lambda r: abs(r.get("drift")) if r.get("drift") is not None else None, 0.02, False),
+    ("p99 / median", ["steady"], lambda r: True, lambda r: r.get("p99_ratio"), 1.1, False),
+]
+
+
+def number(x):
+    return "-" if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def verdicts(r):
+    """Targets of a row, and whether each is met."""
+    targets, results = [], []
+    for what, kinds, applies, value, limit, more in TARGETS:
+        if r.kind not in kinds or not applies(r):
+            continue
+        got = value(r)
+        targets.append(f"{what} {'>=' if more else '<='} {number(limit)}{'x' if more or what == 'floor' else ''}")
+        met = None if got is None else got >= limit if more else got <= limit
+        results.append("not measured" if met is None else f"{'met' if met else '**missed**'} ({number(got)})")
+    return "; ".join(targets) or "-", "; ".join(results) or "-"
+
+
+def line(r):
+    target, result = verdicts(r)
+    best = r.peer()
+    return [r.name, number(r.get("us")), number(r.get("spread")), number(r.get("launches")), number(r.get("floor_us")),
+            number(r.get("floor_ratio")), best[1] if best else "-", number(best[0]) if best else "-",
+            number(best[0] / r.get("us")) if best else "-", target, result]
+
+
+def markdown(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(ours, peers):
+    """@return the whole page, as lines"""
+    context = ours["context"]
+    lines = [f"Device: {context.get('device', 'unknown')}, driver {context.get('driver', '?')},"
+             f" runtime {context.get('runtime', '?')}; {context.get('heads', 'heads unknown')}. "
+             + ", ".join(f"{what} {number(float(context[key]))} {unit}" for key, what, unit in CALIBRATION
+                         if key in context) + ".", ""]
+    errors, rows = [], {}
+    for entry in ours["benchmarks"]:
+        if entry.get("run_type", "iteration") != "iteration":
+            continue
+        r = Row(entry, peers["rows"], rows)
+        if entry.get("error_occurred"):
+            errors.append((r.name, entry.get("error_message", "")))
+        elif r.kind != "calibration":
+            rows[r.name] = r
+    heads = ["row", "us", "spread", "launches", "floor us", "x floor", "best peer", "peer us", "peer / ours", "target",
+             "verdict"]
+    lines += [markdown(heads), markdown(["---"] + ["---:"] * 5 + ["---", "---:", "---:", "---", "---"])]
+    lines += [markdown(line(r)) for r in rows.values()]
+    lines += [""] + [f"- {name} failed: {message}" for name, message in errors]
+    reasons = {}
+    for s in peers["skipped"]:
+        reasons.setdefault((s["peer"], s["reason"]), []).append(s["row"])
+    lines += [f"- {peer} skipped: {reason} ({len(names)} row{'s' * (len(names) > 1)})"
+              for (peer, reason), names in reasons.items()]
+    return lines
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    a.add_argument("ours", type=Path)
+    a.add_argument("peers", type=Path, nargs="?")
+    a = a.parse_args()
+    peers = {"rows": [], "skipped": [{"row": "all", "peer": "all", "reason": "no file of peers"}]}
+    if a.peers and a.peers.exists():
+        peers = json.loads(a.peers.read_text())
+    sys.stdout.write("\n".join(table(json.loads(a.ours.read_text()), peers)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
