@@ -11,8 +11,6 @@
 namespace kvkeep::replay {
 
 using extents = std::vector<std::int64_t>;
-/// Rows of different lengths: positions, budgets.
-using int_rows = std::vector<std::vector<index_t>>;
 
 inline std::string to_string(extents const& shape) {
   std::string s = "[";
@@ -48,9 +46,7 @@ inline npy_array const& checked_table(recorded_case const& c, char const* name, 
   return checked_input(c, name, {rows, n}, is_float);
 }
 
-inline bool has_input(recorded_case const& c, char const* name) {
-  return c.inputs.count(name) > 0;
-}
+inline bool has_input(recorded_case const& c, char const* name) { return c.inputs.count(name) > 0; }
 inline bool wants(recorded_case const& c, char const* name) {
   return c.output_info.count(name) > 0;
 }

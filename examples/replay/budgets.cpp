@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// budget and select: integers alone, no cache.
-#include <kvkeep/budget/apportion.hpp>
-#include <kvkeep/budget/pyramid.hpp>
-
 #include <numeric>
 
+#include "arrays.hpp"
 #include "parameters.hpp"
-#include "scores.hpp"
 
 namespace kvkeep::replay {
 
@@ -33,7 +30,7 @@ index_t row_count(recorded_case const& c, char const* input) {
   return extent(c, "cases", static_cast<index_t>(std::max<std::int64_t>(rows, 1)));
 }
 
-replayed run_pyramid(recorded_case const& c) {
+replayed run_pyramid(backend& b, recorded_case const& c) {
   std::vector<char const*> const names{"num_layers", "capacity", "beta", "window", "q_len"};
   int_range const ranges[] = {
       {1, most_layers}, {2, most_tokens}, {1, most_tokens}, {1, most_tokens}, {1, most_tokens}};
@@ -54,9 +51,7 @@ replayed run_pyramid(recorded_case const& c) {
     }
     if (v[3] >= v[1]) c.fail(field(3), std::to_string(v[3]) + ", allowed: below the capacity");
     pyramid const budget{v[1], v[2], !c.is_official()};
-    lengths.emplace_back();
-    for (index_t l = 0; l < v[0]; ++l)
-      lengths.back().push_back(budget.length(v[0], l, v[3], v[4]));
+    lengths.push_back(b.budgets(budget, v[0], v[3], v[4]));
   }
   replayed out;
   params.note("exact_total", !c.is_official());
@@ -65,12 +60,12 @@ replayed run_pyramid(recorded_case const& c) {
   return out;
 }
 
-replayed run_apportion(recorded_case const& c) {
+replayed run_apportion(backend& b, recorded_case const& c) {
   index_t const rows = row_count(c, "total");
   npy_array const& total = checked_input(c, "total", {rows}, false);
   npy_array const& caps = checked_table(c, "caps", rows, false);
   npy_array const& weights = checked_input(c, "weights", caps.shape, false);
-  int_rows parts;
+  std::vector<index_t> counts;
   for (std::size_t r = 0; r < uz(rows); ++r) {
     std::size_t const width = uz(caps.shape[1]);
     index_t const* cap = caps.i32.data() + r * width;
@@ -81,27 +76,30 @@ replayed run_apportion(recorded_case const& c) {
       if ((i < n && weight[i] < 0) || (i >= n && cap[i] >= 0))
         c.fail("inputs." + std::string(i < n ? "weights" : "caps") + "[" + std::to_string(r) + "]",
                "padding before a part");
-    std::vector<offset_t> remainder(n);
-    parts.emplace_back(n);
-    apportion(total.i32[r], weight, cap, static_cast<index_t>(n), parts.back().data(),
-              remainder.data());
+    counts.push_back(static_cast<index_t>(n));
   }
+  splits const s{rows,
+                 static_cast<index_t>(caps.shape[1]),
+                 total.i32.data(),
+                 counts.data(),
+                 weights.i32.data(),
+                 caps.i32.data()};
   replayed out;
   out.parameters = nlohmann::ordered_json::object();
-  out.outputs["parts"] = padded({rows}, parts);
+  out.outputs["parts"] = padded({rows}, b.parts(s));
   return out;
 }
 
 }  // namespace
 
-replayed run_budget(recorded_case const& c) {
+replayed run_budget(backend& b, recorded_case const& c) {
   std::string const policy = c.policy();
-  if (policy == "pyramidkv") return run_pyramid(c);
-  if (policy == "apportion") return run_apportion(c);
+  if (policy == "pyramidkv") return run_pyramid(b, c);
+  if (policy == "apportion") return run_apportion(b, c);
   throw unsupported(policy);
 }
 
-replayed run_select(recorded_case const& c) {
+replayed run_select(backend& b, recorded_case const& c) {
   if (c.policy() != "topk") throw unsupported(c.policy());
   index_t const n = extent(c, "n");
   std::int64_t const first = c.input("scores").shape.empty() ? 1 : c.input("scores").shape[0];
@@ -111,24 +109,9 @@ replayed run_select(recorded_case const& c) {
   for (index_t r = 0; r < rows; ++r)
     checked_integer(c, "inputs.k[" + std::to_string(r) + "]", k.i32[uz(r)], {});
 
-  std::vector<index_t> positions, slots(uz(rows) * uz(n)), count(uz(rows)), length(uz(rows), n);
-  for (std::size_t i = 0; i < slots.size(); ++i)
-    positions.push_back(static_cast<index_t>(i % uz(n)));
-  op::select_k<> o;
-  o.batch.n = rows;
-  o.slots = {row_major(length.data(), rows, 1), row_major(positions.data(), rows, 1, n), {}};
-  o.scores = row_major(scores.f32.data(), rows, 1, n);
-  o.k = row_major(k.i32.data(), rows, 1);
-  o.out = {row_major(slots.data(), rows, 1, n), row_major(count.data(), rows, 1)};
-  cpu::context ctx;
-  run_measured("select_k", [&](workspace& w) { return run(ctx, o, w); });
-
   replayed out;
   out.parameters = nlohmann::ordered_json::object();
-  int_rows kept;
-  for (index_t r = 0; r < rows; ++r)
-    kept.emplace_back(o.out.slots.at(r, 0), o.out.slots.at(r, 0) + count[uz(r)]);
-  out.outputs["kept"] = padded({rows}, kept);
+  out.outputs["kept"] = padded({rows}, b.select(scores.f32.data(), k.i32.data(), rows, n));
   return out;
 }
 

@@ -2,8 +2,10 @@
 /// decode_trace: the kept set of every step, for H2O, TOVA, StreamingLLM, MorphKV, KNorm and KeyDiff.
 #include <optional>
 
+#include "arrays.hpp"
 #include "guide.hpp"
 #include "prompt_policy.hpp"
+#include "support/watched_score.hpp"
 
 namespace kvkeep::replay {
 
@@ -39,16 +41,18 @@ extents entries(trace_data const& t, index_t n) {
   return {n, t.tokens.shape.n_seq, t.tokens.shape.n_kv_heads};
 }
 
-/// Runs a policy and, where the recorded sets are followed, holds it to them.
+/// Holds a run to the recorded sets, where they are followed.
 class follower {
  public:
   follower(recorded_case const& c, trace_data const& t, bool follow)
       : c_(c), t_(t), follow_(follow) {}
 
-  any_cpu_policy hold(any_cpu_policy const& p, guide::scores in_double, bool whole_layer = false) {
-    if (!follow_) return p;
+  trace_hooks hooks(guide::scores in_double, bool whole_layer = false) {
+    trace_hooks h;
+    if (!follow_) return h;
     guide_.emplace(c_, t_, std::move(in_double), whole_layer);
-    return guide_->hold(p);
+    h.scored = guide_->hold();
+    return h;
   }
   index_t near_ties() const { return guide_ ? guide_->near_ties() : 0; }
 
@@ -67,20 +71,9 @@ class sum_log {
       : recorded_(follow ? &c.output("acc") : nullptr),
         scale_(mean ? 1.0F / static_cast<float>(group) : 1.0F) {}
 
-  tools::watched_score watcher() {
-    tools::watched_score see;
-    see.settled = [this](score_input<> const& in) { rows_ = in.rows; };
-    return see;
-  }
-  void note(index_t b, index_t h, std::vector<index_t> const& slots) {
-    auto& sums = sums_.emplace_back();
-    for (index_t const slot : slots)
-      sums.push_back(tools::heavy_hitter_sum(rows_, b, h, slot, scale_));
-    if (recorded_ == nullptr || rows_.extent[2] > 1) return;
-    auto const width = uz(recorded_->shape.back());
-    float const* const acc = recorded_->f32.data() + (sums_.size() - 1) * width;
-    for (std::size_t i = 0; i < std::min(slots.size(), width); ++i)
-      rows_(b, h, 0, slots[i]) = acc[i] / scale_;
+  void join(trace_hooks& h) {
+    h.settled = [this](score_input<> const& in) { rows_ = in.rows; };
+    h.noted = [this](index_t b, index_t head, auto const& slots) { note(b, head, slots); };
   }
   npy_array padded_to(extents const& shape) {
     std::vector<float> values;
@@ -92,6 +85,17 @@ class sum_log {
   }
 
  private:
+  void note(index_t b, index_t h, std::vector<index_t> const& slots) {
+    auto& sums = sums_.emplace_back();
+    for (index_t const slot : slots)
+      sums.push_back(tools::heavy_hitter_sum(rows_, b, h, slot, scale_));
+    if (recorded_ == nullptr || rows_.extent[2] > 1) return;
+    auto const width = uz(recorded_->shape.back());
+    float const* const acc = recorded_->f32.data() + (sums_.size() - 1) * width;
+    for (std::size_t i = 0; i < std::min(slots.size(), width); ++i)
+      rows_(b, h, 0, slots[i]) = acc[i] / scale_;
+  }
+
   npy_array const* recorded_;
   float scale_;
   tensor_ref<float, 4> rows_{};  ///< the session's
@@ -99,7 +103,7 @@ class sum_log {
 };
 
 /// Sums of all prompt tokens, `[B, kv_head, T0]`, before the cut.
-npy_array prompt_sums(any_cpu_policy const& p, trace_data const& t) {
+npy_array prompt_sums(backend& b, chosen const& p, trace_data const& t) {
   prompt_data prompt = t.tokens;
   std::vector<float> q, k;
   cache_shape const& s = prompt.shape;
@@ -113,28 +117,30 @@ npy_array prompt_sums(any_cpu_policy const& p, trace_data const& t) {
   prompt.v = nullptr;
   prompt.tokens = prompt.q_rows = prompt.shape.max_slots = t.prompt;
   return float_array({s.n_seq, s.n_kv_heads, t.prompt},
-                     prompt_scores(p, prompt, layout_kind::strided));
+                     b.scores_of_prompt(p, prompt, layout_kind::strided));
 }
 
-replayed run_h2o(recorded_case const& c, layout_kind layout, bool follow) {
+replayed run_h2o(backend& b, recorded_case const& c, layout_kind layout, bool follow) {
   trace_data const t = read_trace(c, true, false);
   parameters params(c);
   index_t const heavy = params.integer("hh_size", {1, most_slots});
   index_t const recent = params.integer("recent_size", {0, most_slots});
   index_t const group = t.tokens.shape.group();
-  h2o const typed = make_h2o({heavy + recent, recent, read_group(params, group)});
-  auto const plain = erase_policy<cpu::context>(typed);
+  chosen policy{"h2o", {}};
+  policy.options.capacity = heavy + recent;
+  policy.options.window = recent;
+  policy.options.group = read_group(params, group);
 
   trace_options o;
   o.after_prompt = true;
   o.slots = heavy + recent + 2;
   o.layout = layout;
   follower f(c, t, follow);
-  sum_log sums(c, group, typed.score.group == reduction::mean, follow);
-  auto const policy =
-      tools::watch(follow ? f.hold(plain, h2o_in_double(c, t)) : plain, sums.watcher());
-  trace_log const log = run_trace(
-      policy, t, o, [&](index_t b, index_t h, auto const& slots) { sums.note(b, h, slots); });
+  sum_log sums(c, group, policy.options.group == reduction::mean, follow);
+  trace_hooks hooks;
+  if (follow) hooks = f.hooks(h2o_in_double(c, t));
+  sums.join(hooks);
+  trace_log const log = b.trace(policy, t, o, hooks);
 
   replayed out;
   out.parameters = params.resolved();
@@ -142,12 +148,12 @@ replayed run_h2o(recorded_case const& c, layout_kind layout, bool follow) {
   npy_array const kept = padded(entries(t, t.steps + 1), log.kept);
   out.outputs["acc"] = sums.padded_to(kept.shape);
   out.outputs["kept"] = kept;
-  if (wants(c, "acc_prompt")) out.outputs["acc_prompt"] = prompt_sums(plain, t);
+  if (wants(c, "acc_prompt")) out.outputs["acc_prompt"] = prompt_sums(b, policy, t);
   return out;
 }
 
 /// TOVA, KNorm, KeyDiff: kept sets alone, entry 0 after the prompt.
-replayed run_sets(recorded_case const& c, layout_kind layout, bool follow) {
+replayed run_sets(backend& b, recorded_case const& c, layout_kind layout, bool follow) {
   std::string const name = c.policy();
   trace_data const t = read_trace(c, true, false);
   parameters params(c);
@@ -167,12 +173,11 @@ replayed run_sets(recorded_case const& c, layout_kind layout, bool follow) {
   o.slots = slots_of_bursts(options);
   o.layout = layout;
   follower f(c, t, follow);
-  auto const policy = f.hold(make_policy<cpu::context>(name, options),
-                             name == "tova"    ? tova_in_double(t)
-                             : name == "knorm" ? knorm_in_double(t)
-                                               : keydiff_in_double(t),
-                             name == "tova");
-  auto const log = run_trace(policy, t, o);
+  trace_hooks const hooks = f.hooks(name == "tova"    ? tova_in_double(t)
+                                    : name == "knorm" ? knorm_in_double(t)
+                                                      : keydiff_in_double(t),
+                                    name == "tova");
+  auto const log = b.trace({name, options}, t, o, hooks);
   replayed out;
   out.parameters = params.resolved();
   out.near_ties = f.near_ties();
@@ -181,7 +186,7 @@ replayed run_sets(recorded_case const& c, layout_kind layout, bool follow) {
 }
 
 /// Positions alone: the sets of the first sequence's first head stand for all.
-replayed run_streaming(recorded_case const& c, layout_kind layout) {
+replayed run_streaming(backend& b, recorded_case const& c, layout_kind layout) {
   trace_data const t = read_trace(c, false, false);
   parameters params(c);
   policy_options options;
@@ -203,7 +208,7 @@ replayed run_streaming(recorded_case const& c, layout_kind layout) {
     trace_data longer = t;
     if (make_room_first) ++longer.steps;
     longer.tokens.tokens = t.prompt + longer.steps;
-    auto const log = run_trace(make_policy<cpu::context>("streamingllm", options), longer, o);
+    auto const log = b.trace({"streamingllm", options}, longer, o);
     int_rows rows;
     for (std::size_t i = 0; i < log.kept.size(); i += uz(stride)) rows.push_back(log.kept[i]);
     out.outputs[output] = padded({t.steps + 1}, rows);
@@ -242,7 +247,7 @@ std::vector<index_t> evictions(std::vector<index_t> const& sizes, index_t prompt
   return evicted;
 }
 
-replayed run_morphkv(recorded_case const& c, layout_kind layout, bool follow) {
+replayed run_morphkv(backend& b, recorded_case const& c, layout_kind layout, bool follow) {
   trace_data const t = read_trace(c, true, true);
   cache_shape const& s = t.tokens.shape;
   parameters params(c);
@@ -258,21 +263,23 @@ replayed run_morphkv(recorded_case const& c, layout_kind layout, bool follow) {
   replayed out;
   out.parameters = params.resolved();
   auto const run = [&](char const* output, bool per_head_mask) {
-    options.per_head_mask = per_head_mask;
+    options.per_head_mask = per_head_mask && b.masks_heads();
     // A set decided within the step is complete after it; else it is decided before the append.
-    bool const within = per_head_mask || options.include_current;
+    bool const within = options.per_head_mask || options.include_current;
     o.when = within ? moment::settled : moment::appended;
-    auto const policy =
-        f.hold(make_policy<cpu::context>("morphkv", options), morphkv_in_double(t, options));
-    trace_log log = run_trace(policy, t, o);
+    trace_log log = b.trace({"morphkv", options}, t, o, f.hooks(morphkv_in_double(t, options)));
     std::vector<index_t> sizes;
     for (std::size_t i = 0; i < log.kept.size(); i += uz(s.n_seq) * uz(s.n_kv_heads))
       sizes.push_back(static_cast<index_t>(log.kept[i].size()));
     out.outputs["kept"] = padded(entries(t, t.steps), log.kept);
     out.outputs["evicted"] = int_array({t.steps}, evictions(sizes, t.prompt));
     out.outputs["lens"] = int_array({t.steps}, sizes);
-    out.outputs[output] =
-        float_array({t.steps, s.n_seq, s.n_q_heads, s.dim_v}, std::move(log.attention));
+    // The published mask changes what query heads see, not what stays; one head sees just that.
+    if (per_head_mask && !b.masks_heads() && s.group() > 1)
+      out.missing[output] = std::string("backend ") + b.name() + " keeps one set per KV head";
+    else
+      out.outputs[output] =
+          float_array({t.steps, s.n_seq, s.n_q_heads, s.dim_v}, std::move(log.attention));
   };
   // The origin's form is run last: its sets are the ones that are reported.
   char const* const names[] = {"attn_out_kept", "attn_out_official"};
@@ -284,13 +291,13 @@ replayed run_morphkv(recorded_case const& c, layout_kind layout, bool follow) {
 
 }  // namespace
 
-replayed run_decode(recorded_case const& c, layout_kind layout, bool follow) {
+replayed run_decode(backend& b, recorded_case const& c, layout_kind layout, bool follow) {
   std::string const policy = c.policy();
-  if (policy == "h2o") return run_h2o(c, layout, follow);
+  if (policy == "h2o") return run_h2o(b, c, layout, follow);
   if (policy == "tova" || policy == "knorm" || policy == "keydiff")
-    return run_sets(c, layout, follow);
-  if (policy == "streamingllm") return run_streaming(c, layout);
-  if (policy == "morphkv") return run_morphkv(c, layout, follow);
+    return run_sets(b, c, layout, follow);
+  if (policy == "streamingllm") return run_streaming(b, c, layout);
+  if (policy == "morphkv") return run_morphkv(b, c, layout, follow);
   throw unsupported(policy);
 }
 

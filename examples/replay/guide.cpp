@@ -64,13 +64,11 @@ guide::guide(recorded_case const& c, trace_data const& t, scores in_double, bool
       in_double_(std::move(in_double)),
       whole_layer_(whole_layer) {}
 
-any_cpu_policy guide::hold(any_cpu_policy const& p) {
-  tools::watched_score see;
-  see.scored = [this](score_input<> const& in, score_map<> out) {
+std::function<void(score_input<> const&, score_map<>)> guide::hold() {
+  return [this](score_input<> const& in, score_map<> out) {
     for (index_t i = 0; i < in.batch.n; ++i)
       for (index_t h = 0; h < (whole_layer_ ? 1 : heads_); ++h) decide(in, out, i, h);
   };
-  return tools::watch(p, see);
 }
 
 guide::positions guide::recorded(index_t entry, index_t seq, index_t head) const {

@@ -3,8 +3,7 @@
 /// Judges the steps of a recorded trace one by one: each from the recorded set before it.
 #pragma once
 
-#include "support/watched_score.hpp"
-#include "trace.hpp"
+#include "replay.hpp"
 
 namespace kvkeep::replay {
 
@@ -21,8 +20,8 @@ class guide {
   /// `whole_layer`: one set for all heads.
   guide(recorded_case const& c, trace_data const& t, scores in_double, bool whole_layer = false);
 
-  /// `p`, held. The guide must live as long as the session.
-  any_cpu_policy hold(any_cpu_policy const& p);
+  /// What holds a run. The guide must live as long as that.
+  std::function<void(score_input<> const&, score_map<>)> hold();
   index_t near_ties() const { return near_ties_; }
 
  private:

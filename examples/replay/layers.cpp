@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// layer_budget and layer_budget_from_scores: DynamicKV over the layers of a model.
-#include <kvkeep/budget/dynamic_layers.hpp>
-
 #include "prompt_policy.hpp"
 
 namespace kvkeep::replay {
@@ -9,7 +7,7 @@ namespace kvkeep::replay {
 namespace {
 
 struct layers_case {
-  cache_shape shape{};   ///< of one layer; max_slots = T
+  cache_shape shape{};  ///< of one layer; max_slots = T
   index_t n_layers = 0;
   index_t candidates = 0;  ///< T' = T - W
   policy_options options{};
@@ -19,6 +17,10 @@ struct layers_case {
     return scores.data() + (offset_t{layer} * shape.n_kv_heads + h) * candidates;
   }
   index_t base() const { return options.capacity - options.window; }
+  /// Scores of the first `n` layers.
+  joint_scores joint(index_t n) const {
+    return {n, 1, shape.n_kv_heads, candidates, candidates, base(), false, scores.data()};
+  }
   index_t cap() const {
     double const most = options.r_max * base();
     return most < candidates ? static_cast<index_t>(most) : candidates;
@@ -32,8 +34,8 @@ layers_case read_layers(recorded_case const& c, parameters& p) {
   r.shape = read_shape(c, extent(c, "T"));
   read_window(p, r.options.window, r.options.capacity);
   if (r.options.window >= r.shape.max_slots)
-    p.fail("window", std::to_string(r.options.window) + ", allowed: below shape.T = " +
-                         std::to_string(r.shape.max_slots));
+    p.fail("window", std::to_string(r.options.window) +
+                         ", allowed: below shape.T = " + std::to_string(r.shape.max_slots));
   r.candidates = r.shape.max_slots - r.options.window;
   r.options.r_max = p.number("r_max", 1, 1e6, 10.0);
   r.options.every = p.integer("every", {1, most_layers}, 4);
@@ -42,12 +44,11 @@ layers_case read_layers(recorded_case const& c, parameters& p) {
 }
 
 /// Scores of every layer from its window queries and keys, by the policy's scorer.
-void score_layers(recorded_case const& c, layers_case& r, layout_kind layout) {
+void score_layers(backend& b, recorded_case const& c, layers_case& r, layout_kind layout) {
   cache_shape const& s = r.shape;
   index_t const tokens = s.max_slots, window = r.options.window;
   float const* q = floats_of(c, "q_win", {r.n_layers, s.n_q_heads, window, s.dim_k});
   float const* k = floats_of(c, "k", {r.n_layers, s.n_kv_heads, tokens, s.dim_k});
-  auto const policy = make_policy<cpu::context>("dynamickv", r.options);
   for (index_t l = 0; l < r.n_layers; ++l) {
     prompt_data p;
     p.shape = s;
@@ -55,7 +56,7 @@ void score_layers(recorded_case const& c, layers_case& r, layout_kind layout) {
     p.k = k + offset_t{l} * s.n_kv_heads * tokens * s.dim_k;
     p.q = q + offset_t{l} * s.n_q_heads * window * s.dim_k;
     p.q_rows = window;
-    std::vector<float> const all = prompt_scores(policy, p, layout);
+    std::vector<float> const all = b.scores_of_prompt({"dynamickv", r.options}, p, layout);
     for (auto at = all.begin(); at != all.end(); at += tokens)
       r.scores.insert(r.scores.end(), at, at + r.candidates);
   }
@@ -69,67 +70,37 @@ void take_scores(recorded_case const& c, layers_case& r) {
 }
 
 /// How many of the best base * H * n scores of layers [0, n) lie in each layer.
-std::vector<offset_t> global_counts(layers_case const& r, index_t n) {
+std::vector<offset_t> global_counts(backend& b, layers_case const& r, index_t n) {
   index_t const heads = r.shape.n_kv_heads;
-  std::vector<index_t> counts(uz(n) * uz(heads));
-  std::vector<index_t> const room(uz(heads), r.candidates);
-  op::layer_counts<> o;
-  o.batch.n = 1;
-  o.n_maps = n;
-  o.scores = row_major(r.scores.data(), n, 1, heads, r.candidates);
-  o.candidates = row_major(room.data(), 1, heads);
-  o.best_per_head = r.base();
-  o.out = row_major(counts.data(), n, 1, heads);
-  cpu::context ctx;
-  run_measured("layer_counts", [&](workspace& w) { return run(ctx, o, w); });
+  std::vector<index_t> const counts = b.counts(r.joint(n));
   std::vector<offset_t> sums(uz(n));
   for (std::size_t i = 0; i < counts.size(); ++i) sums[i / uz(heads)] += counts[i];
   return sums;
 }
 
 /// The canonical budgets (window excluded) of the layers seen so far, at every checkpoint.
-int_rows canonical_budgets(layers_case const& r) {
+int_rows canonical_budgets(backend& b, layers_case const& r) {
   index_t const heads = r.shape.n_kv_heads, window = r.options.window;
   dynamic_layers const budget{r.options.capacity, r.options.r_max, r.options.r_min,
                               r.options.every};
-  std::vector<index_t> kept(uz(r.n_layers) * uz(heads));
+  int_rows const kept = b.budgets(budget, window, r.joint(r.n_layers));
   int_rows history;
-  cpu::context ctx;
   for (index_t l = 0; l < r.n_layers; ++l) {
-    budget_input<> in;
-    in.n_layers = r.n_layers;
-    in.layer = l;
-    in.n_kv_heads = heads;
-    in.tokens = r.shape.max_slots;
-    in.recent = window;
-    in.scores = row_major(r.scores.data(), r.n_layers, 1, heads, r.candidates);
-    in.k = row_major(kept.data(), r.n_layers, heads);
-    run_measured("allocate", [&](workspace& w) { return budget.allocate(ctx, in, w); });
     // A checkpoint decides about all layers so far, not about this one alone.
     if (l + 1 < r.n_layers && (l + 1) % r.options.every != 0) continue;
     history.emplace_back();
-    for (index_t i = 0; i <= l; ++i) history.back().push_back(in.k(i, 0) - window);
+    for (index_t i = 0; i <= l; ++i)
+      history.back().push_back(kept[uz(l)][uz(i) * uz(heads)] - window);
   }
   return history;
 }
 
 /// The published storage of one head: best tokens first, then the window.
-std::vector<index_t> published_list(layers_case const& r, float const* score) {
+std::vector<index_t> published_list(backend& b, layers_case const& r, float const* score) {
   index_t const n = r.candidates, k = r.cap();
-  std::vector<index_t> slots(uz(n)), positions(uz(n));
-  for (index_t i = 0; i < n; ++i) positions[uz(i)] = i;
-  index_t length = n, count = 0;
-  op::select_k<> o;
-  o.batch.n = 1;
-  o.slots = {row_major(&length, 1, 1), row_major(positions.data(), 1, 1, n), {}};
-  o.scores = row_major(score, 1, 1, n);
-  o.k = row_major(&k, 1, 1);
-  o.out = {row_major(slots.data(), 1, 1, n), row_major(&count, 1, 1)};
-  cpu::context ctx;
-  run_measured("select_k", [&](workspace& w) { return run(ctx, o, w); });
-  slots.resize(uz(count));
+  std::vector<index_t> slots = b.select(score, &k, 1, n)[0];
   std::stable_sort(slots.begin(), slots.end(),
-                   [&](index_t a, index_t b) { return score[a] > score[b]; });
+                   [&](index_t x, index_t y) { return score[x] > score[y]; });
   for (index_t i = 0; i < r.options.window; ++i) slots.push_back(n + i);
   return slots;
 }
@@ -146,14 +117,14 @@ void published_cut(std::vector<index_t>& list, offset_t budget, index_t candidat
   list.insert(list.end(), tail.begin(), tail.end());
 }
 
-void run_published(layers_case const& r, replayed& out) {
+void run_published(backend& b, layers_case const& r, replayed& out) {
   index_t const heads = r.shape.n_kv_heads;
   int_rows lists, raw, after;
   std::vector<index_t> checkpoints;
   for (index_t l = 0; l < r.n_layers; ++l) {
-    for (index_t h = 0; h < heads; ++h) lists.push_back(published_list(r, r.head(l, h)));
+    for (index_t h = 0; h < heads; ++h) lists.push_back(published_list(b, r, r.head(l, h)));
     if ((l + 1) % r.options.every != 0) continue;
-    std::vector<offset_t> budget = global_counts(r, l + 1);
+    std::vector<offset_t> budget = global_counts(b, r, l + 1);
     published_dynamic_budgets(budget.data(), l + 1, r.n_layers, heads, r.base(), r.cap(),
                               offset_t{heads} * r.candidates);
     checkpoints.push_back(l + 1);
@@ -178,7 +149,7 @@ void run_published(layers_case const& r, replayed& out) {
 
 }  // namespace
 
-replayed run_layers(recorded_case const& c, layout_kind layout) {
+replayed run_layers(backend& b, recorded_case const& c, layout_kind layout) {
   if (c.policy() != "dynamickv") throw unsupported(c.policy());
   parameters params(c);
   layers_case r = read_layers(c, params);
@@ -189,20 +160,19 @@ replayed run_layers(recorded_case const& c, layout_kind layout) {
     take_scores(c, r);
   } else {
     read_window_options(params, r.options, r.shape.group());
-    score_layers(c, r, layout);
+    score_layers(b, c, r, layout);
   }
   params.note("published", c.is_official());
   replayed out;
   out.parameters = params.resolved();
   if (c.is_official()) {
-    run_published(r, out);
+    run_published(b, r, out);
   } else {
-    int_rows const history = canonical_budgets(r);
+    int_rows const history = canonical_budgets(b, r);
     out.outputs["budgets"] = padded({static_cast<std::int64_t>(history.size())}, history);
   }
   if (!from_scores)
-    out.outputs["scores"] =
-        float_array({r.n_layers, r.shape.n_kv_heads, r.candidates}, r.scores);
+    out.outputs["scores"] = float_array({r.n_layers, r.shape.n_kv_heads, r.candidates}, r.scores);
   return out;
 }
 

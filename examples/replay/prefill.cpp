@@ -9,52 +9,6 @@ namespace kvkeep::replay {
 
 namespace {
 
-prompt_offer offer_of(policy_type const& policy) {
-  evidence const e = policy.score.traits().prompt;
-  return e == evidence::all_queries      ? prompt_offer::all_queries
-         : e == evidence::window_queries ? prompt_offer::window_queries
-                                         : prompt_offer::nothing;
-}
-
-/// The prompt goes through a session with `n_layers` layers of the same content; positions that one
-/// of them keeps, ascending, in rows of (sequence, KV head).
-int_rows kept_by_session(prompt_policy const& r, prompt_data const& p, layout_kind layout) {
-  cpu::context ctx;
-  auto const policy = make_policy<cpu::context>(r.name, r.options);
-  auto const grow = make_policy<cpu::context>("fullkv");  // prefill alone: nothing leaves later
-  std::vector<tools::kv_cache> caches;
-  std::vector<layer_spec<>> layers;
-  for (index_t l = 0; l < r.n_layers; ++l) {
-    caches.push_back(make_cache(p, layout, p.tokens));
-    layers.emplace_back(caches.back().view());
-  }
-  limits lim;
-  lim.max_sequences = p.shape.n_seq;
-  lim.prompt = offer_of(policy);
-  lim.decode = decode_offer::nothing;
-  auto s = bind_session(ctx, policy, grow, std::span<layer_spec<> const>(layers), lim);
-
-  int_rows kept;
-  offset_t const q_size = offset_t{p.shape.n_q_heads} * p.q_rows * p.shape.dim_k;
-  for (index_t b = 0; b < p.shape.n_seq; ++b) {
-    index_t id = -1;
-    expect(s.begin(id, {b}), "begin");
-    queries q = tokens_only(p.tokens);
-    if (p.q != nullptr)
-      q = make_queries(p.q + b * q_size, p.shape.n_q_heads, p.q_rows, p.shape.dim_k);
-    q.tokens = p.tokens;
-    for (index_t l = 0; l < r.n_layers; ++l) expect(s.observe(l, id, q), "observe");
-    expect(s.end_prompt(id), "end_prompt");
-    for (index_t h = 0; h < p.shape.n_kv_heads; ++h) {
-      index_t const* positions = s.positions(r.layer).at(id, h);
-      kept.emplace_back(positions, positions + s.lengths(r.layer)(id, h));
-      std::sort(kept.back().begin(), kept.back().end());
-    }
-  }
-  expect(s.verify(), "verify");
-  return kept;
-}
-
 /// Scores `[B, Hkv, T]` in the form that the case reports.
 npy_array report_scores(std::vector<float> all, prompt_policy const& r, prompt_data const& p) {
   index_t const tokens = p.tokens, window = std::min(r.window, tokens);
@@ -79,22 +33,18 @@ npy_array report_scores(std::vector<float> all, prompt_policy const& r, prompt_d
 }
 
 /// AdaKV: members of the layer's best (C - W) * Hkv candidates per head, `[B, Hkv]`.
-npy_array raw_counts(std::vector<float> const& scores, prompt_policy const& r,
+npy_array raw_counts(backend& b, std::vector<float> const& scores, prompt_policy const& r,
                      prompt_data const& p) {
   cache_shape const& s = p.shape;
-  std::vector<index_t> counts(uz(s.n_seq) * uz(s.n_kv_heads));
-  std::vector<index_t> const candidates(counts.size(), std::max(p.tokens - r.window, 0));
-  op::layer_counts<> o;
-  o.batch.n = s.n_seq;
-  o.n_maps = 1;
-  o.scores = row_major(scores.data(), 1, s.n_seq, s.n_kv_heads, s.max_slots);
-  o.candidates = row_major(candidates.data(), s.n_seq, s.n_kv_heads);
-  o.best_per_head = r.options.capacity - r.options.window;
-  o.normalize = r.options.normalize;
-  o.out = row_major(counts.data(), 1, s.n_seq, s.n_kv_heads);
-  cpu::context ctx;
-  run_measured("layer_counts", [&](workspace& w) { return run(ctx, o, w); });
-  return int_array({s.n_seq, s.n_kv_heads}, std::move(counts));
+  joint_scores const all{1,
+                         s.n_seq,
+                         s.n_kv_heads,
+                         s.max_slots,
+                         std::max(p.tokens - r.window, 0),
+                         r.options.capacity - r.options.window,
+                         r.options.normalize,
+                         scores.data()};
+  return int_array({s.n_seq, s.n_kv_heads}, b.counts(all));
 }
 
 /// The last `rows` queries: q_win as recorded, or the end of q (into `memory`).
@@ -113,12 +63,11 @@ void take_window(recorded_case const& c, prompt_data& p, index_t rows, std::vect
 }
 
 /// The arrays that the policy's evidence asks for.
-void read_evidence(recorded_case const& c, policy_type const& policy, prompt_data& p,
+void read_evidence(recorded_case const& c, prompt_demand const& demand, prompt_data& p,
                    std::vector<float>& memory) {
   cache_shape const& s = p.shape;
-  evidence const e = policy.score.traits().prompt;
-  if (e == evidence::window_queries)
-    take_window(c, p, policy.score.state(s).query_ring, memory);
+  evidence const e = demand.shown;
+  if (e == evidence::window_queries) take_window(c, p, demand.window, memory);
   if (e == evidence::all_queries) {
     p.q_rows = p.tokens;
     p.q = floats_of(c, "q", {s.n_seq, s.n_q_heads, p.tokens, s.dim_k});
@@ -129,7 +78,7 @@ void read_evidence(recorded_case const& c, policy_type const& policy, prompt_dat
 }
 
 /// Two forms: KVCache-Factory's (the first C - W tokens are sinks), and kvpress' (n_sink sinks).
-replayed run_streaming(recorded_case const& c, layout_kind layout) {
+replayed run_streaming(backend& b, recorded_case const& c, layout_kind layout) {
   prompt_data p;
   p.tokens = extent(c, "T");
   p.shape = read_shape(c, p.tokens);
@@ -140,7 +89,7 @@ replayed run_streaming(recorded_case const& c, layout_kind layout) {
   r.options.make_room_first = false;
   auto const keep = [&](char const* output, index_t sinks) {
     r.options.sinks = sinks;
-    int_rows kept = kept_by_session(r, p, layout);
+    int_rows kept = b.keep_of_prompt(r.policy(), p, layout, r.n_layers, r.layer);
     // One set for all heads, unless the case has an axis for them.
     index_t heads = p.shape.n_kv_heads;
     auto const declared = c.output_info.find(output);
@@ -148,9 +97,9 @@ replayed run_streaming(recorded_case const& c, layout_kind layout) {
         declared->second.shape[1] == 1)
       heads = 1;
     int_rows rows;
-    for (std::size_t b = 0; b < uz(p.shape.n_seq); ++b)
+    for (std::size_t i = 0; i < uz(p.shape.n_seq); ++i)
       for (std::size_t h = 0; h < uz(heads); ++h)
-        rows.push_back(kept[b * uz(p.shape.n_kv_heads) + h]);
+        rows.push_back(kept[i * uz(p.shape.n_kv_heads) + h]);
     out.outputs[output] = padded({p.shape.n_seq, heads}, rows);
   };
   index_t window = 0;
@@ -168,16 +117,15 @@ replayed run_streaming(recorded_case const& c, layout_kind layout) {
 
 }  // namespace
 
-replayed run_prefill(recorded_case const& c, layout_kind layout) {
-  if (c.policy() == "streamingllm") return run_streaming(c, layout);
+replayed run_prefill(backend& b, recorded_case const& c, layout_kind layout) {
+  if (c.policy() == "streamingllm") return run_streaming(b, c, layout);
   prompt_data p;
   parameters params(c);
   p.tokens = extent(c, "T");
   p.shape = read_shape(c, p.tokens);
   prompt_policy const r = read_prompt_policy(c, params, p.shape.group());
-  auto const policy = make_policy<cpu::context>(r.name, r.options);
   std::vector<float> memory;
-  read_evidence(c, policy, p, memory);
+  read_evidence(c, b.demand_of(r.policy(), p.shape), p, memory);
 
   replayed out;
   out.parameters = params.resolved();
@@ -189,14 +137,14 @@ replayed run_prefill(recorded_case const& c, layout_kind layout) {
       std::iota(row.begin(), row.end(), 0);
     }
   } else {
-    kept = kept_by_session(r, p, layout);
+    kept = b.keep_of_prompt(r.policy(), p, layout, r.n_layers, r.layer);
   }
   out.outputs["kept"] = padded(heads, kept);
   if (c.kind() == "prefill_select_ragged") out.outputs["lens"] = lengths(heads, kept);
   if (wants(c, "scores") || wants(c, "raw_counts")) {
-    std::vector<float> scores = prompt_scores(policy, p, layout);
+    std::vector<float> scores = b.scores_of_prompt(r.policy(), p, layout);
     if (c.policy() == "adakv" && r.options.form != ada_form::safeguard)
-      out.outputs["raw_counts"] = raw_counts(scores, r, p);
+      out.outputs["raw_counts"] = raw_counts(b, scores, r, p);
     out.outputs["scores"] = report_scores(std::move(scores), r, p);
   }
   return out;

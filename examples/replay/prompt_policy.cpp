@@ -74,9 +74,9 @@ void read_lagkv(parameters& p, prompt_policy& r) {
 }  // namespace
 
 prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, index_t group) {
-  static constexpr char const* names[] = {"snapkv", "pyramidkv", "adakv",
-                                          "h2o",    "tova",      "knorm",
-                                          "keydiff", "lagkv",    "observed_attention"};
+  static constexpr char const* names[] = {"snapkv",  "pyramidkv", "adakv",
+                                          "h2o",     "tova",      "knorm",
+                                          "keydiff", "lagkv",     "observed_attention"};
   std::string const name = c.policy();
   auto const* known = std::find(std::begin(names), std::end(names), name);
   if (known == std::end(names)) throw unsupported(name);

@@ -3,7 +3,7 @@
 /// From the parameters of a prefill case to a policy, and to the form in which scores are reported.
 #pragma once
 
-#include "scores.hpp"
+#include "arrays.hpp"
 #include "window_options.hpp"
 
 namespace kvkeep::replay {
@@ -23,6 +23,8 @@ struct prompt_policy {
   index_t n_layers = 1;  ///< layers of the model, of which the case records `layer`
   index_t layer = 0;
   bool skipped = false;  ///< the layer is left alone
+
+  chosen policy() const { return {name, options}; }
 };
 
 /// The policy of a prefill case. @throws unsupported, or std::runtime_error naming the parameter
@@ -39,8 +41,8 @@ inline cache_shape read_shape(recorded_case const& c, index_t tokens) {
   s.dim_v = extent(c, "Dv", s.dim_k);
   s.max_slots = tokens;
   if (s.n_q_heads % s.n_kv_heads != 0)
-    c.fail("shape.Hq", std::to_string(s.n_q_heads) + ", allowed: a multiple of shape.Hkv = " +
-                           std::to_string(s.n_kv_heads));
+    c.fail("shape.Hq", std::to_string(s.n_q_heads) +
+                           ", allowed: a multiple of shape.Hkv = " + std::to_string(s.n_kv_heads));
   return s;
 }
 

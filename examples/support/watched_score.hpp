@@ -6,35 +6,43 @@
 #include <algorithm>
 #include <functional>
 
-#include <kvkeep/kvkeep.hpp>
+#include <kvkeep/backend/cpu/context.hpp>
+#include <kvkeep/engine/any_policy.hpp>
 
 namespace kvkeep::tools {
 
-/// Does what the scorer of `any_cpu_policy` does and shows it. The callbacks must live as long as the session.
-struct watched_score : any_scorer<cpu::context> {
-  using base = any_scorer<cpu::context>;
+/// Does what the scorer of an `any_policy` does and shows it. The callbacks must live as long as the session,
+/// and wait for what the backend has yet to do where it only enqueues.
+template <backend Ctx>
+struct watched_score_on : any_scorer<Ctx> {
+  using base = any_scorer<Ctx>;
+  using input = typename base::input;
+  using scores = score_map<space_of<Ctx>>;
 
   /// Scores of the slots in use, before they decide; what the callback writes decides instead.
-  std::function<void(input const& in, score_map<> out)> scored;
+  std::function<void(input const& in, scores out)> scored;
   /// A layer's slots after the prompt. `in.rows` stay in place for the session's life.
   std::function<void(input const& in)> settled;
 
-  status score(cpu::context& ctx, input const& in, score_map<> out, workspace& w) const {
+  status score(Ctx& ctx, input const& in, scores out, workspace& w) const {
     status const s = base::score(ctx, in, out, w);
     if (s == status::ok && !w.measuring() && scored) scored(in, out);
     return s;
   }
-  status settle(cpu::context& ctx, input const& in, workspace& w) const {
+  status settle(Ctx& ctx, input const& in, workspace& w) const {
     status const s = base::settle(ctx, in, w);
     if (s == status::ok && !w.measuring() && settled) settled(in);
     return s;
   }
 };
 
+using watched_score = watched_score_on<cpu::context>;
+
 /// `p` with callbacks.
-inline any_cpu_policy watch(any_cpu_policy p, watched_score callbacks) {
-  static_cast<watched_score::base&>(callbacks) = p.score;
-  p.score = any_scorer<cpu::context>(callbacks);
+template <backend Ctx>
+any_policy<Ctx> watch(any_policy<Ctx> p, watched_score_on<Ctx> callbacks) {
+  static_cast<any_scorer<Ctx>&>(callbacks) = p.score;
+  p.score = any_scorer<Ctx>(callbacks);
   return p;
 }
 

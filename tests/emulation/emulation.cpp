@@ -215,6 +215,11 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+cudaError_t cudaGetDeviceCount(int* devices) {
+  ++emulation::count().others;
+  *devices = 1;
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   ++emulation::count().others;
   switch (what) {
@@ -230,7 +235,29 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
     case cudaDevAttrComputeCapabilityMinor:
       *value = 0;
       break;
+    case cudaDevAttrConcurrentManagedAccess:
+      *value = 1;
+      break;
   }
+  return cudaSuccess;
+}
+cudaError_t cudaMallocManaged(void** p, std::size_t bytes) {
+  ++emulation::count().others;
+  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *p != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFree(void* p) {
+  ++emulation::count().others;
+  std::free(p);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+  ++emulation::count().others;
+  *stream = nullptr;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) {
+  ++emulation::count().others;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) {

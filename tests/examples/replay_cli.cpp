@@ -149,8 +149,12 @@ TEST_CASE("policies that do not exist are named") {
       CHECK(r.text == "unsupported: " + std::string(policy) + "\n");
     }
   auto const cuda = replay({golden("knorm_kvf").string(), "--backend", "cuda"});
+#ifdef KVKEEP_REPLAY_CUDA
+  CHECK((cuda.code == 0 || cuda.code == 77));  // 77: no device
+#else
   CHECK(cuda.code == 3);
   CHECK(contains(cuda.text, "cuda"));
+#endif
 }
 
 TEST_CASE("outputs are written as recorded, and nothing else") {
