@@ -3,6 +3,7 @@
 /// Fibers that stand in for the threads of a CUDA block (see cuda_runtime.h beside this).
 // Fortified longjmp refuses to change stacks.
 #undef _FORTIFY_SOURCE
+#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
@@ -105,9 +106,13 @@ void resume(fiber& f) {
     std::longjmp(f.at, 1);
 }
 
-void run_block() {
+/// `shared`: bytes that the launch has asked for. What lies behind them must stay as it is.
+void run_block(std::size_t shared) {
   machine& k = m();
-  std::memset(kvkeep::cuda::shared_words, 0xff, most_shared);
+  auto* const memory = reinterpret_cast<unsigned char*>(kvkeep::cuda::shared_words);
+  std::memset(memory, 0xff, shared);
+  std::size_t const behind = std::min(most_shared - shared, std::size_t{256});
+  std::memset(memory + shared, 0xa5, behind);
   for (auto& w : k.warps) w = {};
   k.waiting = k.brought = k.finished = 0;
   unsigned const per_row = blockDim.x, per_plane = per_row * blockDim.y;
@@ -132,15 +137,16 @@ void run_block() {
     }
     if (!moved) fail("threads wait for others that never come (divergent barrier?)");
   }
+  for (std::size_t i = 0; i < behind; ++i)
+    if (memory[shared + i] != 0xa5) fail("writes behind the shared memory of its launch");
 }
 
 }  // namespace
 
 calls& count() noexcept { return m().counted; }
 
-void run_grid(dim3 grid, dim3 block, std::size_t, std::function<void()> const& body) {
+void run_grid(dim3 grid, dim3 block, std::size_t shared, std::function<void()> const& body) {
   machine& k = m();
-  ++k.counted.launches;
   k.n = block.x * block.y * block.z;
   k.body = &body;
   blockDim = block;
@@ -149,7 +155,7 @@ void run_grid(dim3 grid, dim3 block, std::size_t, std::function<void()> const& b
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = {x, y, z};
-        run_block();
+        run_block(shared);
       }
 }
 
@@ -209,19 +215,42 @@ void wait_copy_groups(int pending) {
 
 }  // namespace emulation
 
+struct emulated_stream {
+  std::vector<std::function<void()>> recorded;
+};
+struct emulated_graph {
+  std::vector<std::function<void()>> work;
+};
+struct emulated_graph_exec {
+  std::vector<std::function<void()>> work;
+};
+
+namespace {
+
+/// The stream that is being captured, and whether the recording is spoilt.
+cudaStream_t captured = nullptr;
+bool spoilt = false;
+
+/// A call that must not come between the kernels of a step.
+cudaError_t other_call() {
+  ++emulation::count().others;
+  if (captured == nullptr) return cudaSuccess;
+  spoilt = true;
+  return cudaErrorStreamCaptureUnsupported;
+}
+
+}  // namespace
+
 char const* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "refused"; }
 cudaError_t cudaGetDevice(int* device) {
-  ++emulation::count().others;
   *device = 0;
-  return cudaSuccess;
+  return other_call();
 }
 cudaError_t cudaGetDeviceCount(int* devices) {
-  ++emulation::count().others;
   *devices = 1;
-  return cudaSuccess;
+  return other_call();
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  ++emulation::count().others;
   switch (what) {
     case cudaDevAttrMultiProcessorCount:
       *value = 132;
@@ -239,36 +268,82 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
       *value = 1;
       break;
   }
-  return cudaSuccess;
+  return other_call();
 }
 cudaError_t cudaMallocManaged(void** p, std::size_t bytes) {
-  ++emulation::count().others;
+  if (cudaError_t const e = other_call(); e != cudaSuccess) return e;
   *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   return *p != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFree(void* p) {
-  ++emulation::count().others;
   std::free(p);
-  return cudaSuccess;
+  return other_call();
 }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  ++emulation::count().others;
-  *stream = nullptr;
+  if (cudaError_t const e = other_call(); e != cudaSuccess) return e;
+  *stream = new emulated_stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamDestroy(cudaStream_t) {
-  ++emulation::count().others;
-  return cudaSuccess;
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return other_call();
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  ++emulation::count().others;
-  return cudaSuccess;
-}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return other_call(); }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t) {
-  ++emulation::count().others;
+  if (cudaError_t const e = other_call(); e != cudaSuccess) return e;
   std::memset(p, value, bytes);
   return cudaSuccess;
+}
+
+cudaError_t emulated_launch(cudaStream_t stream, std::function<void()> work) {
+  ++emulation::count().launches;
+  if (captured == nullptr) {
+    work();
+    return cudaSuccess;
+  }
+  if (stream == captured) {
+    captured->recorded.push_back(std::move(work));
+    return cudaSuccess;
+  }
+  // The null stream waits for all others, and so would have to wait for what never runs.
+  spoilt = true;
+  return cudaErrorStreamCaptureImplicit;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (cudaError_t const e = other_call(); e != cudaSuccess) return e;
+  if (stream == nullptr) return cudaErrorStreamCaptureUnsupported;
+  captured = stream;
+  spoilt = false;
+  stream->recorded.clear();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = nullptr;
+  if (captured == nullptr || captured != stream) return cudaErrorInvalidValue;
+  captured = nullptr;
+  other_call();
+  if (spoilt) return cudaErrorStreamCaptureInvalidated;
+  *graph = new emulated_graph{std::move(stream->recorded)};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  if (cudaError_t const e = other_call(); e != cudaSuccess) return e;
+  *exec = new emulated_graph_exec{graph->work};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+  if (cudaError_t const e = other_call(); e != cudaSuccess) return e;
+  for (auto const& work : exec->work) work();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return other_call();
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete exec;
+  return other_call();
 }
 /// The limits of a launch on a device.
 cudaError_t emulated_check(cudaLaunchConfig_t const& c) {

@@ -19,6 +19,9 @@ inline cpu::context& two_threads() {
   return ctx;
 }
 
+/// Nothing is started that could run later.
+inline long started_kernels() { return 0; }
+
 template <class Op>
 status call(op_context& ctx, Op const& op, workspace& ws) {
   return enqueue(ctx, op, ws);

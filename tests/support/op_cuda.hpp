@@ -6,6 +6,7 @@
 #pragma once
 
 #include <bit>
+#include <stdexcept>
 
 #include <kvkeep/cuda.cuh>
 
@@ -13,8 +14,13 @@ namespace kvkeep::test {
 
 using op_context = cuda::context;
 
+/// A stream of its own: the null stream cannot be captured. It outlives the tests.
 inline op_context& one_thread() {
-  static op_context ctx(nullptr);
+  static op_context ctx([] {
+    cudaStream_t s = nullptr;
+    if (cudaStreamCreate(&s) != cudaSuccess) throw std::runtime_error("no stream");
+    return s;
+  }());
   return ctx;
 }
 inline op_context& two_threads() { return one_thread(); }
@@ -34,7 +40,52 @@ auto on_device(op::head_chain<host_space, Ops...> const& chain) {
       op::head_chain<device_space, decltype(on_device(std::declval<Ops const&>()))...>>(chain);
 }
 
+/// What is put on a context's stream while it lives until `end`, recorded as a graph instead of run. A
+/// runtime call that allocates, waits or copies to the host in between spoils it.
+class recording {
+ public:
+  explicit recording(op_context& ctx) : stream_(ctx.stream) {
+    open_ = cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
+  }
+  recording(recording const&) = delete;
+  recording& operator=(recording const&) = delete;
+  ~recording() {
+    end();
+    if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
+  }
+  /// Whether all of it can be replayed.
+  bool end() {
+    if (!open_) return exec_ != nullptr;
+    open_ = false;
+    cudaGraph_t graph = nullptr;
+    if (cudaStreamEndCapture(stream_, &graph) != cudaSuccess) return false;
+    bool const good = cudaGraphInstantiate(&exec_, graph, 0) == cudaSuccess;
+    cudaGraphDestroy(graph);
+    return good;
+  }
+  /// Runs the recorded kernels and waits.
+  bool replay() {
+    return exec_ != nullptr && cudaGraphLaunch(exec_, stream_) == cudaSuccess &&
+           cudaStreamSynchronize(stream_) == cudaSuccess;
+  }
+
+ private:
+  cudaStream_t stream_;
+  bool open_ = false;
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+/// Kernels started so far, where that can be known.
+inline long started_kernels() {
+#ifdef KVKEEP_EMULATION
+  return emulation::count().launches;
+#else
+  return 0;
+#endif
+}
+
 /// Enqueues and waits.
+/// (A recording must not wait: it calls `enqueue` itself.)
 template <class Op>
 status call(op_context& ctx, Op const& op, workspace& ws) {
   status const result = enqueue(ctx, on_device(op), ws);

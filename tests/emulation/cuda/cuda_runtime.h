@@ -17,6 +17,7 @@
 #include <tuple>
 #include <type_traits>
 
+#define KVKEEP_EMULATION
 #define __global__
 #define __device__
 #define __host__
@@ -72,10 +73,11 @@ void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros
 void end_copy_group();
 void wait_copy_groups(int pending);
 
-/// Calls into the runtime since the program started, except launches, and launches.
+/// Calls into the runtime since the program started, by kind.
 struct calls {
-  long launches = 0;
-  long others = 0;
+  long launches = 0;  ///< of kernels, and recordings of them
+  long settings = 0;  ///< cudaFuncSetAttribute
+  long others = 0;    ///< memory, streams, devices, graphs
 };
 calls& count() noexcept;
 
@@ -202,7 +204,10 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
-  cudaErrorInvalidConfiguration = 9
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorStreamCaptureImplicit = 906
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -213,6 +218,9 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct emulated_stream*;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
+using cudaGraph_t = struct emulated_graph*;
+using cudaGraphExec_t = struct emulated_graph_exec*;
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -234,19 +242,32 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaGetLastError();
 cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t stream);
+/// Kernels launched from here on are recorded with copies of their arguments instead of run. Any other
+/// call but cudaFuncSetAttribute spoils the recording: stricter than a device, which allows some.
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
+                                 unsigned long long flags = 0);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 cudaError_t emulated_check(cudaLaunchConfig_t const& c);
+/// Runs `work`, or records it where the stream is being captured.
+cudaError_t emulated_launch(cudaStream_t stream, std::function<void()> work);
 
 template <class K>
 cudaError_t cudaFuncSetAttribute(K*, cudaFuncAttribute, int) {
-  ++emulation::count().others;
+  ++emulation::count().settings;
   return cudaSuccess;
 }
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* c, void (*kernel)(P...), A&&... args) {
   if (cudaError_t const e = emulated_check(*c); e != cudaSuccess) return e;
-  std::tuple<P...> const copies(static_cast<P>(args)...);
-  emulation::run_grid(c->gridDim, c->blockDim, c->dynamicSmemBytes,
-                      [&] { std::apply([&](auto const&... p) { kernel(p...); }, copies); });
-  return cudaSuccess;
+  return emulated_launch(
+      c->stream, [grid = c->gridDim, block = c->blockDim, shared = c->dynamicSmemBytes, kernel,
+                  copies = std::tuple<P...>(static_cast<P>(args)...)] {
+        emulation::run_grid(grid, block, shared,
+                            [&] { std::apply([&](auto const&... p) { kernel(p...); }, copies); });
+      });
 }

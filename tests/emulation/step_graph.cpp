@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// A decode step of a device session is kernel launches alone: recorded once and replayed, it keeps and
+// computes what the same steps do that are enqueued one by one.
+#include "../support/device_engine.hpp"
+
+namespace {
+
+using namespace kvkeep;
+using test::generator;
+using test::uz;
+
+constexpr index_t n_tokens = 40, n_layers = 2;
+
+/// What an engine does between append and attend. Index: entry * n_kv_heads + head.
+struct write_token {
+  kv_ref<device_space> kv;
+  batch_ref<device_space> batch;
+  index_t const* slots;  ///< [entry, kv_head]
+  float const* k;        ///< [entry, kv_head, dim_k]
+  float const* v;        ///< [entry, kv_head, dim_v]
+
+  KVKEEP_HD static void write(plane_ref<device_space> const& p, index_t row, index_t h,
+                              index_t slot, float const* from) {
+    any_layout const& l = p.layout;
+    offset_t const at = l.kind == layout_kind::paged ? l.paged.offset(row, h, slot)
+                                                     : l.strided.offset(row, h, slot);
+    float* const to = reinterpret_cast<float*>(p.data) + at;
+    for (index_t d = 0; d < p.dim; ++d) to[p.features(d)] = from[d];
+  }
+  KVKEEP_HD void operator()(index_t i) const {
+    index_t const heads = kv.shape.n_kv_heads, h = i % heads, row = batch.row_of(i / heads);
+    if (slots[i] < 0) return;
+    write(kv.k, row, h, slots[i], k + static_cast<offset_t>(i) * kv.k.dim);
+    write(kv.v, row, h, slots[i], v + static_cast<offset_t>(i) * kv.v.dim);
+  }
+};
+
+struct pairing {
+  char const* prompt;
+  char const* decode;
+  policy_options o{};
+  long most_launches;  ///< of a step in one layer, this test's writing of K and V not counted
+};
+
+std::vector<pairing> pairings() {
+  policy_options o;
+  o.capacity = 16;
+  o.window = 4;
+  o.sinks = 1;
+  policy_options burst = o, cached = o, direct = o;
+  burst.evict_after = 1.3;
+  cached.evaluation = morph_rows::cached;
+  direct.evaluation = morph_rows::direct;
+  return {{"fullkv", "fullkv", o, 5},
+          {"streamingllm", "streamingllm", o, 9},
+          {"h2o", "h2o", o, 9},
+          {"tova", "tova", o, 10},
+          {"knorm", "knorm", o, 9},
+          {"knorm", "knorm", burst, 11},
+          {"keydiff", "keydiff", o, 12},
+          {"morphkv", "morphkv", o, 17},
+          {"morphkv", "morphkv", cached, 17},
+          {"morphkv", "morphkv", direct, 13},
+          {"morphkv", "morphkv", burst, 19},
+          {"snapkv", "morphkv", o, 17}};
+}
+
+/// Fixed addresses for whatever changes from step to step.
+struct step_memory {
+  std::vector<index_t> ids, rows, slots;
+  std::vector<float> q, k, v, out;
+};
+
+/// A device session over sequences of different lengths.
+class stepper {
+ public:
+  stepper(pairing const& p, test::layout_id layout)
+      : prompt_policy_(make_policy<test::op_context>(p.prompt, p.o)),
+        decode_policy_(make_policy<test::op_context>(p.decode, p.o)) {
+    generator g(7);
+    for (index_t s = 0; s < shape_.n_seq; ++s)
+      texts_.push_back(test::make_text(g, shape_, n_layers, n_tokens));
+    shape_.max_slots = p.o.capacity + n_tokens;
+    test::cache_options o;
+    o.layout = layout;
+    o.shape = shape_;
+    for (index_t l = 0; l < n_layers; ++l) caches_.emplace_back(o);
+    for (auto const& c : caches_) specs_.push_back({test::to_device(c.ref())});
+    limits lim;
+    lim.max_sequences = shape_.n_seq;
+    std::span<layer_spec<device_space> const> const specs(specs_);
+    memory_ = std::make_unique<test::aligned_block>(
+        device_session_bytes(ctx(), prompt_policy_, decode_policy_, specs, lim));
+    session_.emplace(
+        bind_device_session(ctx(), prompt_policy_, decode_policy_, specs, lim, memory_->span()));
+    index_t const n = shape_.n_seq;
+    for (index_t s = 0; s < n; ++s) at_.ids.push_back(n - 1 - s), at_.rows.push_back(s);
+    at_.slots.resize(uz(n_layers * n * shape_.n_kv_heads));
+    at_.q.resize(uz(n_layers * n * shape_.n_q_heads * shape_.dim_k));
+    at_.k.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_k));
+    at_.v.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_v));
+    at_.out.resize(uz(n_layers * n * shape_.n_q_heads * shape_.dim_v));
+    for (index_t s = 0; s < n; ++s) begin(s, s == 0 ? 0 : 5 + 7 * s);
+  }
+
+  /// One token for every sequence. Nothing here depends on how many there were before.
+  void enqueue_step() {
+    index_t const n = shape_.n_seq, heads = shape_.n_kv_heads, hq = shape_.n_q_heads;
+    batch_ref<device_space> const b{n, at_.rows.data(), at_.ids.data()};
+    for (index_t l = 0; l < n_layers; ++l) {
+      index_t* const slots = at_.slots.data() + l * n * heads;
+      REQUIRE(session_->append(l, b, slots) == status::ok);
+      write_token const w{specs_[uz(l)].kv, b, slots, at_.k.data() + l * n * heads * shape_.dim_k,
+                          at_.v.data() + l * n * heads * shape_.dim_v};
+      workspace none{std::span<std::byte>()};
+      REQUIRE(run(ctx(), op::for_each<write_token, device_space>{n * heads, w}, none) ==
+              status::ok);
+      float const* const q = at_.q.data() + l * n * hq * shape_.dim_k;
+      REQUIRE(session_->attend(l, b, make_queries(q, hq, 1, shape_.dim_k),
+                               at_.out.data() + l * n * hq * shape_.dim_v) == status::ok);
+    }
+  }
+  /// The next tokens, at the fixed addresses.
+  void show_next() {
+    auto const fill = [&](std::vector<float>& to, index_t heads, index_t dim, auto const& of) {
+      auto next = to.begin();
+      for (index_t l = 0; l < n_layers; ++l)
+        for (index_t s = 0; s < shape_.n_seq; ++s)
+          for (index_t h = 0; h < heads; ++h)
+            for (double x : of(texts_[uz(s)].layer[uz(l)]).row(h, tokens_[uz(s)]))
+              *next++ = static_cast<float>(x);
+      REQUIRE(to.size() == uz(n_layers * shape_.n_seq * heads * dim));
+    };
+    fill(
+        at_.q, shape_.n_q_heads, shape_.dim_k, [](auto const& t) -> auto const& { return t.q; });
+    fill(
+        at_.k, shape_.n_kv_heads, shape_.dim_k, [](auto const& t) -> auto const& { return t.k; });
+    fill(
+        at_.v, shape_.n_kv_heads, shape_.dim_v, [](auto const& t) -> auto const& { return t.v; });
+    std::fill(at_.out.begin(), at_.out.end(), -77.0F);
+    for (index_t& t : tokens_) ++t;
+  }
+
+  /// [layer, sequence, head] live positions.
+  std::vector<std::vector<index_t>> kept() const {
+    std::vector<std::vector<index_t>> all;
+    for (index_t l = 0; l < n_layers; ++l)
+      for (index_t id = 0; id < shape_.n_seq; ++id)
+        for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
+          index_t const hole = session_->free_slots(l)(id, h);
+          all.emplace_back();
+          for (index_t t = 0; t < session_->lengths(l)(id, h); ++t)
+            if (t != hole) all.back().push_back(session_->positions(l)(id, h, t));
+          std::sort(all.back().begin(), all.back().end());
+        }
+    return all;
+  }
+  std::vector<float> const& out() const { return at_.out; }
+  bool sound() const {
+    bool good = true;
+    for (index_t id = 0; id < shape_.n_seq; ++id) good = good && session_->faults()[id] == 0;
+    for (auto const& c : caches_) good = good && c.canaries_intact();
+    return good;
+  }
+  static test::op_context& ctx() { return test::one_thread(); }
+
+ private:
+  void begin(index_t s, index_t n) {
+    index_t const id = at_.ids[uz(s)];
+    index_t got = -1;
+    REQUIRE(session_->begin(got, {id}) == status::ok);
+    for (index_t l = 0; l < n_layers; ++l) {
+      auto const& t = texts_[uz(s)].layer[uz(l)];
+      auto const floats = [](auto const& x) { return std::vector<float>(x.begin(), x.end()); };
+      std::vector<float> q;
+      for (index_t h = 0; h < shape_.n_q_heads; ++h)
+        for (index_t i = 0; i < n; ++i)
+          for (double x : t.q.row(h, i)) q.push_back(static_cast<float>(x));
+      for (index_t h = 0; h < shape_.n_kv_heads; ++h)
+        for (index_t i = 0; i < n; ++i) {
+          caches_[uz(l)].set_k(s, h, i, floats(t.k.row(h, i)));
+          caches_[uz(l)].set_v(s, h, i, floats(t.v.row(h, i)));
+        }
+      REQUIRE(session_->observe(l, id, make_queries(q.data(), shape_.n_q_heads, n, shape_.dim_k),
+                                s) == status::ok);
+      test::settle_device();  // the queries die here
+      REQUIRE(session_->end_prompt(l, id, s) == status::ok);
+      test::settle_device();
+    }
+    tokens_.push_back(n);
+  }
+
+  cache_shape shape_{3, 4, 2, 8, 6, 1};
+  test::device_any prompt_policy_, decode_policy_;
+  std::vector<test::text> texts_;
+  std::vector<test::test_cache> caches_;
+  std::vector<layer_spec<device_space>> specs_;
+  std::unique_ptr<test::aligned_block> memory_;
+  std::optional<device_session<test::op_context, test::device_any, test::device_any>> session_;
+  std::vector<index_t> tokens_;  ///< of each sequence, written so far
+  step_memory at_;
+};
+
+std::string describe(pairing const& p) {
+  return std::string(p.prompt) + ", then " + p.decode + ", evict_after " +
+         std::to_string(p.o.evict_after) + ", rows " +
+         (p.o.evaluation ? std::to_string(static_cast<int>(*p.o.evaluation)) : "any");
+}
+
+}  // namespace
+
+TEST_CASE("a recorded decode step, replayed, keeps and computes what enqueued steps do") {
+  bool pages = false;
+  for (pairing const& p : pairings()) {
+    test::layout_id const layout = pages ? test::layout_id::paged : test::layout_id::hnd;
+    pages = !pages;
+    INFO(describe(p) << ", " << layout);
+    stepper direct(p, layout), replayed(p, layout);
+    std::optional<test::recording> graph;
+    // Sequences of 0, 12 and 19 tokens at first: one is past the capacity of 16, the others come to it on
+    // the way.
+    for (int step = 0; step < 18; ++step) {
+      direct.show_next();
+      direct.enqueue_step();
+      test::settle_device();
+      if (!graph) {  // now that a device has loaded the kernels
+        auto const before = replayed.kept();
+        graph.emplace(stepper::ctx());
+        replayed.enqueue_step();
+        REQUIRE(graph->end());
+        REQUIRE(replayed.kept() == before);
+      }
+      replayed.show_next();
+      REQUIRE(graph->replay());
+      REQUIRE(direct.kept() == replayed.kept());
+      REQUIRE(direct.out() == replayed.out());
+    }
+    CHECK(direct.sound());
+    CHECK(replayed.sound());
+    if (std::string(p.decode) != "fullkv")
+      for (auto const& head : replayed.kept())
+        CHECK(static_cast<double>(head.size()) <= p.o.evict_after * (p.o.capacity + 1));
+  }
+}
+
+#ifdef KVKEEP_EMULATION
+TEST_CASE("a decode step launches kernels and does nothing else, no more of them than it says") {
+  for (pairing const& p : pairings()) {
+    INFO(describe(p));
+    stepper s(p, test::layout_id::paged);
+    for (int step = 0; step < 3; ++step) {
+      s.show_next();
+      emulation::calls const before = emulation::count();
+      s.enqueue_step();
+      emulation::calls const after = emulation::count();
+      CHECK(after.others == before.others);
+      long const launches = (after.launches - before.launches) / n_layers - 1;
+      CHECK((after.launches - before.launches) % n_layers == 0);
+      CHECK(launches <= p.most_launches);
+    }
+    CHECK(s.sound());
+  }
+}
+
+TEST_CASE("a recording is spoilt by what a graph must not hold") {
+  auto& ctx = stepper::ctx();
+  cuda::context null(nullptr);
+  struct nothing {
+    void operator()(index_t) const {}
+  };
+  workspace none{std::span<std::byte>()};
+  {
+    test::recording fine(ctx);
+    CHECK(run(ctx, op::for_each<nothing, device_space>{1, {}}, none) == status::ok);
+    CHECK(fine.end());
+  }
+  {
+    test::recording waits(ctx);
+    CHECK(cudaStreamSynchronize(ctx.stream) != cudaSuccess);
+    CHECK(!waits.end());
+  }
+  {
+    test::recording allocates(ctx);
+    void* p = nullptr;
+    CHECK(cudaMallocManaged(&p, 64) != cudaSuccess);
+    CHECK(!allocates.end());
+  }
+  {
+    test::recording elsewhere(ctx);
+    CHECK(run(null, op::for_each<nothing, device_space>{1, {}}, none) == status::backend_error);
+    CHECK(!elsewhere.end());
+  }
+}
+#endif
