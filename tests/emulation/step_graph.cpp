@@ -3,6 +3,10 @@
 // computes what the same steps do that are enqueued one by one.
 #include "../support/device_engine.hpp"
 
+#ifdef KVKEEP_EMULATION
+#include "far_memory.hpp"
+#endif
+
 namespace {
 
 using namespace kvkeep;
