@@ -60,8 +60,8 @@ double timed(F&& f) {
 inline double fma_seconds() {
   constexpr int n_acc = 12, rounds = 20000;
   cpu::vf acc[n_acc];
-  float start = 1;
-  benchmark::DoNotOptimize(start);
+  float volatile one = 1;  // unknown to the compiler; benchmark::DoNotOptimize lost the value here
+  float const start = one;
   for (int i = 0; i < n_acc; ++i) acc[i] = cpu::splat(start + static_cast<float>(i));
   cpu::vf const x = cpu::splat(start * 0.999F), y = cpu::splat(start * 0.001F);
   double const begin = now();  // no function: the accumulators must stay in registers
