@@ -131,20 +131,6 @@ struct recent_fused_score : scorer_base {
                ws);
   }
 
-  /// Positions of the window's rows. Public, because nvcc makes no kernel of a private type.
-  struct row_positions {
-    index_t const* seen;
-    index_t const* from;
-    index_t const* id;
-    index_t n_rows;
-    index_t* out;
-    KVKEEP_HD void operator()(index_t i) const noexcept {
-      index_t const s = id ? id[i / n_rows] : i / n_rows;
-      index_t const p = seen[s] - n_rows + i % n_rows;
-      out[i] = p >= 0 && p >= from[s] ? p : -1;
-    }
-  };
-
  private:
   lazy_shape lazy_of(cache_shape const& s) const { return {s.group(), row_count(), window}; }
   template <class Space>
