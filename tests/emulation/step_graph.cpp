@@ -43,7 +43,7 @@ struct pairing {
   char const* prompt;
   char const* decode;
   policy_options o{};
-  long most_launches;  ///< of a step in one layer, this test's writing of K and V not counted
+  long launches;  ///< of a step in one layer, this test's writing of K and V not counted
 };
 
 std::vector<pairing> pairings() {
@@ -51,22 +51,24 @@ std::vector<pairing> pairings() {
   o.capacity = 16;
   o.window = 4;
   o.sinks = 1;
-  policy_options burst = o, cached = o, direct = o;
+  policy_options burst = o, cached = o, direct = o, lazy = o;
   burst.evict_after = 1.3;
   cached.evaluation = morph_rows::cached;
   direct.evaluation = morph_rows::direct;
-  return {{"fullkv", "fullkv", o, 5},
-          {"streamingllm", "streamingllm", o, 9},
-          {"h2o", "h2o", o, 9},
-          {"tova", "tova", o, 10},
-          {"knorm", "knorm", o, 9},
-          {"knorm", "knorm", burst, 11},
-          {"keydiff", "keydiff", o, 12},
-          {"morphkv", "morphkv", o, 17},
-          {"morphkv", "morphkv", cached, 17},
-          {"morphkv", "morphkv", direct, 13},
-          {"morphkv", "morphkv", burst, 19},
-          {"snapkv", "morphkv", o, 17}};
+  lazy.window = lazy_shape::ahead;
+  lazy.evaluation = morph_rows::lazy;
+  return {{"fullkv", "fullkv", o, 3},
+          {"streamingllm", "streamingllm", o, 3},
+          {"h2o", "h2o", o, 3},
+          {"tova", "tova", o, 4},
+          {"knorm", "knorm", o, 3},
+          {"knorm", "knorm", burst, 10},
+          {"keydiff", "keydiff", o, 9},
+          {"morphkv", "morphkv", lazy, 3},
+          {"morphkv", "morphkv", cached, 12},
+          {"morphkv", "morphkv", direct, 9},
+          {"morphkv", "morphkv", burst, 16},
+          {"snapkv", "morphkv", lazy, 3}};
 }
 
 /// Fixed addresses for whatever changes from step to step.
@@ -248,7 +250,7 @@ TEST_CASE("a recorded decode step, replayed, keeps and computes what enqueued st
 }
 
 #ifdef KVKEEP_EMULATION
-TEST_CASE("a decode step launches kernels and does nothing else, no more of them than it says") {
+TEST_CASE("a decode step launches kernels and does nothing else, as many as it says") {
   for (pairing const& p : pairings()) {
     INFO(describe(p));
     stepper s(p, test::layout_id::paged);
@@ -260,7 +262,7 @@ TEST_CASE("a decode step launches kernels and does nothing else, no more of them
       CHECK(after.others == before.others);
       long const launches = (after.launches - before.launches) / n_layers - 1;
       CHECK((after.launches - before.launches) % n_layers == 0);
-      CHECK(launches <= p.most_launches);
+      CHECK(launches == p.launches);
     }
     CHECK(s.sound());
   }
