@@ -151,12 +151,15 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared, std::function<void()> c
   k.body = &body;
   blockDim = block;
   gridDim = grid;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        run_block(shared);
-      }
+  // No order of blocks is promised: from anywhere, either way round.
+  std::uint64_t const blocks = std::uint64_t{grid.x} * grid.y * grid.z, first = k.order() % blocks;
+  bool const backwards = k.order() % 2 == 0;
+  for (std::uint64_t i = 0; i < blocks; ++i) {
+    std::uint64_t const b = (first + (backwards ? blocks - i : i)) % blocks;
+    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                static_cast<unsigned>(b / grid.x / grid.y)};
+    run_block(shared);
+  }
 }
 
 int block_barrier(bool value) {
@@ -195,6 +198,8 @@ std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char cons
 }
 
 void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros) {
+  auto const aligned = [](void const* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
+  if (!aligned(to) || !aligned(from)) fail("an asynchronous copy of 16 bytes that are not aligned");
   m().running->open.push_back({to, from, bytes, zeros});
 }
 void end_copy_group() {

@@ -27,6 +27,7 @@ queries as_queries(tensor_ref<float const, R, device_space> const& q) noexcept {
   if constexpr (R == 4) r.row_stride = q.stride[2];
   return r;
 }
+
 /// Which heads the kernels for rows can take: contiguous features, of K and V alike.
 inline alignment rows_of(attend_task const& t) noexcept {
   plane_ref<device_space> const& k = t.kv.k;
