@@ -62,8 +62,7 @@ std::string describe(pairing const& p) {
 /// Queries as bf16 holds them.
 void round_queries(test::text& t) {
   for (oracle::tokens& l : t.layer)
-    for (double& x : l.q.data)
-      x = static_cast<double>(to_float(to_bf16(static_cast<float>(x))));
+    for (double& x : l.q.data) x = static_cast<double>(to_float(to_bf16(static_cast<float>(x))));
 }
 
 /// Slots may differ (what a session frees as a victim may be a cut here), so outputs agree up to rounding.
@@ -140,6 +139,30 @@ TEST_CASE("a sequence that finds no slot says so, and the others go on") {
   test::stream again = device.begin(a, x.id);
   CHECK(again.id == x.id);
   CHECK(device.session().faults()[x.id] == 0);
+}
+
+TEST_CASE("a slot that one KV head cannot have is taken by none") {
+  policy_options const o = small(64);
+  test::world w;
+  w.layout = test::layout_id::ragged;
+  auto e = w.options(test::make("fullkv", o), w.prompt + 2);
+  cache_shape const& shape = e.cache.shape;
+  // The last head of the last row has room for the prompt alone.
+  e.cache.capacities.assign(uz(shape.n_seq * shape.n_kv_heads), shape.max_slots);
+  e.cache.capacities.back() = 5;
+  auto const policy = make_policy<test::op_context>("fullkv", o);
+  test::device_engine device(e, policy, policy);
+  auto const a = w.words(1), b = w.words(2);
+  test::stream x = device.begin(a), y = device.begin(b);
+  REQUIRE(x.row == shape.n_seq - 1);
+  for (test::stream* s : {&x, &y}) device.prompt(*s, 5, {5});
+  auto const before = device.kept(0, x);
+  auto const r = device.step({&x, &y});
+  CHECK(device.session().faults()[x.id] == static_cast<index_t>(device_fault::no_slot));
+  CHECK(device.session().faults()[y.id] == 0);
+  CHECK(r[0].done == before);
+  CHECK(oracle::count(r[1].done[0]) == 6);
+  CHECK(device.intact());
 }
 
 TEST_CASE("what a device session does not have is refused when it is bound") {

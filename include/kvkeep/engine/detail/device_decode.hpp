@@ -15,8 +15,7 @@ status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& 
   if (m < 0 || slots == nullptr || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   workspace w = scratch();
-  return each(b.n * shape_.cache.n_kv_heads,
-              detail::take_slot<space>{l, shape_.rows, b, faults_, slots}, w);
+  return each(b.n, detail::take_slots<space>{l, shape_.rows, b, faults_, slots}, w);
 }
 
 template <backend Ctx, class P, class D>

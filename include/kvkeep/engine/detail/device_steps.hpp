@@ -75,33 +75,44 @@ KVKEEP_HD index_t fault_of(plane_ref<Space> const& p, index_t row, index_t h,
   return page >= 0 && page < l.paged.n_blocks ? 0 : static_cast<index_t>(device_fault::bad_table);
 }
 
-/// Gives every head of every entry a slot for its next token: its free slot, else the tail. A sequence
-/// with a fault gets none. Index: entry * n_kv_heads + head.
+/// Gives every head of an entry a slot for its next token: its free slot, else the tail. Where one of them
+/// cannot have one, and where the sequence has a fault already, none gets any. Index: entry.
 template <class Space>
-struct take_slot {
+struct take_slots {
   layer_state<Space> l;
   row_plan rows;
   batch_ref<Space> batch;
   index_t* faults;
   index_t* out;  ///< [entry, kv_head]
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const heads = l.kv.shape.n_kv_heads, h = i % heads;
-    index_t const id = batch.id_of(i / heads), row = batch.row_of(i / heads);
-    index_t const free = l.victim(id, h), slot = free >= 0 ? free : l.slots.lengths(id, h);
+  KVKEEP_HD void operator()(index_t entry) const noexcept {
+    index_t const heads = l.kv.shape.n_kv_heads, id = batch.id_of(entry);
     index_t fault = faults[id];
-    if (l.fresh(0, id, h) >= 0) fault |= static_cast<index_t>(device_fault::bad_order);
-    if (slot >= l.kv.shape.max_slots) fault |= static_cast<index_t>(device_fault::no_slot);
-    if (fault == 0) fault = fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
-    // Heads write the same word, all of them a fault: whichever remains says that there was one.
-    if (fault != 0) faults[id] |= fault;
-    l.appended[id] = l.seen[id] + 1;  // the same from every head
-    out[i] = fault == 0 ? slot : -1;
-    if (fault != 0) return;
-    if (free < 0) l.slots.lengths(id, h) = slot + 1;
+    for (index_t h = 0; h < heads; ++h) fault |= fault_at(entry, h);
+    faults[id] = fault;
+    l.appended[id] = l.seen[id] + 1;
+    for (index_t h = 0; h < heads; ++h)
+      out[entry * heads + h] = fault == 0 ? take(id, h) : index_t{-1};
+  }
+
+ private:
+  KVKEEP_HD index_t slot_for(index_t id, index_t h) const noexcept {
+    index_t const free = l.victim(id, h);
+    return free >= 0 ? free : l.slots.lengths(id, h);
+  }
+  KVKEEP_HD index_t fault_at(index_t entry, index_t h) const noexcept {
+    index_t const id = batch.id_of(entry), row = batch.row_of(entry), slot = slot_for(id, h);
+    if (l.fresh(0, id, h) >= 0) return static_cast<index_t>(device_fault::bad_order);
+    if (slot >= l.kv.shape.max_slots) return static_cast<index_t>(device_fault::no_slot);
+    return fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
+  }
+  KVKEEP_HD index_t take(index_t id, index_t h) const noexcept {
+    index_t const slot = slot_for(id, h);
+    if (l.victim(id, h) < 0) l.slots.lengths(id, h) = slot + 1;
     l.victim(id, h) = -1;
     l.slots.positions(id, h, slot) = l.seen[id];
     l.fresh(0, id, h) = slot;
     for (index_t r = 0; r < rows.weights_at; ++r) l.slots.rows(id, h, r, slot) = 0;
+    return slot;
   }
 };
 
