@@ -119,6 +119,7 @@ struct row_path {
     }
   }
 
+  /// Query heads that the tile lacks have logits of 0, which go nowhere.
   static __device__ void put(float const (&x)[batch * G], index_t slot, split_place const& at,
                              float* z) {
     constexpr int shares = batch * G < lanes ? lanes / (batch * G) : 1;  // lanes of a number
@@ -127,7 +128,7 @@ struct row_path {
     for (int i = 0; i < kept; ++i) {
       int const number = lane / shares * kept + i, g = number % G;
       index_t const j = slot + number / G * groups;
-      if (lane % shares == 0 && g < at.count && j < at.n) z[g * split_slots + j] = x[i];
+      if (lane % shares == 0 && j < at.n) z[g * split_slots + j] = x[i];
     }
   }
 

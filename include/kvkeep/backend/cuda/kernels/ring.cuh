@@ -54,6 +54,9 @@ struct ring_sums_kernel : ring_kernel {
 /// longer nothing: where an old slot's score does not stand clear of it, the head is not served.
 /// Grid: heads, strips of slots.
 struct ring_fuse_kernel : ring_kernel {
+  /// Any number of threads may say so.
+  __device__ void skip_none() const { atomicExch(&skipped[blockIdx.x], 0); }
+
   __device__ void operator()() const {
     shared_pieces shared;
     auto* const box = shared.take<float>(warp_size);
@@ -72,7 +75,7 @@ struct ring_fuse_kernel : ring_kernel {
     bool const any_row = __syncthreads_or(present ? 1 : 0) != 0;
     largest = block_reduce(largest, box, larger{});
     bool const served = any_row && !direct;
-    if (!served && thread_of_block() == 0) skipped[blockIdx.x] = 0;
+    if (!served && thread_of_block() == 0) skip_none();
     index_t const j = static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
     if (!served || j >= o.layer.slots.lengths(id, at.head)) return;
     float score = 0;
@@ -87,7 +90,7 @@ struct ring_fuse_kernel : ring_kernel {
     bool const old = o.layer.slots.positions(id, at.head, j) <= limit[blockIdx.x];
     o.out(at.entry, at.head, j) = old ? score : __uint_as_float(0x7f800000u);
     float const lost = 1e6f * static_cast<float>(n_rows) * (least_normal_float * largest);
-    if (old && largest > 2 && score < lost) skipped[blockIdx.x] = 0;
+    if (old && largest > 2 && score < lost) skip_none();
   }
 };
 

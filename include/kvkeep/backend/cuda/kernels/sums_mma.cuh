@@ -44,9 +44,9 @@ struct mma_sums_kernel {
       index_t const mine = first + key < h.n ? h.positions[first + key] : above_positions;
       index_t const lowest = warp_reduce(mine, smaller{}), highest = warp_reduce(mine, larger{});
       __syncwarp();  // those of the last step may still be read
-      positions.of[warp * n_tiles * 16 + key] = mine;
-      positions.lowest[warp] = lowest;
-      positions.highest[warp] = highest;
+      if (lane < n_tiles * 16) positions.of[warp * n_tiles * 16 + lane] = mine;
+      if (lane == 0) positions.lowest[warp] = lowest;
+      if (lane == 0) positions.highest[warp] = highest;
       __syncwarp();
       unrolled<n_tiles * 2>([&](int x) {
         unrolled<Blocks>([&](int s) {
