@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
 /// Fibers that stand in for the threads of a CUDA block (see cuda_runtime.h beside this).
-// Fortified longjmp refuses to change stacks.
-#undef _FORTIFY_SOURCE
 #include <algorithm>
-#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -15,6 +12,17 @@
 
 #include <cuda_runtime.h>
 
+// What sanitizers are told; null in a program without them. This file itself is never built with them
+// (CMake): what it does between the threads of a block is not the kernel's doing.
+extern "C" {
+[[gnu::weak]] void __tsan_read_range(void* at, unsigned long bytes);
+[[gnu::weak]] void __tsan_write_range(void* at, unsigned long bytes);
+[[gnu::weak]] void __sanitizer_start_switch_fiber(void** save, void const* bottom, std::size_t);
+[[gnu::weak]] void __sanitizer_finish_switch_fiber(void* save, void const** bottom, std::size_t*);
+[[gnu::weak]] void __asan_poison_memory_region(void const volatile* at, std::size_t bytes);
+[[gnu::weak]] void __asan_unpoison_memory_region(void const volatile* at, std::size_t bytes);
+}
+
 namespace kvkeep::cuda {
 /// What `extern __shared__` names in our kernels.
 alignas(128) uint4 shared_words[227 * 1024 / 16];
@@ -23,13 +31,7 @@ alignas(128) uint4 shared_words[227 * 1024 / 16];
 namespace emulation {
 namespace {
 
-constexpr std::size_t stack_bytes = 96 * 1024, most_threads = 1024, most_shared = 227 * 1024;
-
-[[noreturn]] void fail(char const* what) {
-  std::fprintf(stderr, "emulated kernel: %s (block %u,%u,%u thread %u,%u,%u)\n", what, blockIdx.x,
-               blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
-  std::abort();
-}
+constexpr std::size_t stack_bytes = 256 * 1024, most_threads = 1024, most_shared = 227 * 1024;
 
 enum class state : char { ready, at_barrier, in_warp, done };
 
@@ -39,12 +41,36 @@ struct copy_started {
   std::size_t bytes, zeros;
 };
 
+/// A stack that is not running: where it was left, and the address sanitizer's book of it. Changes by the
+/// compiler's own jumps, for the library's may refuse to leave a stack, or be watched themselves.
+struct place {
+  void* words[5]{};
+  void const* bottom = nullptr;
+  std::size_t bytes = 0;
+  void* book = nullptr;
+};
+void leaves(place& from, place const& to) {
+  if (__sanitizer_start_switch_fiber != nullptr)
+    __sanitizer_start_switch_fiber(&from.book, to.bottom, to.bytes);
+}
+void arrives(place& at, place& from) {
+  if (__sanitizer_finish_switch_fiber != nullptr)
+    __sanitizer_finish_switch_fiber(at.book, &from.bottom, &from.bytes);
+}
+[[noreturn, gnu::noinline]] void jump(place& to) { __builtin_longjmp(to.words, 1); }
+[[gnu::noinline]] void change(place& from, place& to) {
+  leaves(from, to);
+  if (__builtin_setjmp(from.words) == 0) jump(to);
+  arrives(from, to);
+}
+
 struct fiber {
   state now = state::done;
-  std::jmp_buf at{};
+  place at;
   std::unique_ptr<char[]> stack;
   uint3 thread{};
   unsigned long warp_calls = 0;
+  sync_count syncs;
   std::vector<std::vector<copy_started>> groups;
   std::vector<copy_started> open;
 };
@@ -59,7 +85,7 @@ struct machine {
   calls counted;
   std::vector<fiber> fibers{most_threads};
   std::vector<warp_box> warps{most_threads / warp_size};
-  std::jmp_buf scheduler{};
+  place scheduler;
   std::function<void()> const* body = nullptr;
   fiber* running = nullptr;
   unsigned n = 0, waiting = 0, brought = 0, result = 0, finished = 0;
@@ -70,12 +96,11 @@ machine& m() {
   return instance;
 }
 
-void leave() {
-  if (_setjmp(m().running->at) == 0) std::longjmp(m().scheduler, 1);
-}
+void leave() { change(m().running->at, m().scheduler); }
 
 /// First function on a fiber's stack: one thread of one block after another. Never returns.
 void enter() {
+  arrives(m().running->at, m().scheduler);
   for (;;) {
     (*m().body)();
     fiber& f = *m().running;
@@ -87,39 +112,58 @@ void enter() {
   }
 }
 
-void start(fiber& f) {
-  f.stack = std::make_unique<char[]>(stack_bytes);
+[[gnu::noinline]] void start(fiber& f) {
+  f.at.bottom = f.stack.get();
+  f.at.bytes = stack_bytes;
   ucontext_t to;
   getcontext(&to);
   to.uc_stack.ss_sp = f.stack.get();
   to.uc_stack.ss_size = stack_bytes;
   to.uc_link = nullptr;
   makecontext(&to, enter, 0);
-  if (_setjmp(m().scheduler) == 0) setcontext(&to);
+  leaves(m().scheduler, f.at);
+  if (__builtin_setjmp(m().scheduler.words) == 0) setcontext(&to);
+  arrives(m().scheduler, f.at);
 }
 
 /// Lets a fiber run until it waits.
 void resume(fiber& f) {
-  if (!f.stack)
+  machine& k = m();
+  k.running = &f;
+  threadIdx = f.thread;
+  standing.thread = static_cast<unsigned>(&f - k.fibers.data());
+  standing.syncs = f.syncs;
+  bool const started = f.stack != nullptr;
+  if (!started) f.stack = std::make_unique_for_overwrite<char[]>(stack_bytes);
+  standing.stack = f.stack.get();
+  standing.stack_bytes = stack_bytes;
+  standing.running = true;
+  if (started)
+    change(k.scheduler, f.at);
+  else
     start(f);
-  else if (_setjmp(m().scheduler) == 0)
-    std::longjmp(f.at, 1);
+  standing.running = false;
 }
 
 /// `shared`: bytes that the launch has asked for. What lies behind them must stay as it is.
 void run_block(std::size_t shared) {
   machine& k = m();
+  ++standing.block;
   auto* const memory = reinterpret_cast<unsigned char*>(kvkeep::cuda::shared_words);
+  if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(memory, most_shared);
   std::memset(memory, 0xff, shared);
   std::size_t const behind = std::min(most_shared - shared, std::size_t{256});
   std::memset(memory + shared, 0xa5, behind);
-  for (auto& w : k.warps) w = {};
+  if (__asan_poison_memory_region != nullptr)
+    __asan_poison_memory_region(memory + shared, most_shared - shared);
+  for (auto& w : k.warps) w.arrived[0] = w.arrived[1] = 0;
   k.waiting = k.brought = k.finished = 0;
   unsigned const per_row = blockDim.x, per_plane = per_row * blockDim.y;
   for (unsigned i = 0; i < k.n; ++i) {
     fiber& f = k.fibers[i];
     f.now = state::ready;
     f.warp_calls = 0;
+    f.syncs = {};
     f.thread = {i % per_row, i / per_row % blockDim.y, i / per_plane};
   }
   while (k.finished < k.n) {
@@ -131,26 +175,35 @@ void run_block(std::size_t shared) {
       fiber& f = k.fibers[i];
       if (f.now != state::ready) continue;
       moved = true;
-      k.running = &f;
-      threadIdx = f.thread;
       resume(f);
     }
     if (!moved) fail("threads wait for others that never come (divergent barrier?)");
   }
+  if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(memory, most_shared);
   for (std::size_t i = 0; i < behind; ++i)
     if (memory[shared + i] != 0xa5) fail("writes behind the shared memory of its launch");
 }
 
 }  // namespace
 
+[[noreturn]] void fail(char const* what) {
+  std::fprintf(stderr, "emulated kernel: %s (block %u,%u,%u thread %u,%u,%u)\n%s\n", what,
+               blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z,
+               standing.kernel);
+  std::abort();
+}
+
 calls& count() noexcept { return m().counted; }
 
-void run_grid(dim3 grid, dim3 block, std::size_t shared, std::function<void()> const& body) {
+void run_grid(char const* kernel, dim3 grid, dim3 block, std::size_t shared,
+              std::function<void()> const& body) {
   machine& k = m();
   k.n = block.x * block.y * block.z;
   k.body = &body;
   blockDim = block;
   gridDim = grid;
+  standing.kernel = kernel;
+  ++standing.launch;
   // No order of blocks is promised: from anywhere, either way round.
   std::uint64_t const blocks = std::uint64_t{grid.x} * grid.y * grid.z, first = k.order() % blocks;
   bool const backwards = k.order() % 2 == 0;
@@ -164,16 +217,18 @@ void run_grid(dim3 grid, dim3 block, std::size_t shared, std::function<void()> c
 
 int block_barrier(bool value) {
   machine& k = m();
+  ++k.running->syncs.block;
   k.brought += value ? 1 : 0;
   if (++k.waiting < k.n) {
     k.running->now = state::at_barrier;
     leave();
-    return static_cast<int>(k.result);
+  } else {
+    k.result = k.brought;
+    k.waiting = k.brought = 0;
+    for (unsigned i = 0; i < k.n; ++i)
+      if (k.fibers[i].now == state::at_barrier) k.fibers[i].now = state::ready;
+    standing.syncs = k.running->syncs;
   }
-  k.result = k.brought;
-  k.waiting = k.brought = 0;
-  for (unsigned i = 0; i < k.n; ++i)
-    if (k.fibers[i].now == state::at_barrier) k.fibers[i].now = state::ready;
   return static_cast<int>(k.result);
 }
 
@@ -196,10 +251,25 @@ std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char cons
     if (k.fibers[first + l].now == state::in_warp) k.fibers[first + l].now = state::ready;
   return w.value[turn];
 }
+void warp_barrier(unsigned mask) {
+  fiber& f = *m().running;
+  ++f.syncs.warp;
+  warp_exchange(0, mask, "__syncwarp");
+  standing.syncs = f.syncs;
+}
 
+void watch_read(void const* at, std::size_t bytes) {
+  if (__tsan_read_range != nullptr) __tsan_read_range(const_cast<void*>(at), bytes);
+}
+void watch_write(void* at, std::size_t bytes) {
+  if (__tsan_write_range != nullptr) __tsan_write_range(at, bytes);
+}
 void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros) {
   auto const aligned = [](void const* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   if (!aligned(to) || !aligned(from)) fail("an asynchronous copy of 16 bytes that are not aligned");
+  // From here until it has been waited for, the copy may write at any time.
+  watch_write(to, bytes + zeros);
+  std::memset(to, 0xff, bytes + zeros);
   m().running->open.push_back({to, from, bytes, zeros});
 }
 void end_copy_group() {
@@ -211,6 +281,8 @@ void wait_copy_groups(int pending) {
   auto& groups = m().running->groups;
   while (groups.size() > static_cast<std::size_t>(pending)) {
     for (copy_started const& c : groups.front()) {
+      watch_read(c.from, c.bytes);
+      watch_write(c.to, c.bytes + c.zeros);
       if (c.bytes > 0) std::memcpy(c.to, c.from, c.bytes);
       std::memset(static_cast<char*>(c.to) + c.bytes, 0, c.zeros);
     }

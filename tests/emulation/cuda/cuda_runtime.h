@@ -5,9 +5,11 @@
 /// meet; blocks run one after another. It knows what our kernels use, and refuses what they must not:
 /// a barrier that some thread misses, a warp operation in part of a warp. Shared memory starts poisoned,
 /// and the order of threads between barriers is drawn anew each time, so that a missing barrier shows.
-/// Not a model of time, of memory ordering between blocks, or of a race inside one instruction.
+/// Together with race_check.cpp a missing barrier is reported whatever the order, and with the address
+/// sanitizer shared memory ends where the launch says. Not a model of time.
 #pragma once
 
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -59,14 +61,36 @@ namespace emulation {
 
 inline constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
 
-/// Runs `body` once per thread of one block after another.
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> const& body);
+/// Runs `body` once per thread of one block after another. @param kernel its name, for messages
+void run_grid(char const* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+              std::function<void()> const& body);
+/// Says where the running thread stands, and ends the program.
+[[noreturn]] void fail(char const* what);
+
+/// Barriers that a thread has passed.
+struct sync_count {
+  unsigned block = 0, warp = 0;
+};
+/// The running thread's place in time, for whoever watches its accesses (race_check.cpp).
+struct place_in_time {
+  bool running = false;
+  unsigned launch = 0, block = 0;  ///< how many have been started
+  unsigned thread = 0;             ///< in its block
+  sync_count syncs;
+  void const* stack = nullptr;
+  std::size_t stack_bytes = 0;
+  char const* kernel = "";
+};
+inline place_in_time standing;
 
 /// Waits until every thread of the block has come. @return for each thread the number of those that
 /// brought `true`
 int block_barrier(bool value);
 /// Waits for the warp, exchanging 8 bytes per lane. @return 32 values, valid until the next call
 std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char const* what);
+/// The same, and what lanes have written before it may be read after it: an exchange alone promises
+/// nothing of memory.
+void warp_barrier(unsigned mask);
 
 /// Copies that have been started and not been waited for (cp.async).
 void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros);
@@ -106,9 +130,7 @@ inline void __syncthreads() { emulation::block_barrier(false); }
 inline int __syncthreads_count(int x) { return emulation::block_barrier(x != 0); }
 inline int __syncthreads_or(int x) { return emulation::block_barrier(x != 0) != 0; }
 inline int __syncthreads_and(int x) { return emulation::block_barrier(x == 0) == 0; }
-inline void __syncwarp(unsigned mask = emulation::all_lanes) {
-  emulation::warp_exchange(0, mask, "__syncwarp");
-}
+inline void __syncwarp(unsigned mask = emulation::all_lanes) { emulation::warp_barrier(mask); }
 template <class T>
 T __shfl_sync(unsigned mask, T x, int from, int width = 32) {
   unsigned const l = emulation::lane(), w = static_cast<unsigned>(width);
@@ -171,32 +193,15 @@ template <class T>
 T __ldg(T const* p) {
   return *p;
 }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
+// Of memory they promise nothing but their own word.
 template <class T>
 T atomicAdd(T* p, T x) {
-  T const old = *p;
-  *p = old + x;
-  return old;
+  return std::atomic_ref<T>(*p).fetch_add(x, std::memory_order_relaxed);
 }
 template <class T>
-T atomicMax(T* p, T x) {
-  T const old = *p;
-  if (x > old) *p = x;
-  return old;
-}
-template <class T>
-T atomicMin(T* p, T x) {
-  T const old = *p;
-  if (x < old) *p = x;
-  return old;
-}
-template <class T>
-T atomicOr(T* p, T x) {
-  T const old = *p;
-  *p = old | x;
-  return old;
+T atomicExch(T* p, T x) {
+  return std::atomic_ref<T>(*p).exchange(x, std::memory_order_relaxed);
 }
 
 // -- runtime ----------------------------------------------------------------------------------------
@@ -264,10 +269,10 @@ cudaError_t cudaFuncSetAttribute(K*, cudaFuncAttribute, int) {
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* c, void (*kernel)(P...), A&&... args) {
   if (cudaError_t const e = emulated_check(*c); e != cudaSuccess) return e;
-  return emulated_launch(
-      c->stream, [grid = c->gridDim, block = c->blockDim, shared = c->dynamicSmemBytes, kernel,
-                  copies = std::tuple<P...>(static_cast<P>(args)...)] {
-        emulation::run_grid(grid, block, shared,
-                            [&] { std::apply([&](auto const&... p) { kernel(p...); }, copies); });
-      });
+  return emulated_launch(c->stream, [name = __PRETTY_FUNCTION__, grid = c->gridDim,
+                                     block = c->blockDim, shared = c->dynamicSmemBytes, kernel,
+                                     copies = std::tuple<P...>(static_cast<P>(args)...)] {
+    emulation::run_grid(name, grid, block, shared,
+                        [&] { std::apply([&](auto const&... p) { kernel(p...); }, copies); });
+  });
 }

@@ -188,7 +188,7 @@ struct settle_victims {
   bool one_set;
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const id = batch.id_of(i / n_kv_heads), h = i % n_kv_heads;
-    seen[id] = appended[id];  // the same from every head; until here `appended` is what ops read
+    if (h == 0) seen[id] = appended[id];  // until here `appended` is what ops read
     fresh(0, id, h) = -1;
     if (keep.data == nullptr) return;
     index_t const own = found(id, one_set ? 0 : h);

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Finds races and uninitialised shared memory in emulated kernels: what compute-sanitizer's racecheck and
+/// initcheck do on a device. Kernels are compiled with the compiler's thread instrumentation, which calls
+/// a function here at every access, and linked to this file instead of the sanitizer's own runtime: that
+/// one knows locks and threads, but not that a block's threads meet at barriers, which is all the order
+/// there is. Two accesses of a byte, one of them a write, are in order if
+///   - they are of different launches, or of one thread;
+///   - they are of one block, with a barrier between them;
+///   - they are of one warp, with a __syncwarp between them.
+/// An exchange (shuffle, ballot, product) orders nothing: it promises nothing of memory.
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <unordered_map>
+
+#include <cuda_runtime.h>
+
+extern "C" char const __executable_start;  // the linker's
+namespace kvkeep::cuda {
+extern uint4 shared_words[227 * 1024 / 16];
+}
+
+namespace {
+
+using emulation::standing;
+
+/// Who has accessed a byte, and when.
+struct record {
+  unsigned launch = 0, block = 0;
+  emulation::sync_count syncs;
+  unsigned thread = 0;
+  bool atomic = false;
+
+  static record now(bool atomic) {
+    return {standing.launch, standing.block, standing.syncs, standing.thread, atomic};
+  }
+  bool same_thread(record const& b) const { return block == b.block && thread == b.thread; }
+  /// Whether this comes before `b`, which is the present.
+  bool before(record const& b) const {
+    if (launch != b.launch || same_thread(b)) return true;
+    if (block != b.block) return false;
+    return syncs.block != b.syncs.block ||
+           (thread / emulation::warp_size == b.thread / emulation::warp_size &&
+            syncs.warp != b.syncs.warp);
+  }
+};
+
+/// A byte: its last write, and two threads that have read it since, for one of them may be the next writer.
+struct cell {
+  record write, read[2];
+};
+constexpr std::uintptr_t page_bytes = 4096;
+using page = std::array<cell, page_bytes>;
+
+cell& cell_of(std::uintptr_t at) {
+  static std::unordered_map<std::uintptr_t, std::unique_ptr<page>> pages;
+  static std::uintptr_t last = 0;
+  static page* last_page = nullptr;
+  if (at / page_bytes != last || last_page == nullptr) {
+    auto& p = pages[at / page_bytes];
+    if (!p) p = std::make_unique<page>();
+    last = at / page_bytes;
+    last_page = p.get();
+  }
+  return (*last_page)[at % page_bytes];
+}
+
+std::uintptr_t shared_offset(std::uintptr_t at) {
+  return at - reinterpret_cast<std::uintptr_t>(kvkeep::cuda::shared_words);
+}
+
+/// One access of a byte by the running thread.
+struct watcher {
+  std::uintptr_t at;
+  record now;
+  void const* code;
+  bool shared = shared_offset(at) < sizeof kvkeep::cuda::shared_words;
+  cell& c = cell_of(at);
+
+  void read() const {
+    if (shared && c.write.block != now.block)
+      report("read of what the block has not written", nullptr);
+    if (!ordered(c.write)) report("write, then read", &c.write);
+    // One whom all have met since need not be remembered.
+    c.read[c.read[0].before(now) ? 0 : 1] = now;
+  }
+  void write() const {
+    if (!ordered(c.write) && !(c.write.atomic && now.atomic)) report("write, then write", &c.write);
+    for (record const& r : c.read)
+      if (!ordered(r)) report("read, then write", &r);
+    c.write = now;
+  }
+
+ private:
+  /// Each block has shared memory of its own.
+  bool ordered(record const& earlier) const {
+    return earlier.before(now) || (shared && earlier.block != now.block);
+  }
+  [[noreturn]] void report(char const* what, record const* earlier) const {
+    std::fprintf(stderr, "%s of %s memory, address %#zx, code +%#zx", what,
+                 shared ? "shared" : "device", shared ? shared_offset(at) : at,
+                 static_cast<std::size_t>(static_cast<char const*>(code) - &__executable_start));
+    if (earlier != nullptr)
+      std::fprintf(stderr, ", first by thread %u of %s block", earlier->thread,
+                   earlier->block == now.block ? "the same" : "another");
+    std::fputs("\n", stderr);
+    emulation::fail(earlier != nullptr ? "a race" : "uninitialised shared memory");
+  }
+};
+
+enum class kind { read, write, atomic };
+
+void access(void const* p, std::size_t bytes, kind what, void const* code) {
+  auto const at = reinterpret_cast<std::uintptr_t>(p);
+  auto const stack = reinterpret_cast<std::uintptr_t>(standing.stack);
+  if (!standing.running || at - stack < standing.stack_bytes) return;
+  record const now = record::now(what == kind::atomic);
+  for (std::size_t i = 0; i < bytes; ++i) {
+    watcher const w{at + i, now, code};
+    if (what == kind::read)
+      w.read();
+    else
+      w.write();
+  }
+}
+
+}  // namespace
+
+// What instrumented code calls. Atomic operations of the host's code are of no interest here, but must work.
+extern "C" {
+
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void*, void*) {}
+void __tsan_vptr_read(void*) {}
+void __tsan_read_range(void* p, unsigned long bytes) {
+  access(p, bytes, kind::read, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, unsigned long bytes) {
+  access(p, bytes, kind::write, __builtin_return_address(0));
+}
+
+#define KVKEEP_ACCESS(bytes)                                                                      \
+  void __tsan_read##bytes(void* p) { access(p, bytes, kind::read, __builtin_return_address(0)); } \
+  void __tsan_write##bytes(void* p) {                                                             \
+    access(p, bytes, kind::write, __builtin_return_address(0));                                   \
+  }                                                                                               \
+  void __tsan_unaligned_read##bytes(void* p) {                                                    \
+    access(p, bytes, kind::read, __builtin_return_address(0));                                    \
+  }                                                                                               \
+  void __tsan_unaligned_write##bytes(void* p) {                                                   \
+    access(p, bytes, kind::write, __builtin_return_address(0));                                   \
+  }
+KVKEEP_ACCESS(1)
+KVKEEP_ACCESS(2)
+KVKEEP_ACCESS(4)
+KVKEEP_ACCESS(8)
+KVKEEP_ACCESS(16)
+#undef KVKEEP_ACCESS
+
+#define KVKEEP_CHANGE(bits, type, name, builtin)                                       \
+  type __tsan_atomic##bits##_##name(type volatile* p, type x, int) {                   \
+    access(const_cast<type*>(p), sizeof x, kind::atomic, __builtin_return_address(0)); \
+    return builtin(p, x, __ATOMIC_SEQ_CST);                                            \
+  }
+#define KVKEEP_ATOMIC(bits, type)                                                             \
+  KVKEEP_CHANGE(bits, type, exchange, __atomic_exchange_n)                                    \
+  KVKEEP_CHANGE(bits, type, fetch_add, __atomic_fetch_add)                                    \
+  KVKEEP_CHANGE(bits, type, fetch_sub, __atomic_fetch_sub)                                    \
+  type __tsan_atomic##bits##_load(type const volatile* p, int) {                              \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                              \
+  }                                                                                           \
+  void __tsan_atomic##bits##_store(type volatile* p, type x, int) {                           \
+    __atomic_store_n(p, x, __ATOMIC_SEQ_CST);                                                 \
+  }                                                                                           \
+  int __tsan_atomic##bits##_compare_exchange_strong(type volatile* p, type* old, type x, int, \
+                                                    int) {                                    \
+    return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+  }
+KVKEEP_ATOMIC(8, unsigned char)
+KVKEEP_ATOMIC(32, unsigned)
+KVKEEP_ATOMIC(64, unsigned long)
+#undef KVKEEP_ATOMIC
+#undef KVKEEP_CHANGE
+
+}  // extern "C"
