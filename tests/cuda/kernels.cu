@@ -43,7 +43,7 @@ KVKEEP_COMPILE_OP(op::score_slots<key_norm_fn, device_space>);
 KVKEEP_COMPILE_OP(op::select_blocks<device_space>);
 KVKEEP_COMPILE_OP(op::select_k<device_space>);
 KVKEEP_COMPILE_OP(op::for_each<detail::ring_rows_of<device_space>, device_space>);
-KVKEEP_COMPILE_OP(op::for_each<detail::take_slot<device_space>, device_space>);
+KVKEEP_COMPILE_OP(op::for_each<detail::take_slots<device_space>, device_space>);
 #undef KVKEEP_COMPILE_OP
 
 #define KVKEEP_COMPILE_TOKEN(...)                                          \
