@@ -3,6 +3,7 @@
 // next victim. A replay is one token of every layer; layers rotate through more than the last cache.
 //   plain_us  the same write and attention over the same slots without a session, in the same samples
 //   overhead  of the step over that; overhead_us in microseconds
+// `overlapped` is `step` with kernels that are placed before those in front have ended (allow_overlap).
 // `steady` asks whether a step's time grows: one layer, eight tokens per replay, from token 1k to 100k.
 #include <kvkeep/cuda.cuh>
 #include <kvkeep/policy/h2o.hpp>
@@ -58,6 +59,30 @@ void measure_step(benchmark::State& state, suite& s, point const& p, Policy cons
   counters["p99_ratio"] = quantile(t, 0.99) / quantile(t, 0.5);
   counters["launches"] = static_cast<double>(step.launches()) / static_cast<double>(layers);
   counters["sets"] = static_cast<double>(layers);
+}
+
+/// While it lives, launches overlap if device and code allow it.
+class overlapping {
+ public:
+  explicit overlapping(cuda::context& c) : c_(c), good_(cuda::allow_overlap(c) == status::ok) {}
+  overlapping(overlapping const&) = delete;
+  overlapping& operator=(overlapping const&) = delete;
+  ~overlapping() { c_.overlap = false; }
+  bool good() const { return good_; }
+
+ private:
+  cuda::context& c_;
+  bool good_;
+};
+
+template <class Policy>
+void measure_overlapped(benchmark::State& state, suite& s, point const& p, Policy const& policy,
+                        bool all_queries) {
+  overlapping const launches(s.ctx);
+  if (launches.good())
+    measure_step(state, s, p, policy, all_queries);
+  else
+    state.SkipWithError("launches cannot overlap here");
 }
 
 template <class Policy>
@@ -121,6 +146,13 @@ void add_steps(suite& s, point const& p) {
         [=](benchmark::State& state, suite& on) { measure_step(state, on, p, policy, all); });
   });
 }
+void add_overlapped(suite& s, point const& p) {
+  each_policy(p, [&](auto const& policy, char const* name, bool all) {
+    add_device_row(
+        s, std::string("overlapped/") + name + named("C", p.capacity) + shape_name(p),
+        [=](benchmark::State& state, suite& on) { measure_overlapped(state, on, p, policy, all); });
+  });
+}
 void add_steady(suite& s, point const& p) {
   each_policy(p, [&](auto const& policy, char const* name, bool all) {
     add_device_row(
@@ -142,12 +174,14 @@ void add_step_rows(suite& s) {
   };
   if (s.tiny) {
     add_steps(s, with(40, 2));
+    add_overlapped(s, with(40, 2));
     add_steady(s, with(24, 1));
     return;
   }
   for (index_t b : {1, 8, 64})
     for (index_t c : {512, 1024, 4096}) add_steps(s, with(c, b));
   add_steps(s, with(2048, 8));
+  for (index_t b : {1, 8}) add_overlapped(s, with(1024, b));
   add_steady(s, with(1024, 1));
 }
 

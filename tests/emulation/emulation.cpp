@@ -104,6 +104,7 @@ void enter() {
   for (;;) {
     (*m().body)();
     fiber& f = *m().running;
+    if (standing.overlapped && !f.syncs.previous) fail("ends without waiting for those in front");
     if (!f.open.empty() || !f.groups.empty())
       fail("asynchronous copies are left when the thread ends");
     f.now = state::done;
@@ -195,15 +196,16 @@ void run_block(std::size_t shared) {
 
 calls& count() noexcept { return m().counted; }
 
-void run_grid(char const* kernel, dim3 grid, dim3 block, std::size_t shared,
-              std::function<void()> const& body) {
+void run_grid(started const& how, std::function<void()> const& body) {
   machine& k = m();
-  k.n = block.x * block.y * block.z;
+  k.n = how.block.x * how.block.y * how.block.z;
   k.body = &body;
-  blockDim = block;
-  gridDim = grid;
-  standing.kernel = kernel;
+  blockDim = how.block;
+  gridDim = how.grid;
+  standing.kernel = how.kernel;
+  standing.overlapped = how.overlapped;
   ++standing.launch;
+  dim3 const grid = how.grid;
   // No order of blocks is promised: from anywhere, either way round.
   std::uint64_t const blocks = std::uint64_t{grid.x} * grid.y * grid.z, first = k.order() % blocks;
   bool const backwards = k.order() % 2 == 0;
@@ -211,7 +213,7 @@ void run_grid(char const* kernel, dim3 grid, dim3 block, std::size_t shared,
     std::uint64_t const b = (first + (backwards ? blocks - i : i)) % blocks;
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / grid.x / grid.y)};
-    run_block(shared);
+    run_block(how.shared_bytes);
   }
 }
 
@@ -255,6 +257,12 @@ void warp_barrier(unsigned mask) {
   fiber& f = *m().running;
   ++f.syncs.warp;
   warp_exchange(0, mask, "__syncwarp");
+  standing.syncs = f.syncs;
+}
+
+void wait_for_previous() {
+  fiber& f = *m().running;
+  f.syncs.previous = true;
   standing.syncs = f.syncs;
 }
 

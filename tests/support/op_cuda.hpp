@@ -6,6 +6,7 @@
 #pragma once
 
 #include <bit>
+#include <cstdlib>
 #include <stdexcept>
 
 #include <kvkeep/cuda.cuh>
@@ -14,13 +15,23 @@ namespace kvkeep::test {
 
 using op_context = cuda::context;
 
-/// A stream of its own: the null stream cannot be captured. It outlives the tests.
+/// On a stream of its own: the null stream cannot be captured. Kernels overlap where KVKEEP_TEST_OVERLAP is
+/// set, and in emulation, which refuses those that touch memory too early.
+inline op_context make_context() {
+  cudaStream_t s = nullptr;
+  if (cudaStreamCreate(&s) != cudaSuccess) throw std::runtime_error("no stream");
+  op_context ctx(s);
+#ifdef KVKEEP_EMULATION
+  bool const overlap = true;
+#else
+  bool const overlap = std::getenv("KVKEEP_TEST_OVERLAP") != nullptr;
+#endif
+  if (overlap && cuda::allow_overlap(ctx) != status::ok) throw std::runtime_error("no overlap");
+  return ctx;
+}
+/// It outlives the tests.
 inline op_context& one_thread() {
-  static op_context ctx([] {
-    cudaStream_t s = nullptr;
-    if (cudaStreamCreate(&s) != cudaSuccess) throw std::runtime_error("no stream");
-    return s;
-  }());
+  static op_context ctx = make_context();
   return ctx;
 }
 inline op_context& two_threads() { return one_thread(); }

@@ -61,19 +61,28 @@ namespace emulation {
 
 inline constexpr unsigned warp_size = 32, all_lanes = 0xffffffffu;
 
-/// Runs `body` once per thread of one block after another. @param kernel its name, for messages
-void run_grid(char const* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-              std::function<void()> const& body);
+/// How a kernel was started.
+struct started {
+  char const* kernel;  ///< its name, for messages
+  dim3 grid, block;
+  std::size_t shared_bytes;
+  bool overlapped;  ///< perhaps before those in front have ended
+};
+/// Runs `body` once per thread of one block after another.
+void run_grid(started const& how, std::function<void()> const& body);
+/// Every thread of an overlapped kernel calls it before it touches memory.
+void wait_for_previous();
 /// Says where the running thread stands, and ends the program.
 [[noreturn]] void fail(char const* what);
 
-/// Barriers that a thread has passed.
+/// Barriers that a thread has passed, and whether it has waited for the kernels in front.
 struct sync_count {
   unsigned block = 0, warp = 0;
+  bool previous = false;
 };
 /// The running thread's place in time, for whoever watches its accesses (race_check.cpp).
 struct place_in_time {
-  bool running = false;
+  bool running = false, overlapped = false;
   unsigned launch = 0, block = 0;  ///< how many have been started
   unsigned thread = 0;             ///< in its block
   sync_count syncs;
@@ -226,7 +235,16 @@ using cudaStream_t = struct emulated_stream*;
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 using cudaGraph_t = struct emulated_graph*;
 using cudaGraphExec_t = struct emulated_graph_exec*;
-struct cudaLaunchAttribute {};
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim;
   dim3 blockDim;
@@ -266,13 +284,23 @@ cudaError_t cudaFuncSetAttribute(K*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
+template <class K>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, K*) {
+  ++emulation::count().settings;
+  *a = {90};
+  return cudaSuccess;
+}
+
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* c, void (*kernel)(P...), A&&... args) {
   if (cudaError_t const e = emulated_check(*c); e != cudaSuccess) return e;
-  return emulated_launch(c->stream, [name = __PRETTY_FUNCTION__, grid = c->gridDim,
-                                     block = c->blockDim, shared = c->dynamicSmemBytes, kernel,
+  bool const overlapped = c->numAttrs > 0 &&
+                          c->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                          c->attrs->val.programmaticStreamSerializationAllowed != 0;
+  emulation::started const how{__PRETTY_FUNCTION__, c->gridDim, c->blockDim, c->dynamicSmemBytes,
+                               overlapped};
+  return emulated_launch(c->stream, [how, kernel,
                                      copies = std::tuple<P...>(static_cast<P>(args)...)] {
-    emulation::run_grid(name, grid, block, shared,
-                        [&] { std::apply([&](auto const&... p) { kernel(p...); }, copies); });
+    emulation::run_grid(how, [&] { std::apply([&](auto const&... p) { kernel(p...); }, copies); });
   });
 }

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <kvkeep/backend/cuda/kernels/ptx.cuh>
+
 #include "context.cuh"
 #include "kernels/stages.cuh"
 #include "plan.hpp"
@@ -21,7 +23,29 @@ inline constexpr std::size_t plain_shared_bytes = 48 * 1024;
 /// cannot be in a header that two files include.)
 template <class K>
 __global__ void __launch_bounds__(K::most_threads, K::blocks_per_sm) start(K const kernel) {
+  let_next_start();
+  wait_for_previous();
   kernel();
+}
+
+/// Does nothing: what it was compiled for is what the others were.
+struct empty_kernel {
+  static constexpr int most_threads = warp_size, blocks_per_sm = 1;
+  __device__ void operator()() const {}
+};
+
+/// Lets the context's kernels be placed while those in front of them still run (programmatic dependent
+/// launch): each waits on the device until they have ended and their writes are there, so that only the time
+/// between two kernels changes. An engine that starts its own kernels behind ours in this way waits there
+/// likewise before it reads what ours write. Set-up.
+/// @return unsupported, and nothing changes, if the device or the program's code is older than sm_90
+inline status allow_overlap(context& c) noexcept {
+  cudaFuncAttributes code{};
+  if (cudaFuncGetAttributes(&code, start<empty_kernel>) != cudaSuccess)
+    return status::backend_error;
+  if (c.capability < 90 || code.ptxVersion < 90) return status::unsupported;
+  c.overlap = true;
+  return status::ok;
 }
 
 /// Starts a kernel on the context's stream. A grid without blocks starts nothing.
@@ -41,6 +65,11 @@ status launch(context const& c, grid const& g, std::size_t shared, K const& kern
   config.blockDim = dim3(static_cast<unsigned>(g.threads));
   config.dynamicSmemBytes = shared;
   config.stream = c.stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = c.overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, start<K>, kernel) == cudaSuccess ? status::ok
                                                                       : status::backend_error;
 }

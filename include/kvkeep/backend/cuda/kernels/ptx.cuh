@@ -53,6 +53,19 @@ __device__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+/// Lets the next kernel of the stream be placed as soon as all blocks of this one are (sm_90 and newer).
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Waits until the kernels that this one was placed before the end of have ended (sm_90 and newer).
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /// One instruction, where to_float takes several.
 __device__ inline float fast_float(fp16 x) {
   float r;

@@ -56,6 +56,9 @@ void copies_wait() {
   emulation::wait_copy_groups(Pending);
 }
 
+inline void let_next_start() {}
+inline void wait_for_previous() { emulation::wait_for_previous(); }
+
 inline float fast_float(fp16 x) { return to_float(x); }
 
 }  // namespace kvkeep::cuda
