@@ -3,6 +3,7 @@
 // registers are errors.
 #include <kvkeep/cuda.cuh>
 #include <kvkeep/engine/detail/token_chain.hpp>
+#include <kvkeep/engine/detail/visibility.hpp>
 #include <kvkeep/policy/h2o.hpp>
 #include <kvkeep/policy/knorm.hpp>
 #include <kvkeep/policy/morphkv.hpp>
@@ -43,6 +44,7 @@ KVKEEP_COMPILE_OP(op::score_slots<key_norm_fn, device_space>);
 KVKEEP_COMPILE_OP(op::select_blocks<device_space>);
 KVKEEP_COMPILE_OP(op::select_k<device_space>);
 KVKEEP_COMPILE_OP(op::for_each<detail::ring_rows_of<device_space>, device_space>);
+KVKEEP_COMPILE_OP(op::for_each<detail::show_plan<device_space>, device_space>);
 KVKEEP_COMPILE_OP(op::for_each<detail::take_slots<device_space>, device_space>);
 #undef KVKEEP_COMPILE_OP
 

@@ -51,7 +51,9 @@ std::vector<pairing> pairings() {
   o.capacity = 16;
   o.window = 4;
   o.sinks = 1;
-  policy_options burst = o, cached = o, direct = o, lazy = o;
+  policy_options burst = o, cached = o, direct = o, lazy = o, current = o, masks = o;
+  current.include_current = true;
+  masks.per_head_mask = true;
   burst.evict_after = 1.3;
   cached.evaluation = morph_rows::cached;
   direct.evaluation = morph_rows::direct;
@@ -68,6 +70,8 @@ std::vector<pairing> pairings() {
           {"morphkv", "morphkv", cached, 12},
           {"morphkv", "morphkv", direct, 9},
           {"morphkv", "morphkv", burst, 16},
+          {"morphkv", "morphkv", current, 13},
+          {"morphkv", "morphkv", masks, 18},
           {"snapkv", "morphkv", lazy, 3}};
 }
 

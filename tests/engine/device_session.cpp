@@ -49,6 +49,21 @@ std::vector<pairing> pairings() {
     p.d = p.o;
     all.push_back(p);
   }
+  for (bool const current : {true, false})
+    for (bool const masks : {true, false})
+      for (double const burst_factor : {1.0, 1.3}) {
+        if (!current && !masks) continue;
+        pairing p{"morphkv", "morphkv", small(16), small(16)};
+        p.o.include_current = current;
+        p.o.per_head_mask = masks;
+        p.o.evict_after = burst_factor;
+        p.d = p.o;
+        all.push_back(p);
+        if (masks || burst_factor > 1) continue;
+        p.prompt = "snapkv";  // leaves more than decoding keeps
+        p.o = small(20);
+        all.push_back(p);
+      }
   pairing layer{"knorm", "knorm", small(16), small(16)};
   layer.o.per = layer.d.per = scope::layer;
   all.push_back(layer);
@@ -56,7 +71,9 @@ std::vector<pairing> pairings() {
 }
 
 std::string describe(pairing const& p) {
-  return p.prompt + ", then " + p.decode + ", evict_after " + std::to_string(p.d.evict_after);
+  return p.prompt + ", then " + p.decode + ", evict_after " + std::to_string(p.d.evict_after) +
+         (p.d.include_current ? ", include_current" : "") +
+         (p.d.per_head_mask ? ", per_head_mask" : "");
 }
 
 /// Queries as bf16 holds them.
@@ -186,9 +203,54 @@ TEST_CASE("what a device session does not have is refused when it is bound") {
   policy_options wide = o;
   wide.per = scope::sequence;
   refused(wide, {}, "knorm", "per");
-  policy_options current = o;
-  current.include_current = true;
-  refused(current, {}, "morphkv", "before_attention");
+  policy_options layers = o;
+  layers.include_current = true;
+  layers.per = scope::layer;
+  refused(layers, {}, "morphkv", "decode.per");
+}
+
+TEST_CASE("a query head is shown what a plan keeps, and nothing else") {
+  test::for_seeds(20, [](generator& g) {
+    index_t const n = g.integer(1, 3), heads = g.integer(1, 3), group = g.integer(1, 3);
+    index_t const slots = g.integer(1, 200), mine = g.integer(0, group - 1);
+    auto const size = uz(n * heads);
+    std::vector<index_t> kept(size * uz(slots), -1), count(size);
+    std::vector<std::uint8_t> visible(size * uz(group) * uz(slots), 7), expected = visible;
+    for (std::size_t i = 0; i < size; ++i)
+      for (index_t j = 0; j < slots; ++j) {
+        bool const keeps = g.chance(0.4F);
+        if (keeps) kept[i * uz(slots) + uz(count[i]++)] = j;
+        expected[(i * uz(group) + uz(mine)) * uz(slots) + uz(j)] = keeps ? 1 : 0;
+      }
+    using memory = test::device_memory;
+    using show = detail::show_plan<memory>;
+    show const f{row_major<memory>(visible.data(), n, heads * group, slots),
+                 {row_major<memory>(kept.data(), n, heads, slots),
+                  row_major<memory>(count.data(), n, heads)},
+                 heads,
+                 group,
+                 mine};
+    workspace none{std::span<std::byte>()};
+    op::for_each<show, memory> const all{n * heads * show::pieces(slots), f};
+    REQUIRE(run(test::one_thread(), all, none) == status::ok);
+    test::settle_device();
+    REQUIRE(visible == expected);
+  });
+}
+
+TEST_CASE("a decision before attention needs the session's attention") {
+  policy_options o = small(16);
+  o.include_current = true;
+  test::world w;
+  auto const p = make_policy<test::op_context>("morphkv", o);
+  test::device_engine device(w.options(test::make("morphkv", o), 60), p, p);
+  auto const a = w.words(1);
+  test::stream x = device.begin(a);
+  device.prompt(x, 9, {9});
+  index_t const row = x.row;
+  batch_ref<test::device_memory> const b{1, &row, &x.id};
+  float const q = 0;
+  CHECK(device.session().observe(0, b, make_queries(&q, 1, 1, 1)) == status::unsupported);
 }
 
 TEST_CASE("calls out of order are refused before anything is enqueued") {

@@ -29,7 +29,8 @@ namespace kvkeep {
 /// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
 ///
 /// Without bursts one token leaves per step, by its slot being given to the next one. With bursts
-/// (`evict_after` > 1) every step launches the cut; heads that are not due take no part in it.
+/// (`evict_after` > 1), and where a decision comes before its token's attention (`cadence`), every step
+/// launches the cut; heads that are not due take no part in it, and where one token leaves, one moves.
 /// Threads: calls of one session do not overlap.
 template <backend Ctx, class Prompt, class Decode = Prompt>
 class device_session {
@@ -59,7 +60,8 @@ class device_session {
   /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
   status attend(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
                 float* lse = nullptr) noexcept;
-  /// The engine has attended itself: the newest token's queries (K is read once more).
+  /// The engine has attended itself: the newest token's queries (K is read once more). Unsupported where
+  /// a decision comes before attention.
   status observe(index_t layer, batch_ref<space> const& b, queries const& q) noexcept;
 
   // -- reading: all in the backend's memory ---------------------------------------------------------
@@ -167,7 +169,19 @@ class device_session {
   status score_tokens(score_input<space> const& in, score_map<space> out, workspace& w) noexcept;
   status evict(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
                workspace& w) noexcept;
+  detail::cut_memory<space> take_cut(index_t n, workspace& w) const noexcept;
+  status list_cut(layer_data const& l, batch_ref<space> const& b, index_t extra,
+                  detail::cut_memory<space> const& c, workspace& w) const noexcept;
+  status apply_cut(layer_data& l, score_input<space> in, detail::cut_memory<space> const& c,
+                   workspace& w) noexcept;
   status cut(layer_data& l, score_input<space> in, workspace& w) noexcept;
+
+  // device_special.hpp
+  status attend_special(layer_data& l, score_input<space> in, detail::token_steps<space>& t,
+                        workspace& w) noexcept;
+  status mask_heads(score_input<space> const& in, tensor_ref<float, 3, space> const& own,
+                    tensor_ref<std::uint8_t, 3, space> const& visible,
+                    detail::cut_memory<space> const& c, workspace& w) noexcept;
 
   Ctx* ctx_ = nullptr;
   Prompt prompt_{};

@@ -232,6 +232,17 @@ score_input<Space> view_of(layer_state<Space> const& l, row_plan const& r,
   return in;
 }
 
+/// Query head `g` of each group of `[entry, q_head, slot]` as a score map `[entry, kv_head, slot]`.
+template <class Space>
+tensor_ref<float const, 3, Space> heads_of_groups(tensor_ref<float, 3, Space> const& t,
+                                                  index_t group, index_t g) noexcept {
+  tensor_ref<float const, 3, Space> m = t;
+  if (m.data != nullptr) m.data += g * t.stride[1];
+  m.extent[1] /= group;
+  m.stride[1] *= group;
+  return m;
+}
+
 /// One slot row as a score map `[id, kv_head, slot]`.
 template <class Space>
 score_map<Space> row_as_map(tensor_ref<float, 4, Space> const& rows, index_t row) noexcept {

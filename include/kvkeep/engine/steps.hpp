@@ -219,43 +219,6 @@ struct share_victim {
   }
 };
 
-/// Index of the visibility steps: entry * n_q_heads + query head.
-template <class Space>
-struct show_all {
-  tensor_ref<std::uint8_t, 3, Space> visible;
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    std::uint8_t* const row = visible.at(i / visible.extent[1], i % visible.extent[1]);
-    for (index_t j = 0; j < visible.extent[2]; ++j) row[j] = 1;
-  }
-};
-template <class Space>
-struct hide_victims {
-  tensor_ref<std::uint8_t, 3, Space> visible;
-  tensor_ref<index_t, 2, Space> victim;
-  index_t const* id;
-  index_t group;
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const entry = i / visible.extent[1], q_head = i % visible.extent[1];
-    index_t const slot = victim(id[entry], q_head / group);
-    if (slot >= 0) visible(entry, q_head, slot) = 0;
-  }
-};
-/// Shows query head `g` of each group what a plan keeps; index: entry * n_kv_heads + head.
-template <class Space>
-struct show_plan {
-  tensor_ref<std::uint8_t, 3, Space> visible;
-  keep_plan<Space> plan;
-  index_t n_kv_heads;
-  index_t group;
-  index_t g;
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const entry = i / n_kv_heads, h = i % n_kv_heads;
-    std::uint8_t* const row = visible.at(entry, h * group + g);
-    for (index_t j = 0; j < visible.extent[2]; ++j) row[j] = 0;
-    for (index_t j = 0; j < plan.count(entry, h); ++j) row[plan.slots(entry, h, j)] = 1;
-  }
-};
-
 /// Fixes a budget for decoding, which keeps at least what it protects; index: KV head.
 template <class Space>
 struct fix_budget {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../session.hpp"
+#include "visibility.hpp"
 
 namespace kvkeep {
 
@@ -96,17 +97,11 @@ status session<Ctx, P, D>::mask_heads(layer_data& l, source const& s,
   guard_ref<space> guard = guard_of(false, 0);
   guard.recent += 1;
   for (index_t g = 0; g < group; ++g) {
-    tensor_ref<float const, 3, space> scores;
-    scores.data = own.data == nullptr ? nullptr : own.at(0, g);
-    index_t const extent[] = {n, heads, slots};
-    offset_t const stride[] = {own.stride[0], own.stride[1] * group, own.stride[2]};
-    for (int axis = 0; axis < 3; ++axis) {
-      scores.extent[axis] = extent[axis];
-      scores.stride[axis] = stride[axis];
-    }
+    auto const scores = detail::heads_of_groups(own, group, g);
     KVKEEP_TRY(run(*ctx_,
                    op::select_k<space>{s.batch, s.layer.slots, scores, keep, guard, plan}, w));
-    KVKEEP_TRY(each(n * heads, detail::show_plan<space>{visible, plan, heads, group, g}, w));
+    using show = detail::show_plan<space>;
+    KVKEEP_TRY(each(n * heads * show::pieces(slots), show{visible, plan, heads, group, g}, w));
   }
   return status::ok;
 }

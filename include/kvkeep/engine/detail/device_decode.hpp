@@ -28,6 +28,7 @@ status device_session<Ctx, P, D>::attend(index_t layer, batch_ref<space> const& 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::observe(index_t layer, batch_ref<space> const& b,
                                           queries const& q) noexcept {
+  if (detail::decides_late(decode_.when)) return status::unsupported;
   return show_token(layer, b, q, nullptr, nullptr);
 }
 
@@ -91,6 +92,7 @@ status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const
   auto const settle = detail::each_head(in, t.settle);
   if (!detail::cuts_while_decoding(decode_.score))
     return detail::run_heads(*ctx_, in, w, t.attend, t.push, settle);
+  if (detail::decides_late(decode_.when)) return attend_special(l, in, t, w);
   if (one_leaves_) return evict(l, in, t, w);
   KVKEEP_TRY(detail::run_heads(*ctx_, in, w, t.attend, t.push));
   if (!bound_.attention_folds) KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
@@ -118,23 +120,29 @@ status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const&
   return detail::decide_token(*ctx_, decode_.score, in, t, w);
 }
 
-/// A cut of the heads for which one is due.
+/// Takes the memory of a cut from the scratch.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::cut(layer_data& l, score_input<space> in, workspace& w) noexcept {
-  workspace::frame const frame(w);
-  batch_ref<space> const b = in.batch;
+auto device_session<Ctx, P, D>::take_cut(index_t n, workspace& w) const noexcept
+    -> detail::cut_memory<space> {
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   index_t const n_ids = shape_.n_sequences;
-  auto const ids = static_cast<std::size_t>(n_ids);
-  auto const keep = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
-  auto const due = row_major<space>(w.take<index_t>(product(ids, heads)), n_ids, heads);
-  auto const scores =
-      row_major<space>(w.take<float>(product(b.n, heads, slots)), b.n, heads, slots);
-  auto const size = product(b.n, heads);
-  keep_plan<space> const plan{
-      row_major<space>(w.take<index_t>(product(size, slots)), b.n, heads, slots),
-      row_major<space>(w.take<index_t>(size), b.n, heads)};
-  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  auto const ids = product(n_ids, heads), size = product(n, heads);
+  detail::cut_memory<space> c;
+  c.keep = row_major<space>(w.take<index_t>(ids), n_ids, heads);
+  c.due = row_major<space>(w.take<index_t>(ids), n_ids, heads);
+  c.scores = row_major<space>(w.take<float>(product(size, slots)), n, heads, slots);
+  c.plan = {row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
+            row_major<space>(w.take<index_t>(size), n, heads)};
+  return c;
+}
+
+/// Lists the heads of a batch for which a cut is due, and what all of them keep.
+/// @param extra  slots beyond the budget that stay
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::list_cut(layer_data const& l, batch_ref<space> const& b,
+                                           index_t extra, detail::cut_memory<space> const& c,
+                                           workspace& w) const noexcept {
+  index_t const heads = shape_.cache.n_kv_heads;
   detail::resolve_keep<space> const resolve{l.k,
                                             l.slots,
                                             b.id,
@@ -142,17 +150,40 @@ status device_session<Ctx, P, D>::cut(layer_data& l, score_input<space> in, work
                                             heads,
                                             decode_.when.evict_after,
                                             decode_.when.room,
-                                            0,
+                                            extra,
                                             decode_.select.traits().block,
                                             0,
-                                            keep};
-  KVKEEP_TRY(each(b.n * heads, detail::list_due<space>{resolve, due}, w));
-  in.layer.slots.lengths = due;
-  KVKEEP_TRY(score_tokens(in, scores, w));
-  KVKEEP_TRY(decode_.select.select(*ctx_, b, in.layer.slots, scores, keep, in.guard, plan, w));
+                                            c.keep};
+  return each(b.n * heads, detail::list_due<space>{resolve, c.due}, w);
+}
+
+/// Cuts the heads that are listed, by `c.scores`.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::apply_cut(layer_data& l, score_input<space> in,
+                                            detail::cut_memory<space> const& c,
+                                            workspace& w) noexcept {
+  batch_ref<space> const b = in.batch;
+  index_t const heads = shape_.cache.n_kv_heads;
+  in.layer.slots.lengths = c.due;
   KVKEEP_TRY(
-      run(*ctx_, op::compact<space>{b, in.layer, b, in.layer, plan, op::move_kind::fill_holes}, w));
-  return each(b.n * heads, detail::adopt_lengths<space>{l.slots, keep, due, b, heads}, w);
+      decode_.select.select(*ctx_, b, in.layer.slots, c.scores, c.keep, in.guard, c.plan, w));
+  KVKEEP_TRY(run(
+      *ctx_, op::compact<space>{b, in.layer, b, in.layer, c.plan, op::move_kind::fill_holes}, w));
+  return each(b.n * heads, detail::adopt_lengths<space>{l.slots, c.keep, c.due, b, heads}, w);
+}
+
+/// A cut of the heads for which one is due.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::cut(layer_data& l, score_input<space> in, workspace& w) noexcept {
+  workspace::frame const frame(w);
+  auto const c = take_cut(in.batch.n, w);
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  KVKEEP_TRY(list_cut(l, in.batch, 0, c, w));
+  in.layer.slots.lengths = c.due;
+  KVKEEP_TRY(score_tokens(in, c.scores, w));
+  return apply_cut(l, in, c, w);
 }
 
 }  // namespace kvkeep
+
+#include "device_special.hpp"

@@ -132,7 +132,8 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id,
     scores.stride[0] = shared_.prompt_scores.stride[1];
     scores.stride[1] = shared_.prompt_scores.stride[2];
   }
-  bool const scored = !whole && (bt.couples_layers || !short_prompt);
+  bool const wanted = bt.needs_scores || !detail::decides_late(prompt_.when);
+  bool const scored = !whole && (bt.couples_layers || (!short_prompt && wanted));
   if (scored || measuring) {
     auto view = input(l, b, true);
     view.has_lse = measuring || prompt_of(l, id).has_lse;
@@ -169,6 +170,7 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id,
   }
   // The decode policy takes over, and cuts where it keeps less: coupled layers once all have ended.
   if (!detail::cuts_while_decoding(decode_.score) || (one_policy_ && !measuring)) return status::ok;
+  if (detail::decides_late(decode_.when)) return status::ok;
   if (!bt.couples_layers || measuring) return cut_once(l, b, w);
   if (l.number + 1 != n_layers) return status::ok;
   for (auto& each_layer : layers_) KVKEEP_TRY(cut_once(each_layer, b, w));
@@ -195,8 +197,10 @@ status device_session<Ctx, P, D>::cut_prompt(layer_data& l, index_t id, batch_re
                                              tensor_ref<float const, 3, space> scores,
                                              workspace& w) noexcept {
   bool const measuring = w.measuring();
-  // LagKV and the like leave short prompts whole.
-  if (!measuring && prompt_of(l, id).tokens < prompt_.score.least_tokens()) return status::ok;
+  // LagKV and the like leave short prompts whole, decisions before attention all of them.
+  bool const whole =
+      prompt_of(l, id).tokens < prompt_.score.least_tokens() || detail::decides_late(prompt_.when);
+  if (!measuring && whole) return status::ok;
   workspace::frame const frame(w);
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);

@@ -44,8 +44,12 @@ void device_session<Ctx, P, D>::check_setup() const {
   for (auto const* policy_scope : {&prompt_.per, &decode_.per})
     KVKEEP_EXPECTS(*policy_scope != scope::sequence, "per", to_string(*policy_scope),
                    "head or layer in a device session");
-  KVKEEP_EXPECTS(!detail::decides_late(decode_.when) && !detail::decides_late(prompt_.when),
-                 "when.before_attention", "true", "false in a device session");
+  if (detail::decides_late(decode_.when)) {
+    KVKEEP_EXPECTS(decode_.score.traits().direct, "when.before_attention",
+                   decode_.score.traits().name, "a scorer of recent query rows (MorphKV)");
+    KVKEEP_EXPECTS(decode_.width() == scope::head, "decode.per", to_string(decode_.width()),
+                   "head with when.before_attention or when.per_head_mask");
+  }
   bool const moves = prompt_.select.traits().moves_tokens && decode_.select.traits().moves_tokens;
   KVKEEP_EXPECTS(moves, "select", "whole_blocks", "top_k in a device session");
   KVKEEP_EXPECTS(!detail::cuts_while_decoding(decode_.score) || decode_.select.traits().evicts_one,

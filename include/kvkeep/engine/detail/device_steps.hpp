@@ -172,6 +172,15 @@ struct adopt_lengths {
   }
 };
 
+/// Memory of a cut.
+template <class Space>
+struct cut_memory {
+  tensor_ref<index_t, 2, Space> keep{};  ///< [id, head] tokens that stay
+  tensor_ref<index_t, 2, Space> due{};   ///< [id, head] list_due::lengths
+  score_map<Space> scores{};             ///< [entry, head, slot]
+  keep_plan<Space> plan{};               ///< of the batch
+};
+
 /// After a decision: all heads of a layer that keeps one set have its first head's victim, heads for which
 /// nothing was due have none, and the newest token counts as seen. Index: entry * n_kv_heads + head.
 template <class Space>
