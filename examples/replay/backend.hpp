@@ -135,8 +135,6 @@ class backend {
   /// Without queries no attention is computed: the policy must not need evidence.
   virtual trace_log trace(chosen const& p, trace_data const& t, trace_options const& o,
                           trace_hooks const& hooks = {}) = 0;
-  /// Whether `trace` has the form of MorphKV in which query heads of a group see sets of their own.
-  virtual bool masks_heads() const = 0;
 
   /// Members of the best in each map and head, `[map, sequence, kv_head]`.
   virtual std::vector<index_t> counts(joint_scores const& s) = 0;

@@ -23,8 +23,6 @@ struct cpu_machine {
 class cpu_machine::session {
  public:
   using policy_type = any_policy<cpu::context>;
-  static constexpr bool masks_heads = true;
-  static void check(chosen const&, cadence const&) {}
 
   session(cpu_machine& m, policy_type const& prompt, policy_type const& decode,
           std::vector<layer_spec<>> const& layers, limits const& lim)

@@ -66,13 +66,6 @@ class cuda_machine::session {
  public:
   using policy_type = any_policy<cuda::context>;
   using layers_type = std::vector<layer_spec<device_space>>;
-  static constexpr bool masks_heads = false;
-  static void check(chosen const& p, cadence const& when) {
-    if (when.before_attention)
-      throw unsupported(p.name + " with include_current, backend cuda decides after attention");
-    if (when.per_head_mask)
-      throw unsupported(p.name + " with per_head_mask, backend cuda keeps one set per KV head");
-  }
 
   session(cuda_machine& m, policy_type const& prompt, policy_type const& decode,
           layers_type const& layers, limits lim)

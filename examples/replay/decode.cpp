@@ -263,7 +263,7 @@ replayed run_morphkv(backend& b, recorded_case const& c, layout_kind layout, boo
   replayed out;
   out.parameters = params.resolved();
   auto const run = [&](char const* output, bool per_head_mask) {
-    options.per_head_mask = per_head_mask && b.masks_heads();
+    options.per_head_mask = per_head_mask;
     // A set decided within the step is complete after it; else it is decided before the append.
     bool const within = options.per_head_mask || options.include_current;
     o.when = within ? moment::settled : moment::appended;
@@ -274,12 +274,8 @@ replayed run_morphkv(backend& b, recorded_case const& c, layout_kind layout, boo
     out.outputs["kept"] = padded(entries(t, t.steps), log.kept);
     out.outputs["evicted"] = int_array({t.steps}, evictions(sizes, t.prompt));
     out.outputs["lens"] = int_array({t.steps}, sizes);
-    // The published mask changes what query heads see, not what stays; one head sees just that.
-    if (per_head_mask && !b.masks_heads() && s.group() > 1)
-      out.missing[output] = std::string("backend ") + b.name() + " keeps one set per KV head";
-    else
-      out.outputs[output] =
-          float_array({t.steps, s.n_seq, s.n_q_heads, s.dim_v}, std::move(log.attention));
+    out.outputs[output] =
+        float_array({t.steps, s.n_seq, s.n_q_heads, s.dim_v}, std::move(log.attention));
   };
   // The origin's form is run last: its sets are the ones that are reported.
   char const* const names[] = {"attn_out_kept", "attn_out_official"};

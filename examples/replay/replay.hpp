@@ -20,8 +20,6 @@ struct replayed {
   std::map<std::string, npy_array> outputs;
   nlohmann::ordered_json parameters;  ///< as resolved, defaults included
   index_t near_ties = 0;              ///< decisions taken from the record, see guide.hpp
-  /// Outputs that the backend cannot compute, and why.
-  std::map<std::string, std::string> missing;
 };
 
 /// prefill_select, prefill_select_ragged: one cut at the end of a prompt.

@@ -174,10 +174,8 @@ class backend_on final : public backend {
   trace_log trace(chosen const& p, trace_data const& t, trace_options const& o,
                   trace_hooks const& hooks) override {
     auto const policy = make_policy<typename B::context>(p.name, p.options);
-    B::session::check(p, policy.when);
     return tracer<B>(machine_, watch_on(machine_, policy, hooks), t, o, hooks).run();
   }
-  bool masks_heads() const override { return B::session::masks_heads; }
   std::vector<index_t> counts(joint_scores const& s) override { return counts_on(machine_, s); }
   int_rows budgets(dynamic_layers const& b, index_t window, joint_scores const& s) override {
     return dynamic_on(machine_, b, window, s);
