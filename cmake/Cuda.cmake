@@ -44,5 +44,11 @@ if(KVKEEP_CUDA_FOUND)
     set_target_properties(kvkeep_cuda PROPERTIES EXPORT_NAME cuda)
     kvkeep_cuda_std_20(kvkeep_cuda INTERFACE)
     target_link_libraries(kvkeep_cuda INTERFACE kvkeep CUDA::cudart)
+    # Whether the architectures of whoever links it have Hopper's own instructions: 90a in place of 90
+    # (backend/cuda/window_plan.hpp).
+    set(with_90a "$<BOOL:$<FILTER:$<TARGET_PROPERTY:CUDA_ARCHITECTURES>,INCLUDE,^90a>>")
+    set(with_90 "$<BOOL:$<FILTER:$<TARGET_PROPERTY:CUDA_ARCHITECTURES>,INCLUDE,^90(-|$)>>")
+    target_compile_definitions(kvkeep_cuda INTERFACE
+      "$<$<AND:${with_90a},$<NOT:${with_90}>>:KVKEEP_CUDA_SM90A=1>")
   endif()
 endif()

@@ -49,6 +49,16 @@ TEST_CASE("blocks take several strips only where all multiprocessors have work")
   CHECK(large.heads() * large.max_slots / 256 / steps >= 8 * 132);
 }
 
+TEST_CASE("warpgroups multiply where the program has code for them and the device is a Hopper") {
+  CHECK(warpgroups_multiply(90, 128, true));
+  CHECK(warpgroups_multiply(90, 8, true));
+  CHECK(!warpgroups_multiply(90, 136, true));
+  CHECK(!warpgroups_multiply(80, 64, true));
+  CHECK(!warpgroups_multiply(100, 64, true));
+  CHECK(!warpgroups_multiply(90, 64, false));
+  CHECK(warpgroups_multiply(90, 64) == has_sm90a_code);
+}
+
 TEST_CASE("chains cover every query once, in order") {
   for (index_t const group : {1, 2, 3, 4, 6, 8, 12})
     for (index_t const rows : {0, 1, 7, 8, 33})

@@ -15,6 +15,19 @@ inline constexpr index_t launch_queries = 1024;
 /// Packed queries whose terms a warp adds to its slots at a time.
 inline constexpr index_t turn_queries = 16;
 
+/// Whether the units of this program hold code for sm_90a, in place of sm_90: the build says so.
+#if !defined(KVKEEP_CUDA_SM90A)
+#define KVKEEP_CUDA_SM90A 0
+#endif
+inline constexpr bool has_sm90a_code = KVKEEP_CUDA_SM90A != 0;
+
+/// Whether warpgroups multiply 16-bit keys, or warps do. By the device and the keys' size alone: the two round
+/// differently, so rows, heads and layouts have no say. Nobody has run or timed warpgroups on a device yet.
+constexpr bool warpgroups_multiply(int capability, index_t dim,
+                                   bool has_code = has_sm90a_code) noexcept {
+  return has_code && capability == 90 && dim <= 128;
+}
+
 /// Sizes that a scoring op is planned from.
 struct window_sizes {
   index_t n_entries = 0;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/slices_mma.cuh"
+#include "kernels/slices_wgmma.cuh"
 #include "kernels/split.cuh"
 #include "kernels/sums_mma.cuh"
 #include "kernels/window_plain.cuh"
@@ -76,12 +77,21 @@ inline status launch_plain_slices(context& c, window_job const& job) noexcept {
   return launch(c, slice_grid(sizes_of(job), job.n_rows, plain_queries, plain_threads),
                 plain_tile::bytes(), plain_slices_kernel{{}, job});
 }
+template <class Kernel>
+status launch_slices(context& c, window_job const& job, index_t queries) noexcept {
+  return launch(c, slice_grid(sizes_of(job), job.n_rows, queries, Kernel::most_threads),
+                Kernel::bytes(), Kernel{job});
+}
 inline status launch_mma_slices(context& c, window_job const& job) noexcept {
   return with_mma(job.layer.kv.k, [&]<class S>(S) {
-    using kernel = mma_slices_kernel<typename S::type, S::blocks>;
-    return launch(c,
-                  slice_grid(sizes_of(job), job.n_rows, kernel::batches * 32, kernel::most_threads),
-                  kernel::bytes(), kernel{job});
+    using T = typename S::type;
+    if constexpr (has_sm90a_code && S::blocks <= 4) {
+      using wide = wgmma_slices_kernel<T, S::blocks>;
+      if (warpgroups_multiply(c.capability, job.layer.kv.k.dim))
+        return launch_slices<wide>(c, job, wide::tile);
+    }
+    using kernel = mma_slices_kernel<T, S::blocks>;
+    return launch_slices<kernel>(c, job, kernel::batches * batch_queries);
   });
 }
 

@@ -8,7 +8,18 @@
 
 #include <cuda_runtime.h>
 
+namespace emulation {
+
+/// Follow the copies for products of warpgroups (warpgroups.cpp).
+void note_copy(void const* to);
+void note_copies_end();
+void note_copies_wait(int pending);
+
+}  // namespace emulation
+
 namespace kvkeep::cuda {
+
+extern uint4 shared_words[];
 
 /// Operands of a warp's last two products: a lane may be one ahead of the others.
 struct emulated_operands {
@@ -49,11 +60,16 @@ inline float fast_inverse(float x) { return 1 / x; }
 
 inline void copy_16(void* to, void const* from, bool wanted) {
   emulation::start_copy(to, from, wanted ? 16 : 0, wanted ? 0 : 16);
+  emulation::note_copy(to);
 }
-inline void copies_end() { emulation::end_copy_group(); }
+inline void copies_end() {
+  emulation::end_copy_group();
+  emulation::note_copies_end();
+}
 template <int Pending>
 void copies_wait() {
   emulation::wait_copy_groups(Pending);
+  emulation::note_copies_wait(Pending);
 }
 
 inline void let_next_start() {}
