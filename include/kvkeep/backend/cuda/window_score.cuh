@@ -7,6 +7,7 @@
 #include "kernels/slices_wgmma.cuh"
 #include "kernels/split.cuh"
 #include "kernels/sums_mma.cuh"
+#include "kernels/sums_wgmma.cuh"
 #include "kernels/window_plain.cuh"
 #include "launch.cuh"
 
@@ -114,19 +115,22 @@ inline status launch_plain_sums(context& c, window_job const& job, sums_output c
 }
 template <class Kernel>
 status launch_strips(context& c, window_job const& job, sums_output const& to) noexcept {
-  constexpr index_t keys = Kernel::tiles::keys;
+  constexpr index_t keys = Kernel::keys;
   chain_plan const plan(job.n_rows, job.group(), to.per_query_head);
   bool const stay = plan.sets == 1 && plan.turns() <= Kernel::tile_turns;
   auto const steps = static_cast<index_t>(strip_steps(sizes_of(job), keys, stay, c.n_sm));
   return launch(c, strip_grid(sizes_of(job), keys * steps, Kernel::most_threads), Kernel::bytes(),
                 Kernel{job, to.out, to.by_id, to.per_query_head, to.clear, plan, steps});
 }
-/// One kernel for heads whose keys are whole pieces of 16 bytes, one for the others. Where a head begins
-/// may be known on the device alone.
+/// By warps: one kernel for heads whose keys are whole pieces of 16 bytes, one for the others. Where a head
+/// begins may be known on the device alone.
 inline status launch_mma_sums(context& c, window_job const& job, sums_output const& to) noexcept {
   plane_ref<device_space> const& k = job.layer.kv.k;
   return with_mma(k, [&]<class S>(S) {
     using T = typename S::type;
+    if constexpr (has_sm90a_code && S::blocks <= 4)
+      if (warpgroups_multiply(c.capability, k.dim))
+        return launch_strips<wgmma_sums_kernel<T, S::blocks>>(c, job, to);
     if (k.features.contiguous(k.dim) && k.dim % 8 == 0)
       KVKEEP_TRY(launch_strips<mma_sums_kernel<T, S::blocks, true>>(c, job, to));
     if (whole_pieces(k)) return status::ok;

@@ -96,20 +96,29 @@ struct query_tile {
     return eight / 2 * turn_queries + r / 2 * 4 + eight % 2 * 2 + r % 2;
   }
 
-  /// Takes the tile's queries; a barrier has to follow. @param number(i) of the head's query i, -1: none
+  /// Takes what is known of the tile's queries. @return whether one of this thread's has a second number
+  /// @param number(i) of the head's query i, -1: none
   template <class N>
-  __device__ void take(window_head const& h, bool normed, N const& number) const {
-    split_queries const& from = h.job.split;
+  __device__ bool take_info(window_head const& h, bool normed, N const& number) const {
     offset_t const first = static_cast<offset_t>(blockIdx.x) * h.job.n_queries();
     bool any = false;
     for (index_t i = thread_of_block(); i < queries; i += threads_of_block()) {
       index_t const q = number(i);
-      split_query const query = q < 0 ? split_query{0, no_position, 0} : from.query[first + q];
+      split_query const query =
+          q < 0 ? split_query{0, no_position, 0} : h.job.split.query[first + q];
       row_norm const norm = normed && q >= 0 ? h.job.norms[first + q] : row_norm{};
       info[i] = {query.factor, norm.shift, norm.inverse, query.limit};
       uneven[i] = query.uneven;
       any = any || query.uneven != 0;
     }
+    return any;
+  }
+  /// Takes the tile's queries; a barrier has to follow. @param number as above
+  template <class N>
+  __device__ void take(window_head const& h, bool normed, N const& number) const {
+    split_queries const& from = h.job.split;
+    offset_t const first = static_cast<offset_t>(blockIdx.x) * h.job.n_queries();
+    bool const any = take_info(h, normed, number);
     copy(from.high + first * (Blocks * 4), high, number);
     if (__syncthreads_or(any ? 1 : 0) != 0) copy(from.rest + first * (Blocks * 4), rest, number);
     copies_end();
