@@ -3,8 +3,10 @@
 //   calibration/empty_node  an empty kernel among others in a graph: the least time of any launch
 //   calibration/copy, read  device memory, 16 bytes per lane
 //   calibration/mma         bf16 products of mma.sync from registers, random operands
+//   calibration/wgmma       the same of warpgroups' products, where program and device have them
 //   calibration/fma, exp2   fused multiply-adds, exponentials, eight chains per thread
-#include <kvkeep/backend/cuda/kernels/ptx.cuh>
+#include <kvkeep/backend/cuda/kernels/core_rows.cuh>
+#include <kvkeep/backend/cuda/window_plan.hpp>
 
 #include "suite.hpp"
 
@@ -70,6 +72,45 @@ struct mma_kernel {
       unrolled<chains>([&](int i) { cuda::mma(bf16{}, c[i], a0, a1, a2, a3, b0, b1); });
     float sum = 0;
     unrolled<chains>([&](int i) { sum += c[i][0] + c[i][1] + c[i][2] + c[i][3]; });
+    out[thread] = sum;
+  }
+};
+
+/// Two chains of 64 x 64 x 128 in flight per warpgroup, as the scoring kernels multiply.
+struct wgmma_kernel {
+  static constexpr int most_threads = threads, blocks_per_sm = 2, chains = 2, blocks = 4;
+  using rows = cuda::core_rows<blocks>;
+  int rounds;
+  float* out;  ///< [thread]
+
+  static std::size_t bytes() { return 64 * rows::pieces * sizeof(uint4); }
+  static double flops(double groups, int n) { return groups * n * chains * 2.0 * 64 * 64 * 128; }
+  __device__ void operator()() const {
+    unsigned const thread = blockIdx.x * threads + static_cast<unsigned>(thread_of_block());
+    cuda::shared_pieces shared;
+    auto* const memory = shared.take<uint4>(64 * rows::pieces);
+    auto const pair = [&](index_t i) {
+      auto const bits = static_cast<unsigned>(scrambled(thread * 64 + static_cast<unsigned>(i)));
+      return (bits & 0x807f807fu) | 0x3f803f80u;
+    };
+    for (index_t i = thread_of_block(); i < 64 * rows::pieces; i += threads)
+      cuda::store_16(memory + i, make_uint4(pair(i), pair(i + 1), pair(i + 2), pair(i + 3)));
+    cuda::writes_to_products();
+    __syncthreads();
+    rows::operand left;
+    left.take(memory);
+    cuda::group_products a = {}, b = {};
+    for (int r = 0; r < rounds; ++r) {
+      cuda::products_begin();
+      rows::start(bf16{}, a, left, rows::descriptor(memory), true);
+      cuda::products_end();
+      rows::start(bf16{}, b, left, rows::descriptor(memory), true);
+      cuda::products_end();
+      cuda::products_wait<1>(a);
+    }
+    cuda::products_wait<0>(b);
+    float sum = 0;
+    unrolled<32>([&](int i) { sum += a[i / 4][i % 4] + b[i / 4][i % 4]; });
     out[thread] = sum;
   }
 };
@@ -163,6 +204,12 @@ void calibrate_arithmetic(suite& s) {
   take(s, {"mma", "TFLOP/s", 1e-12, &peaks::mma, mma_kernel::flops(all / 32, rounds)}, 2, [&](int) {
     return launch(s.ctx, g, 0, mma_kernel{rounds, out.data()});
   });
+  if constexpr (cuda::has_sm90a_code)
+    if (cuda::warpgroups_multiply(s.ctx.capability, 128))
+      take(s, {"wgmma", "TFLOP/s", 1e-12, &peaks::wgmma, wgmma_kernel::flops(all / 128, rounds)}, 2,
+           [&](int) {
+             return launch(s.ctx, g, wgmma_kernel::bytes(), wgmma_kernel{rounds, out.data()});
+           });
   double const chain = all * rounds * fma_kernel::chains * fma_kernel::each;
   take(s, {"fma", "TFLOP/s", 1e-12, &peaks::fma, 2 * chain}, 2, [&](int) {
     return launch(s.ctx, g, 0, fma_kernel{rounds, out.data()});

@@ -29,6 +29,7 @@ inline void describe(suite const& s) {
   add("copy_gb_per_s", s.rates.copy * 1e-9);
   add("read_gb_per_s", s.rates.read * 1e-9);
   add("mma_tflops", s.rates.mma * 1e-12);
+  if (s.rates.wgmma > 0) add("wgmma_tflops", s.rates.wgmma * 1e-12);
   add("fma_tflops", s.rates.fma * 1e-12);
   add("exp2_t_per_s", s.rates.exp2 * 1e-12);
 }

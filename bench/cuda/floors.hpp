@@ -12,31 +12,33 @@ namespace bench {
 
 /// Rates of the device, measured (calibration.hpp). Per second; `node` in seconds.
 struct peaks {
-  double node = 0;  ///< an empty kernel in a graph
-  double copy = 0;  ///< bytes, those read and those written
-  double read = 0;  ///< bytes
-  double mma = 0;   ///< bf16 operations of mma.sync
-  double fma = 0;   ///< fp32 operations of fused multiply-adds
-  double exp2 = 0;  ///< exponentials
+  double node = 0;   ///< an empty kernel in a graph
+  double copy = 0;   ///< bytes, those read and those written
+  double read = 0;   ///< bytes
+  double mma = 0;    ///< bf16 operations of mma.sync
+  double wgmma = 0;  ///< bf16 operations of wgmma; 0: this program or device has none
+  double fma = 0;    ///< fp32 operations of fused multiply-adds
+  double exp2 = 0;   ///< exponentials
 };
 
 /// Work of one call. Sums over the batch.
 struct work {
   double read = 0;   ///< bytes that are only read
   double moved = 0;  ///< bytes that are copied, those read and those written
-  double mma = 0;    ///< operations on 16-bit operands
+  double mma = 0;    ///< operations on 16-bit operands, by warps
+  double wgmma = 0;  ///< the same, by warpgroups
   double fma = 0;    ///< operations on fp32 operands
   double exps = 0;   ///< exponentials
 
   double bytes() const { return read + moved; }
-  double flops() const { return mma + fma; }
+  double flops() const { return mma + wgmma + fma; }
 };
 
 /// One kernel's start, and the longest of what can go on at once.
 inline double floor_of(work const& w, peaks const& p) {
   auto const at = [](double amount, double rate) { return amount > 0 ? amount / rate : 0; };
   double const memory = at(w.read, p.read) + at(w.moved, p.copy);
-  double const compute = at(w.mma, p.mma) + at(w.fma, p.fma);
+  double const compute = at(w.mma, p.mma) + at(w.wgmma, p.wgmma) + at(w.fma, p.fma);
   return p.node + std::max({memory, compute, at(w.exps, p.exp2)});
 }
 

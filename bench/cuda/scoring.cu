@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Scoring by query rows: SnapKV's window (op::column_sums of W rows), H2O's prompt (of all rows), MorphKV's
-// direct form (op::fused_rows).
+// direct form (op::fused_rows). Where warpgroups multiply, rows window_mma and h2o_prompt_mma are what warps take
+// for the same (KVKEEP_CUDA_SM90A; nobody has run either on a device yet, so the choice waits for these rows).
 #include <kvkeep/backend/cuda/window_score.cuh>
 
 #include "reference.hpp"
@@ -76,16 +77,27 @@ struct scoring_case {
   }
 };
 
+/// Which instructions multiply 16-bit keys: the op's choice, or warps in any case, as on an older device.
+enum class products { chosen, warps };
+cuda::context with_products(cuda::context ctx, products which) {
+  if (which == products::warps) ctx.capability = 80;
+  return ctx;
+}
+bool by_warpgroups(cuda::context const& ctx, point const& p) {
+  return p.type != dtype::f32 && cuda::warpgroups_multiply(ctx.capability, p.dim);
+}
+
 /// @param pairs   of a query row and a visible key, per query head, over the batch
 /// @param passes  1 with log-sum-exps, else 2
-work work_of(point const& p, index_t n_rows, double pairs, double passes) {
+/// @param wide    warpgroups multiply
+work work_of(point const& p, index_t n_rows, double pairs, double passes, bool wide) {
   double const heads = 1.0 * p.batch * p.kv_heads;
   double const keys = heads * p.tokens * p.dim * dtype_bytes(p.type);
   work w;
   w.read = passes * keys + heads * p.group * n_rows * p.dim * 4;
   w.moved = heads * p.tokens * 4;
   double const flops = passes * 2 * p.dim * pairs * p.kv_heads * p.group;
-  (p.type == dtype::f32 ? w.fma : w.mma) = flops;
+  (p.type == dtype::f32 ? w.fma : wide ? w.wgmma : w.mma) = flops;
   w.exps = passes * pairs * p.kv_heads * p.group;
   return w;
 }
@@ -107,30 +119,40 @@ void measure_scores(benchmark::State& state, suite& s, scoring_case const& c, wo
       [&] { return written(c.out) ? "" : "some scores were not written"; });
 }
 
-void add_window(suite& s, point const& p, bool given_lse) {
-  add_device_row(s,
-                 "window" + named("T", p.tokens) + named("W", p.window) + shape_name(p) +
-                     (given_lse ? "/lse" : "/no_lse"),
-                 [=](benchmark::State& state, suite& on) {
-                   rotation const r =
-                       rotate(static_cast<double>(set_bytes(p, p.window)), on.rotate_bytes, 4);
-                   scoring_case const c(on, p, p.window, given_lse, r.sets);
-                   double const pairs = 1.0 * p.batch * p.window * p.tokens;
-                   measure_scores(state, on, c, work_of(p, p.window, pairs, given_lse ? 1 : 2), r,
-                                  [&](std::size_t set) { return c.sums(on_device{set}); });
-                 });
+void add_window(suite& s, point const& p, bool given_lse, products which = products::chosen) {
+  char const* const kind = which == products::warps ? "window_mma" : "window";
+  add_device_row(
+      s,
+      kind + named("T", p.tokens) + named("W", p.window) + shape_name(p) +
+          (given_lse ? "/lse" : "/no_lse"),
+      [=](benchmark::State& state, suite& any) {
+        suite on = any;
+        on.ctx = with_products(any.ctx, which);
+        rotation const r = rotate(static_cast<double>(set_bytes(p, p.window)), on.rotate_bytes, 4);
+        scoring_case const c(on, p, p.window, given_lse, r.sets);
+        double const pairs = 1.0 * p.batch * p.window * p.tokens;
+        bool const wide = by_warpgroups(on.ctx, p);
+        measure_scores(state, on, c, work_of(p, p.window, pairs, given_lse ? 1 : 2, wide), r,
+                       [&](std::size_t set) { return c.sums(on_device{set}); });
+        if (wide) state.counters["warpgroups"] = 1;
+      });
 }
 
 /// All queries of a prompt, each of which sees the keys before it.
-void add_prompt(suite& s, point const& p) {
-  add_device_row(s, "h2o_prompt" + named("T", p.tokens) + shape_name(p) + "/lse",
-                 [=](benchmark::State& state, suite& on) {
+void add_prompt(suite& s, point const& p, products which = products::chosen) {
+  char const* const kind = which == products::warps ? "h2o_prompt_mma" : "h2o_prompt";
+  add_device_row(s, kind + named("T", p.tokens) + shape_name(p) + "/lse",
+                 [=](benchmark::State& state, suite& any) {
+                   suite on = any;
+                   on.ctx = with_products(any.ctx, which);
                    rotation const r =
                        rotate(static_cast<double>(set_bytes(p, p.tokens)), on.rotate_bytes, 1);
                    scoring_case const c(on, p, p.tokens, true, r.sets);
                    double const pairs = 0.5 * p.batch * p.tokens * (p.tokens + 1.0);
-                   measure_scores(state, on, c, work_of(p, p.tokens, pairs, 1), r,
+                   bool const wide = by_warpgroups(on.ctx, p);
+                   measure_scores(state, on, c, work_of(p, p.tokens, pairs, 1, wide), r,
                                   [&](std::size_t set) { return c.sums(on_device{set}); });
+                   if (wide) state.counters["warpgroups"] = 1;
                  });
 }
 
@@ -142,12 +164,12 @@ void add_fused(suite& s, point const& p) {
                        rotate(static_cast<double>(set_bytes(p, rows)), on.rotate_bytes, 1);
                    scoring_case const c(on, p, rows, false, r.sets);
                    double const pairs = 1.0 * p.batch * rows * (p.tokens - p.window);
-                   measure_scores(state, on, c, work_of(p, rows, pairs, 2), r,
+                   measure_scores(state, on, c, work_of(p, rows, pairs, 2, false), r,
                                   [&](std::size_t set) { return c.fused(on_device{set}); });
                  });
 }
 
-void check_case(suite& s, dtype type, bool given_lse) {
+void check_case(suite& s, dtype type, bool given_lse, products which) {
   point p;
   p.tokens = 300;
   p.window = 8;
@@ -160,7 +182,8 @@ void check_case(suite& s, dtype type, bool given_lse) {
     return std::vector<float>(o.out.data, o.out.data + c.out.per_set());
   };
   auto const sums = cpu(c.sums(host));
-  run_once(s.ctx, c.sums(on_device{}));
+  cuda::context ctx = with_products(s.ctx, which);
+  run_once(ctx, c.sums(on_device{}));
   check_same("column_sums", c.out.download(), sums, 1e-3);
   if (given_lse) return;
   auto const fused = cpu(c.fused(host));
@@ -172,7 +195,8 @@ void check_case(suite& s, dtype type, bool given_lse) {
 
 void check_scoring(suite& s) {
   for (dtype t : all_types)
-    for (bool lse : {true, false}) check_case(s, t, lse);
+    for (bool lse : {true, false})
+      for (products which : {products::chosen, products::warps}) check_case(s, t, lse, which);
 }
 
 void add_scoring_rows(suite& s) {
@@ -184,11 +208,15 @@ void add_scoring_rows(suite& s) {
     return p;
   };
   auto const same = [](point&) {};
+  bool const both = by_warpgroups(s.ctx, with(same));
   if (s.tiny) {
     add_window(s, with(same), true);
     add_window(s, with(same), false);
     add_prompt(s, with(same));
     add_fused(s, with(same));
+    if (!both) return;
+    add_window(s, with(same), false, products::warps);
+    add_prompt(s, with(same), products::warps);
     return;
   }
   for (index_t t : {8192, 32768, 131072})
@@ -198,6 +226,13 @@ void add_scoring_rows(suite& s) {
   for (dtype t : {dtype::f16, dtype::f32}) add_window(s, with([=](point& p) { p.type = t; }), true);
   for (index_t b : {8, 64}) add_window(s, with([=](point& p) { p.batch = b; }), true);
   for (index_t t : {8192, 32768}) add_prompt(s, with([=](point& p) { p.tokens = t; }));
+  if (both) {
+    for (index_t w : {16, 32, 64})
+      for (bool lse : {true, false})
+        add_window(s, with([=](point& p) { p.tokens = 32768, p.window = w; }), lse,
+                   products::warps);
+    add_prompt(s, with([](point& p) { p.tokens = 8192; }), products::warps);
+  }
   for (index_t t : {1024, 8192, 32768}) add_fused(s, with([=](point& p) { p.tokens = t; }));
 }
 

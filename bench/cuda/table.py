@@ -14,7 +14,7 @@ from pathlib import Path
 
 CALIBRATION = [("empty_node_us", "empty graph node", "us"), ("copy_gb_per_s", "copy", "GB/s"),
                ("read_gb_per_s", "read", "GB/s"), ("mma_tflops", "mma.sync bf16", "TFLOP/s"),
-               ("fma_tflops", "fp32 multiply-add", "TFLOP/s"), ("exp2_t_per_s", "exponentials", "T/s")]
+               ("wgmma_tflops", "wgmma bf16", "TFLOP/s"), ("fma_tflops", "fp32 multiply-add", "TFLOP/s"), ("exp2_t_per_s", "exponentials", "T/s")]
 
 
 class Row:
@@ -64,7 +64,11 @@ def fold_cost(r, relative):
 
 
 TARGETS = [
-    ("floor", ["window"], lambda r: r.number["T"] >= 32768, lambda r: r.get("floor_ratio"), 1.6, False),
+    ("floor", ["window"], lambda r: r.number["T"] >= 32768 and not r.get("warpgroups"),
+     lambda r: r.get("floor_ratio"), 1.6, False),
+    ("floor", ["window"], lambda r: r.number["T"] >= 32768 and r.get("warpgroups"),
+     lambda r: r.get("floor_ratio"), 1.3, False),
+    ("floor", ["window_mma"], lambda r: r.number["T"] >= 32768, lambda r: r.get("floor_ratio"), 1.6, False),
     ("torch eager", ["window"], lambda r: True, lambda r: r.times("torch eager"), 8, True),
     ("torch.compile", ["window"], lambda r: True, lambda r: r.times("torch.compile"), 3, True),
     ("floor", ["h2o_prompt"], lambda r: True, lambda r: r.get("floor_ratio"), 1.6, False),

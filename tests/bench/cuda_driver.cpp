@@ -35,6 +35,9 @@ TEST_CASE("a floor is a start and the longest of memory, arithmetic and exponent
   w.mma = 1000;
   w.fma = 100;
   CHECK(floor_of(w, p) == 2 + 15);
+  p.wgmma = 200;
+  w.wgmma = 600;
+  CHECK(floor_of(w, p) == 2 + 18);
   w.exps = 80;
   CHECK(floor_of(w, p) == 2 + 20);
 }

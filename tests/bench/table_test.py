@@ -51,6 +51,15 @@ class Table(unittest.TestCase):
         self.assertIn("Device: made up", lines[0])
         self.assertIn("empty graph node 1.5 us", lines[0])
 
+    def test_warpgroups_have_a_nearer_target(self):
+        rows = [row("window/T:32768/W:32/bf16/lse", 14.0, warpgroups=1.0),
+                row("window_mma/T:32768/W:32/bf16/lse", 14.0)]
+        cells, _ = self.page(rows)
+        self.assertEqual(cells["window/T:32768/W:32/bf16/lse"][-2:],
+                         ["floor <= 1.3x; torch eager >= 8x; torch.compile >= 3x",
+                          "**missed** (1.4); not measured; not measured"])
+        self.assertEqual(cells["window_mma/T:32768/W:32/bf16/lse"][-2:], ["floor <= 1.6x", "met (1.4)"])
+
     def test_without_peers_nothing_is_met_by_them(self):
         cells, lines = self.page([row("window/T:8192/W:32/bf16/lse", 20.0), row("attend/C:512/bf16", 5.0)],
                                  with_peers=False)
