@@ -2,7 +2,7 @@
 /// @file
 /// Hopper's products of a warpgroup (four warps, the first one's number a multiple of four), which run beside
 /// what its threads do until they wait. Code for sm_90a alone has them; other device code traps, and no host
-/// code chooses it (warpgroup_products in window_plan.hpp).
+/// code chooses it (warpgroups_multiply in window_plan.hpp).
 /// Facts from the PTX manual: "Asynchronous Warpgroup Level Matrix Instructions", "Async Proxy".
 #pragma once
 
