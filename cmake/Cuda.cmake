@@ -37,7 +37,8 @@ if(KVKEEP_CUDA_FOUND)
   find_package(CUDAToolkit REQUIRED)
   # One name for each extent of the CUDA build: its tests, or these and the benchmarks.
   add_custom_target(kvkeep_cuda_tests)
-  add_custom_target(kvkeep_cuda_all DEPENDS kvkeep_cuda_tests)
+  add_custom_target(kvkeep_gpu_tests)  # what ./run gpu test runs on a device
+  add_custom_target(kvkeep_cuda_all DEPENDS kvkeep_cuda_tests kvkeep_gpu_tests)
   if(EXISTS "${PROJECT_SOURCE_DIR}/include/kvkeep/cuda.cuh")
     add_library(kvkeep_cuda INTERFACE)
     add_library(kvkeep::cuda ALIAS kvkeep_cuda)
