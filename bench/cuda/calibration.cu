@@ -139,7 +139,8 @@ struct exp2_kernel {
   __device__ void operator()() const {
     unsigned const thread = blockIdx.x * threads + static_cast<unsigned>(thread_of_block());
     float c[chains];
-    unrolled<chains>([&](int i) { c[i] = static_cast<float>(i + thread % 7) * 0.1F; });
+    unrolled<chains>(
+        [&](int i) { c[i] = static_cast<float>(static_cast<unsigned>(i) + thread % 7) * 0.1F; });
     for (int r = 0; r < rounds; ++r)
       unrolled<each>([&](int) { unrolled<chains>([&](int i) { c[i] = cuda::fast_exp2(-c[i]); }); });
     float sum = 0;

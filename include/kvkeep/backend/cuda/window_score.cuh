@@ -115,7 +115,7 @@ inline status launch_plain_sums(context& c, window_job const& job, sums_output c
 }
 template <class Kernel>
 status launch_strips(context& c, window_job const& job, sums_output const& to) noexcept {
-  constexpr index_t keys = Kernel::keys;
+  constexpr index_t keys = Kernel::strip_keys;
   chain_plan const plan(job.n_rows, job.group(), to.per_query_head);
   bool const stay = plan.sets == 1 && plan.turns() <= Kernel::tile_turns;
   auto const steps = static_cast<index_t>(strip_steps(sizes_of(job), keys, stay, c.n_sm));

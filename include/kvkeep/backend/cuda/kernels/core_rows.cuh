@@ -48,12 +48,15 @@ struct core_rows {
   }
 
   /// Descriptor of rows, the first one's number a multiple of 8: start, from one piece to the next (leading),
-  /// from eight rows to the next (stride), by 16 bytes, no swizzle. The next product's is 16 more.
+  /// from eight rows to the next (stride), by 16 bytes, no swizzle.
   __device__ static unsigned long long descriptor(uint4 const* rows) {
     constexpr unsigned long long leading = 8, stride = 8 * pieces;
     return shared_address(rows) >> 4 | leading << 16 | stride << 32;
   }
-  static constexpr unsigned long long next_product = 16;
+  /// What the i-th product's descriptor is more.
+  __device__ static unsigned long long product_offset(int i) {
+    return 16 * static_cast<unsigned>(i);
+  }
 
   /// A warp's rows of a left operand: 16 of them, in registers.
   struct operand {
@@ -75,14 +78,14 @@ struct core_rows {
   __device__ static void start(T type, group_products& z, operand const& rows,
                                unsigned long long columns, bool add) {
     unrolled<products>([&](int i) {
-      start_products(type, z, rows.word[i], columns + next_product * i, add || i > 0);
+      start_products(type, z, rows.word[i], columns + product_offset(i), add || i > 0);
     });
   }
   template <class T>
   __device__ static void start(T type, group_products& z, unsigned long long rows,
                                unsigned long long columns, bool add) {
     unrolled<products>([&](int i) {
-      start_products(type, z, rows + next_product * i, columns + next_product * i, add || i > 0);
+      start_products(type, z, rows + product_offset(i), columns + product_offset(i), add || i > 0);
     });
   }
 };

@@ -8,7 +8,7 @@
 
 namespace kvkeep::cuda {
 
-/// Adds to slots what they receive from all rows. Grid: heads, strips of `steps` times `keys` slots.
+/// Adds to slots what they receive from all rows. Grid: heads, strips of `steps` times `strip_keys` slots.
 /// Heads whose keys are not as `Whole` says are left to the other kernel: reading keys feature by feature
 /// takes registers that the products need.
 template <class T, int Blocks, bool Whole>
@@ -16,7 +16,7 @@ struct mma_sums_kernel {
   using tiles = mma_tiles<Blocks>;
   static constexpr int most_threads = tiles::warps * 32, blocks_per_sm = Whole ? 2 : 1;
   static constexpr int n_tiles = tiles::key_tiles;
-  static constexpr index_t keys = tiles::keys;  ///< of a block
+  static constexpr index_t strip_keys = tiles::keys;  ///< of a block
   window_job job;
   tensor_ref<float, 4, device_space> out;
   bool out_by_id, per_query_head, clear;
@@ -25,7 +25,7 @@ struct mma_sums_kernel {
 
   /// What masks need to know of a block's keys, in shared memory: registers are for keys and products.
   struct key_positions {
-    index_t* of;       ///< [keys]
+    index_t* of;       ///< [strip_keys]
     index_t* lowest;   ///< [warps]
     index_t* highest;  ///< [warps]
   };
@@ -64,20 +64,21 @@ struct mma_sums_kernel {
   static constexpr index_t tile_turns = tiles::batches * batch_queries / turn_queries;
 
   static constexpr std::size_t bytes() {
-    return queries::bytes() + shared_pieces::bytes<index_t>(keys) +
+    return queries::bytes() + shared_pieces::bytes<index_t>(strip_keys) +
            2 * shared_pieces::bytes<index_t>(tiles::warps);
   }
 
   __device__ void operator()() const {
     shared_pieces shared;
     queries const tile(shared);
-    key_positions const positions{shared.take<index_t>(keys), shared.take<index_t>(tiles::warps),
+    key_positions const positions{shared.take<index_t>(strip_keys),
+                                  shared.take<index_t>(tiles::warps),
                                   shared.take<index_t>(tiles::warps)};
     window_head const h(job);
     if (key_pieces<T>(h).whole() != Whole) return;
     index_t const tiles_of_set = (plan.turns() + tile_turns - 1) / tile_turns;
     for (index_t step = 0; step < steps; ++step) {
-      index_t const strip = (static_cast<index_t>(blockIdx.y) * steps + step) * keys;
+      index_t const strip = (static_cast<index_t>(blockIdx.y) * steps + step) * strip_keys;
       if (strip >= h.n) return;
       warp_keys const own(h, key_pieces<T>(h), strip + warp_of_block() * n_tiles * 16, positions);
       for (index_t set = 0; set < plan.sets; ++set) {

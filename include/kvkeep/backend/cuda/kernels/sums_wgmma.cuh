@@ -9,13 +9,13 @@ namespace kvkeep::cuda {
 
 /// Adds to slots what they receive from all rows, in the order of mma_sums_kernel. A warpgroup holds 64 keys
 /// in registers and lets the queries pass, 64 at a time; warps fetch their next keys meanwhile, and where the
-/// queries stay in place warpgroups wait for nobody else. Grid: heads, strips of `steps` times `keys` slots.
+/// queries stay in place warpgroups wait for nobody else. Grid: heads, strips of `steps` times `strip_keys` slots.
 template <class T, int Blocks>
 struct wgmma_sums_kernel {
   using rows = core_rows<Blocks>;
   using queries = query_tile<Blocks, 4>;
   static constexpr int groups = 2, most_threads = groups * 128, blocks_per_sm = 2;
-  static constexpr index_t keys = groups * group_rows;  ///< of a block
+  static constexpr index_t strip_keys = groups * group_rows;  ///< of a block
   static constexpr index_t tile_turns = queries::queries / turn_queries;
   static constexpr index_t part = group_columns;  ///< queries of a product
   window_job job;
@@ -25,7 +25,7 @@ struct wgmma_sums_kernel {
   index_t steps;
 
   static constexpr std::size_t bytes() {
-    return queries::bytes() + shared_pieces::bytes<uint4>(keys * rows::pieces);
+    return queries::bytes() + shared_pieces::bytes<uint4>(strip_keys * rows::pieces);
   }
 
   /// The keys of a warp: this lane's are r and r + 8, with r = lane / 4.
@@ -47,18 +47,19 @@ struct wgmma_sums_kernel {
   __device__ void operator()() const {
     shared_pieces shared;
     tile_of_queries tile{queries(shared), false};
-    uint4* const memory = shared.take<uint4>(keys * rows::pieces);
+    uint4* const memory = shared.take<uint4>(strip_keys * rows::pieces);
     window_head const h(job);
     key_pieces<T> const source(h);
     index_t const tiles_of_set = (plan.turns() + tile_turns - 1) / tile_turns;
-    index_t strip = static_cast<index_t>(blockIdx.y) * steps * keys;
+    index_t strip = static_cast<index_t>(blockIdx.y) * steps * strip_keys;
     if (strip >= h.n) return;
     fetch(h, source, strip, memory);
     group_products z = {};
-    for (index_t step = 0; step < steps && strip < h.n; ++step, strip += keys) {
+    for (index_t step = 0; step < steps && strip < h.n; ++step, strip += strip_keys) {
       warp_keys own;
       take_keys(h, strip, memory, own);
-      if (step + 1 < steps && strip + keys < h.n) fetch(h, source, strip + keys, memory);
+      if (step + 1 < steps && strip + strip_keys < h.n)
+        fetch(h, source, strip + strip_keys, memory);
       for (index_t set = 0; set < plan.sets; ++set) {
         float sum[2];
         move_sums(h, own, set, sum, false);

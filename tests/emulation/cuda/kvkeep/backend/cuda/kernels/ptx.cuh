@@ -32,8 +32,9 @@ inline unsigned emulated_turn[1024];
 
 /// Not watched: the operands stand for registers.
 template <class T>
-[[gnu::no_sanitize("thread")]] void mma(T, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                        unsigned a3, unsigned b0, unsigned b1) {
+__attribute__((no_sanitize("thread"))) void mma(T, float (&c)[4], unsigned a0, unsigned a1,
+                                                unsigned a2, unsigned a3, unsigned b0,
+                                                unsigned b1) {
   unsigned const thread = emulation::linear_thread(), lane = thread % 32;
   auto& operands = emulated_warps[thread / 32].lane[emulated_turn[thread]++ % 2];
   operands[lane] = {{a0, a1, a2, a3}, {b0, b1}};
