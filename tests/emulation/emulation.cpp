@@ -260,6 +260,11 @@ void warp_barrier(unsigned mask) {
   standing.syncs = f.syncs;
 }
 
+void let_next_start() {
+  fiber& f = *m().running;
+  f.syncs.entered = true;
+  standing.syncs = f.syncs;
+}
 void wait_for_previous() {
   fiber& f = *m().running;
   f.syncs.previous = true;

@@ -117,7 +117,7 @@ void access(void const* p, std::size_t bytes, kind what, void const* code) {
   auto const at = reinterpret_cast<std::uintptr_t>(p);
   auto const stack = reinterpret_cast<std::uintptr_t>(standing.stack);
   if (!standing.running || at - stack < standing.stack_bytes) return;
-  if (standing.overlapped && !standing.syncs.previous)
+  if (standing.overlapped && standing.syncs.entered && !standing.syncs.previous)
     emulation::fail("touches memory before the kernels in front have ended");
   record const now = record::now(what == kind::atomic);
   for (std::size_t i = 0; i < bytes; ++i) {

@@ -76,10 +76,22 @@ void copy_over_what_is_read(int) {
     emulation::wait_copy_groups(0);
   }
 }
+/// Overlapped kernels, which wait for those in front in time, too late, and never.
+void in_time(int) {
+  emulation::let_next_start();
+  emulation::wait_for_previous();
+  device_words[thread()] = 1;
+}
+void too_late(int) {
+  emulation::let_next_start();
+  device_words[thread()] = 1;
+  emulation::wait_for_previous();
+}
+void never(int) { emulation::let_next_start(); }
 void beyond(int) { shared_ints()[1024 + thread()] = 0; }
 
 /// What a program says that launches the kernel twice, with 64 threads and 4 KiB; "" if it ends well.
-std::string complaint(void (*kernel)(int), unsigned blocks = 1) {
+std::string complaint(void (*kernel)(int), unsigned blocks = 1, bool overlap = false) {
   int ends[2];
   REQUIRE(pipe(ends) == 0);
   std::fflush(nullptr);
@@ -92,6 +104,9 @@ std::string complaint(void (*kernel)(int), unsigned blocks = 1) {
     config.gridDim = blocks;
     config.blockDim = 64;
     config.dynamicSmemBytes = 4096;
+    cudaLaunchAttribute attribute{cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+    config.attrs = &attribute;
+    config.numAttrs = overlap ? 1 : 0;
     for (int i = 0; i < 2; ++i) cudaLaunchKernelEx(&config, kernel, 0);
     _exit(0);
   }
@@ -143,6 +158,13 @@ TEST_CASE("blocks are not in order") {
   CHECK(has(complaint(add_plainly, 2), "of device memory"));
   CHECK(has(complaint(add_plainly, 2), "of another block"));
   CHECK(has(complaint(add_and_read), "of device memory"));
+}
+
+TEST_CASE("an overlapped kernel waits before it touches memory") {
+  CHECK(complaint(in_time, 1, true).empty());
+  CHECK(has(complaint(too_late, 1, true), "before the kernels in front"));
+  CHECK(has(complaint(never, 1, true), "without waiting"));
+  CHECK(complaint(too_late).empty());
 }
 
 TEST_CASE("shared memory starts without values, and ends") {

@@ -70,15 +70,16 @@ struct started {
 };
 /// Runs `body` once per thread of one block after another.
 void run_grid(started const& how, std::function<void()> const& body);
-/// Every thread of an overlapped kernel calls it before it touches memory.
+/// Every thread of an overlapped kernel calls these, one after the other, before it touches memory.
+void let_next_start();
 void wait_for_previous();
 /// Says where the running thread stands, and ends the program.
 [[noreturn]] void fail(char const* what);
 
-/// Barriers that a thread has passed, and whether it has waited for the kernels in front.
+/// Barriers that a thread has passed, and whether it has come to its kernel and waited for those in front.
 struct sync_count {
   unsigned block = 0, warp = 0;
-  bool previous = false;
+  bool entered = false, previous = false;
 };
 /// The running thread's place in time, for whoever watches its accesses (race_check.cpp).
 struct place_in_time {

@@ -73,7 +73,7 @@ void copies_wait() {
   emulation::note_copies_wait(Pending);
 }
 
-inline void let_next_start() {}
+inline void let_next_start() { emulation::let_next_start(); }
 inline void wait_for_previous() { emulation::wait_for_previous(); }
 
 inline float fast_float(fp16 x) { return to_float(x); }
