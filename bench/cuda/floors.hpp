@@ -10,7 +10,7 @@
 
 namespace bench {
 
-/// Rates of the device, measured (calibration.hpp). Per second; `node` in seconds.
+/// Rates of the device, measured (calibration.cu). Per second; `node` in seconds.
 struct peaks {
   double node = 0;   ///< an empty kernel in a graph
   double copy = 0;   ///< bytes, those read and those written

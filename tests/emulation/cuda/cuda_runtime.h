@@ -110,7 +110,7 @@ void wait_copy_groups(int pending);
 /// Calls into the runtime since the program started, by kind.
 struct calls {
   long launches = 0;  ///< of kernels, and recordings of them
-  long settings = 0;  ///< cudaFuncSetAttribute
+  long settings = 0;  ///< cudaFuncSetAttribute, cudaFuncGetAttributes
   long others = 0;    ///< memory, streams, devices, graphs
 };
 calls& count() noexcept;

@@ -34,7 +34,7 @@ struct context {
   int n_sm = 0;          ///< multiprocessors
   int shared_bytes = 0;  ///< shared memory that one block may use
   int capability = 0;    ///< 80, 90, ...
-  bool overlap = false;  ///< kernels may be placed before those in front have ended: `allow_overlap`
+  bool overlap = false;  ///< kernels may be placed before those in front end (allow_overlap)
 };
 
 }  // namespace kvkeep::cuda
