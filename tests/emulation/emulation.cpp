@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include <ucontext.h>
@@ -75,10 +76,25 @@ struct fiber {
   std::vector<copy_started> open;
 };
 
+/// Where the first of some threads has come from to meet the others, who have to come from there too: what a
+/// device does with those that execute another instruction, nobody promises.
+struct meeting_place {
+  std::string_view what;
+  std::uint64_t code = 0;
+
+  void come(bool first, std::string_view to) {
+    std::uint64_t const here = place_in_code != nullptr ? place_in_code() : 0;
+    if (first) *this = {to, here};
+    if (what != to) fail("threads meet in different operations");
+    if (code != here) fail("threads meet from several places of the code");
+  }
+};
+
 /// Values of a warp's last two exchanges: a lane may be one ahead of the others.
 struct warp_box {
   std::uint64_t value[2][warp_size]{};
   unsigned arrived[2]{};
+  meeting_place place[2];
 };
 
 struct machine {
@@ -89,6 +105,7 @@ struct machine {
   std::function<void()> const* body = nullptr;
   fiber* running = nullptr;
   unsigned n = 0, waiting = 0, brought = 0, result = 0, finished = 0;
+  meeting_place barrier;
   std::minstd_rand order{1};
 };
 machine& m() {
@@ -217,8 +234,9 @@ void run_grid(started const& how, std::function<void()> const& body) {
   }
 }
 
-int block_barrier(bool value) {
+int block_barrier(bool value, bool anywhere) {
   machine& k = m();
+  if (!anywhere) k.barrier.come(k.waiting == 0, "a barrier");
   ++k.running->syncs.block;
   k.brought += value ? 1 : 0;
   if (++k.waiting < k.n) {
@@ -241,6 +259,7 @@ std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char cons
   if (first + warp_size > k.n) fail("a warp operation in a block that ends inside a warp");
   warp_box& w = k.warps[t / warp_size];
   unsigned long const turn = k.running->warp_calls++ % 2;
+  w.place[turn].come(w.arrived[turn] == 0, what);
   w.value[turn][t % warp_size] = value;
   w.arrived[turn] |= 1u << (t % warp_size);
   if (w.arrived[turn] != all_lanes) {

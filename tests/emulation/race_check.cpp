@@ -9,6 +9,8 @@
 ///   - they are of one block, with a barrier between them;
 ///   - they are of one warp, with a __syncwarp between them.
 /// An exchange (shuffle, ballot, product) orders nothing: it promises nothing of memory.
+///
+/// And it tells where in the code threads meet, for they have to meet in one place, as synccheck says.
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -27,24 +29,29 @@ namespace {
 
 using emulation::standing;
 
-/// Who has accessed a byte, and when.
+/// Who has accessed a byte, and when. Small, for there are three to every byte that kernels touch.
 struct record {
-  unsigned launch = 0, block = 0;
-  emulation::sync_count syncs;
-  unsigned thread = 0;
-  bool atomic = false;
+  unsigned launch = 0, block = 0, warp_syncs = 0;
+  unsigned block_syncs : 21 = 0, thread : 10 = 0, atomic : 1 = 0;
 
   static record now(bool atomic) {
-    return {standing.launch, standing.block, standing.syncs, standing.thread, atomic};
+    record r;
+    r.launch = standing.launch;
+    r.block = standing.block;
+    r.warp_syncs = standing.syncs.warp;
+    r.block_syncs = standing.syncs.block & 0x1fffffu;
+    r.thread = standing.thread & 0x3ffu;
+    r.atomic = atomic ? 1 : 0;
+    return r;
   }
   bool same_thread(record const& b) const { return block == b.block && thread == b.thread; }
   /// Whether this comes before `b`, which is the present.
   bool before(record const& b) const {
     if (launch != b.launch || same_thread(b)) return true;
     if (block != b.block) return false;
-    return syncs.block != b.syncs.block ||
+    return block_syncs != b.block_syncs ||
            (thread / emulation::warp_size == b.thread / emulation::warp_size &&
-            syncs.warp != b.syncs.warp);
+            warp_syncs != b.warp_syncs);
   }
 };
 
@@ -88,7 +95,8 @@ struct watcher {
     c.read[c.read[0].before(now) ? 0 : 1] = now;
   }
   void write() const {
-    if (!ordered(c.write) && !(c.write.atomic && now.atomic)) report("write, then write", &c.write);
+    if (!ordered(c.write) && (c.write.atomic == 0 || now.atomic == 0))
+      report("write, then write", &c.write);
     for (record const& r : c.read)
       if (!ordered(r)) report("read, then write", &r);
     c.write = now;
@@ -130,6 +138,22 @@ void access(void const* p, std::size_t bytes, kind what, void const* code) {
 }
 
 }  // namespace
+
+/// From the return addresses of the calls that the thread is in. The code has to keep frame pointers, and must
+/// not be repeated on several paths (-O1 without jump threading).
+std::uint64_t emulation::place_in_code() {
+  auto const* frame = static_cast<std::uintptr_t const*>(__builtin_frame_address(0));
+  auto const* const stack = static_cast<char const*>(standing.stack);
+  auto const* const end = reinterpret_cast<std::uintptr_t const*>(stack + standing.stack_bytes);
+  std::uint64_t place = 14695981039346656037ull;
+  while (frame >= static_cast<void const*>(stack) && frame + 1 < end) {
+    place = (place ^ frame[1]) * 1099511628211ull;
+    auto const* const caller = reinterpret_cast<std::uintptr_t const*>(frame[0]);
+    if (caller <= frame) break;
+    frame = caller;
+  }
+  return place;
+}
 
 // What instrumented code calls. Atomic operations of the host's code are of no interest here, but must work.
 extern "C" {

@@ -76,6 +76,49 @@ void copy_over_what_is_read(int) {
     emulation::wait_copy_groups(0);
   }
 }
+/// Threads that meet their block or warp from two places, half of a warp in each.
+void two_barriers(int) {
+  if (thread() % 32 < 16)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+void two_barriers_anywhere(int) {
+  if (thread() % 32 < 16)
+    emulation::block_barrier(false, true);
+  else
+    emulation::block_barrier(false, true);
+}
+void two_shuffles(int) {
+  int x = 0;
+  if (thread() % 32 < 16)
+    x = __shfl_sync(0xffffffffu, thread(), 3);
+  else
+    x = __shfl_sync(0xffffffffu, thread(), 3);
+  device_words[thread()] = x;
+}
+/// The same through a function that is written once.
+int from_lane_3(int x) { return __shfl_sync(0xffffffffu, x, 3); }
+void two_calls(int) {
+  int x = 0;
+  if (thread() % 32 < 16)
+    x = from_lane_3(1);
+  else
+    x = from_lane_3(2);
+  device_words[thread()] = x;
+}
+void shuffle_and_ballot(int) {
+  device_words[thread()] =
+      thread() % 32 < 16 ? __shfl_sync(0xffffffffu, 1, 3) : __any_sync(0xffffffffu, 1);
+}
+/// One place after another, in loops that some leave before others do.
+void one_place(int) {
+  for (int i = 0; i < 3; ++i) {
+    if (i == thread() % 3) device_words[thread()] = i;
+    device_words[thread()] += from_lane_3(i);
+    __syncthreads();
+  }
+}
 /// Overlapped kernels, which wait for those in front in time, too late, and never.
 void in_time(int) {
   emulation::let_next_start();
@@ -158,6 +201,15 @@ TEST_CASE("blocks are not in order") {
   CHECK(has(complaint(add_plainly, 2), "of device memory"));
   CHECK(has(complaint(add_plainly, 2), "of another block"));
   CHECK(has(complaint(add_and_read), "of device memory"));
+}
+
+TEST_CASE("threads meet in one place of the code") {
+  CHECK(complaint(one_place).empty());
+  CHECK(has(complaint(two_barriers), "several places"));
+  CHECK(complaint(two_barriers_anywhere).empty());
+  CHECK(has(complaint(two_shuffles), "several places"));
+  CHECK(has(complaint(two_calls), "several places"));
+  CHECK(has(complaint(shuffle_and_ballot), "different operations"));
 }
 
 TEST_CASE("an overlapped kernel waits before it touches memory") {

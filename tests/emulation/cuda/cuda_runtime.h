@@ -5,8 +5,9 @@
 /// meet; blocks run one after another. It knows what our kernels use, and refuses what they must not:
 /// a barrier that some thread misses, a warp operation in part of a warp. Shared memory starts poisoned,
 /// and the order of threads between barriers is drawn anew each time, so that a missing barrier shows.
-/// Together with race_check.cpp a missing barrier is reported whatever the order, and with the address
-/// sanitizer shared memory ends where the launch says. Not a model of time.
+/// Together with race_check.cpp a missing barrier is reported whatever the order, and so are threads that
+/// meet from several places of the code; with the address sanitizer shared memory ends where the launch
+/// says. Not a model of time.
 #pragma once
 
 #include <atomic>
@@ -93,9 +94,13 @@ struct place_in_time {
 };
 inline place_in_time standing;
 
+/// Where in the code the running thread is, calls included: the same number for the same place. There in a
+/// program that checks it (race_check.cpp).
+[[gnu::weak, gnu::noinline]] std::uint64_t place_in_code();
+
 /// Waits until every thread of the block has come. @return for each thread the number of those that
-/// brought `true`
-int block_barrier(bool value);
+/// brought `true`  @param anywhere  whether they may come from several places of the code
+int block_barrier(bool value, bool anywhere = false);
 /// Waits for the warp, exchanging 8 bytes per lane. @return 32 values, valid until the next call
 std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char const* what);
 /// The same, and what lanes have written before it may be read after it: an exchange alone promises

@@ -60,6 +60,6 @@ inline void store_16(uint4* to, uint4 const& value) {
   emulation::note_store(to);
 }
 inline void writes_to_products() { emulation::make_visible(); }
-inline void block_meets() { emulation::block_barrier(false); }
+inline void block_meets() { emulation::block_barrier(false, true); }
 
 }  // namespace kvkeep::cuda
