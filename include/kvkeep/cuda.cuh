@@ -5,6 +5,7 @@
 
 #include "backend/cuda/attend.cuh"
 #include "backend/cuda/compact.cuh"
+#include "backend/cuda/fused_rows.cuh"
 #include "backend/cuda/head_chain.cuh"
 #include "backend/cuda/key_geometry.cuh"
 #include "backend/cuda/layer_counts.cuh"

@@ -62,43 +62,6 @@ void check(test::test_layer const& l, test_rows const& rows, sums_run const& s,
   CHECK(right);
 }
 
-/// Rounds every `step`-th row to numbers that both 16-bit types hold.
-void round_rows(test_rows& rows, index_t step) {
-  for (index_t b = 0; b < rows.q.ref().extent[0]; ++b)
-    for (index_t h = 0; h < rows.q.ref().extent[1]; ++h)
-      for (index_t r = 0; r < rows.n_rows; r += step)
-        for (index_t d = 0; d < rows.q.ref().extent[3]; ++d)
-          rows.q(b, h, r, d) = std::round(rows.q(b, h, r, d) * 32) / 32;
-}
-
-/// The layer with its keys copied to rows that begin at multiples of 16 bytes where their size allows it.
-class aligned_keys {
- public:
-  explicit aligned_keys(test::test_layer const& l)
-      : layer_(l.ref()),
-        block_(uz(l.shape().n_seq) * uz(l.shape().n_kv_heads) * uz(l.shape().max_slots) *
-               uz(layer_.kv.k.row_bytes)) {
-    cache_shape const& s = l.shape();
-    plane_ref<>& k = layer_.kv.k;
-    offset_t const size = dtype_bytes(k.type), row = k.row_bytes / size;
-    strided_layout const to{s.n_kv_heads * s.max_slots * row, s.max_slots * row, row, s.max_slots};
-    for (index_t q = 0; q < s.n_seq; ++q)
-      for (index_t h = 0; h < s.n_kv_heads; ++h)
-        for (index_t t = 0; t < l.cache.capacity(q, h); ++t) {
-          auto const from = l.cache.k().raw(q, h, t);
-          std::copy(from.begin(), from.end(), block_.span().begin() + to.offset(q, h, t) * size);
-        }
-    k.data = block_.span().data();
-    k.features = {};
-    k.layout = to;
-  }
-  layer_ref<> const& ref() const { return layer_; }
-
- private:
-  layer_ref<> layer_;
-  test::aligned_block block_;
-};
-
 }  // namespace
 
 TEST_CASE("column sums equal the oracle, with and without log-sum-exp") {
@@ -147,13 +110,13 @@ TEST_CASE("column sums of long rows and of more slots than a slice") {
       test::test_layer const l(o);
       generator g(static_cast<std::uint64_t>(size.dim));
       test_rows rows(l, g, g.integer(5, 10), false, 0.2F);
-      round_rows(rows, g.integer(1, 3));
+      test::round_rows(rows, g.integer(1, 3));
       for (bool const per_query_head : {false, true}) {
         sums_run s(l, rows.ref(), false, per_query_head);
         test::run_op(s.op, s.out);
         check(l, rows, s);
         sums_run aligned(l, rows.ref(), false, per_query_head);
-        aligned_keys const keys(l);
+        test::aligned_keys const keys(l);
         aligned.op.layer = keys.ref();
         REQUIRE(test::run_exact(test::one_thread(), aligned.op) == status::ok);
         CHECK(test::same_bits(s.out.data(), aligned.out.data()));
@@ -175,7 +138,7 @@ TEST_CASE("any chunking gives the same bits where only some rows are 16-bit numb
       key[2] = g.chance(0.5F) ? inf : key[2];
       l.cache.set_k(0, 0, 7, key);
       test_rows rows(l, g, 21, false, 0.2F);
-      round_rows(rows, g.integer(2, 3));
+      test::round_rows(rows, g.integer(2, 3));
       bool const per_query_head = g.chance(0.5F);
       query_rows<> const all =
           g.chance(0.5F) ? rows.ref() : rows.with_lse(l, test::rule_of(l.cache.ref()));
@@ -217,7 +180,7 @@ TEST_CASE("a block that takes several strips of slots gives each the same bits")
     o.cache.shape = {4, 8, 2, 16, 4, 700};
     o.cache.type = dtype::bf16;
     test::test_layer const l(o);
-    aligned_keys const keys(l);
+    test::aligned_keys const keys(l);
     generator g(7);
     test_rows const rows(l, g, 4, false);
     sums_run many(l, rows.ref(), false, true), few(l, rows.ref(), false, true);

@@ -90,14 +90,69 @@ TEST_CASE("fused rows equal the oracle") {
   });
 }
 
+TEST_CASE(
+    "fused rows of all sizes of a group, over more slots and rows than a block takes at once") {
+  struct {
+    index_t dim, slots, group, rows;
+  } const sizes[] = {{32, 700, 1, 90}, {64, 300, 2, 33}, {72, 70, 3, 40},  {128, 280, 4, 35},
+                     {40, 530, 5, 12}, {64, 90, 8, 31},  {200, 150, 7, 9}, {256, 140, 12, 5}};
+  for (auto const& size : sizes)
+    for (dtype const type : test::readable_dtypes())
+      for (reduction const fuse : {reduction::sum, reduction::max}) {
+        test::layer_options o;
+        o.cache.shape = {1, size.group, 1, size.dim, 4, size.slots};
+        o.cache.type = type;
+        o.min_length = size.slots - 5;
+        INFO("dim " << size.dim << " group " << size.group << " " << type);
+        test::test_layer const l(o);
+        generator g(static_cast<std::uint64_t>(size.dim));
+        test_rows rows(l, g, size.rows, false, 0.6F);
+        test::round_rows(rows, g.integer(1, 3));
+        fused_run f(l, rows.ref(), g.integer(10, 40), fuse);
+        f.op.out_heads = {};
+        test::run_op(f.op, f.out, f.out_heads);
+        check(l, rows, f);
+        fused_run aligned(l, rows.ref(), f.op.recent, fuse);
+        test::aligned_keys const keys(l);
+        aligned.op.layer = keys.ref();
+        aligned.op.out_heads = {};
+        REQUIRE(test::run_exact(test::one_thread(), aligned.op) == status::ok);
+        CHECK(test::same_bits(f.out.data(), aligned.out.data()));
+      }
+}
+
+#if defined(KVKEEP_TEST_CUDA)
+TEST_CASE("a block that takes several strips of slots fuses the same bits") {
+  test::layer_options o;
+  o.cache.shape = {4, 8, 2, 16, 4, 700};
+  o.cache.type = dtype::bf16;
+  test::test_layer const l(o);
+  generator g(7);
+  for (index_t const n : {4, 50}) {  // queries that stay in place, and that do not
+    test_rows const rows(l, g, n, false);
+    fused_run many(l, rows.ref(), 9, reduction::sum), few(l, rows.ref(), 9, reduction::sum);
+    many.op.out_heads = few.op.out_heads = {};
+    cuda::context small = test::one_thread();
+    small.n_sm = 1;  // as if the device had one multiprocessor: blocks get more work
+    REQUIRE(test::run_exact(test::one_thread(), many.op) == status::ok);
+    REQUIRE(test::run_exact(small, few.op) == status::ok);
+    check(l, rows, few);
+    CHECK(test::same_bits(many.out.data(), few.out.data()));
+  }
+}
+#endif
+
 TEST_CASE("fused rows have the same bits in every layout") {
   test::same_in_every_layout({2, 6, 2, 20, 4, 45}, [](test::test_layer const& l) {
     generator g(9);
     test_rows const rows(l, g, 7, true);
-    fused_run f(l, rows.ref(), 8, reduction::sum);
-    test::run_op(f.op, f.out, f.out_heads);
-    check(l, rows, f);
-    return std::vector<std::vector<float>>{f.out.data(), f.out_heads.data()};
+    fused_run f(l, rows.ref(), 8, reduction::sum), alone(l, rows.ref(), 8, reduction::sum);
+    alone.op.out_heads = {};
+    for (fused_run* const x : {&f, &alone}) {
+      test::run_op(x->op, x->out, x->out_heads);
+      check(l, rows, *x);
+    }
+    return std::vector<std::vector<float>>{f.out.data(), f.out_heads.data(), alone.out.data()};
   });
 }
 

@@ -70,4 +70,32 @@ class random_logits {
   std::vector<float> sinks_;
 };
 
+/// The layer with its keys copied to rows that begin at multiples of 16 bytes where their size allows it.
+class aligned_keys {
+ public:
+  explicit aligned_keys(test_layer const& l)
+      : layer_(l.ref()),
+        block_(uz(l.shape().n_seq) * uz(l.shape().n_kv_heads) * uz(l.shape().max_slots) *
+               uz(layer_.kv.k.row_bytes)) {
+    cache_shape const& s = l.shape();
+    plane_ref<>& k = layer_.kv.k;
+    offset_t const size = dtype_bytes(k.type), row = k.row_bytes / size;
+    strided_layout const to{s.n_kv_heads * s.max_slots * row, s.max_slots * row, row, s.max_slots};
+    for (index_t q = 0; q < s.n_seq; ++q)
+      for (index_t h = 0; h < s.n_kv_heads; ++h)
+        for (index_t t = 0; t < l.cache.capacity(q, h); ++t) {
+          auto const from = l.cache.k().raw(q, h, t);
+          std::copy(from.begin(), from.end(), block_.span().begin() + to.offset(q, h, t) * size);
+        }
+    k.data = block_.span().data();
+    k.features = {};
+    k.layout = to;
+  }
+  layer_ref<> const& ref() const { return layer_; }
+
+ private:
+  layer_ref<> layer_;
+  aligned_block block_;
+};
+
 }  // namespace kvkeep::test

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Launches of the CUDA backend's scoring by query rows: grids fit, and cover all slots and queries.
+#include <algorithm>
+#include <vector>
+
 #include <kvkeep/backend/cuda/window_plan.hpp>
 
 #include "../support/catch.hpp"
@@ -71,4 +74,33 @@ TEST_CASE("chains cover every query once, in order") {
         CHECK(p.turns() * turn_queries >= chains * p.length);
         CHECK(p.turns() * turn_queries < chains * p.length + turn_queries);
       }
+}
+
+TEST_CASE("rows to be fused lie in one lane, every query once") {
+  for (index_t const group : {1, 2, 3, 4, 5, 7, 8, 12, 71})
+    for (index_t const rows : {0, 1, 3, 4, 5, 16, 31, 33}) {
+      INFO("group " << group << " rows " << rows);
+      fuse_plan const p(rows, group);
+      std::vector<int> times(static_cast<std::size_t>(rows * group));
+      bool in_order = true;
+      for (index_t turn = 0; turn < p.turns(); ++turn)
+        for (index_t lane = 0; lane < 4; ++lane) {
+          index_t last = -1;
+          for (index_t i = 0; i < 4; ++i) {
+            index_t const q = p.query(turn, lane * 4 + i);
+            if (q < 0) continue;
+            in_order = in_order && q > last;
+            last = q;
+            ++times[static_cast<std::size_t>(q)];
+            index_t const row = q / group, part = turn % p.row_turns;
+            // rows of a lane: lane_rows in a turn, or the same one until its turns end
+            in_order = in_order && row / p.lane_rows % 4 == lane &&
+                       (p.row_turns == 1 || q % group / 4 == part) &&
+                       (p.lane_rows > 1 || row / 4 == turn / p.row_turns);
+          }
+        }
+      CHECK(in_order);
+      CHECK(std::all_of(times.begin(), times.end(), [](int n) { return n == 1; }));
+      CHECK(p.turns() % p.row_turns == 0);
+    }
 }

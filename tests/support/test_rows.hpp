@@ -86,4 +86,13 @@ inline std::vector<index_t> old_slots(test_layer const& l, index_t b, index_t c,
   return s;
 }
 
+/// Rounds every `step`-th row to numbers that both 16-bit types hold.
+inline void round_rows(test_rows& rows, index_t step) {
+  for (index_t b = 0; b < rows.q.ref().extent[0]; ++b)
+    for (index_t h = 0; h < rows.q.ref().extent[1]; ++h)
+      for (index_t r = 0; r < rows.n_rows; r += step)
+        for (index_t d = 0; d < rows.q.ref().extent[3]; ++d)
+          rows.q(b, h, r, d) = std::round(rows.q(b, h, r, d) * 32) / 32;
+}
+
 }  // namespace kvkeep::test

@@ -11,12 +11,6 @@ namespace kvkeep::cuda {
 
 inline constexpr int weight_threads = 256;
 
-/// An array that is given, or will be: while a session measures, its own arrays have no memory yet.
-template <class T, int R, class S>
-bool asked(tensor_ref<T, R, S> const& t) noexcept {
-  return t.data != nullptr || t.extent[0] > 0;
-}
-
 /// fp32 rows as queries of any type.
 template <int R>
 queries as_queries(tensor_ref<float const, R, device_space> const& q) noexcept {

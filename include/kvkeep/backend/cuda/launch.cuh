@@ -117,6 +117,12 @@ status run_stage(context const& c, Op const& o, index_t n_entries, index_t n_hea
   return launch_stages(c, n_entries, n_heads, max_slots, make_sequence(p.stage));
 }
 
+/// An array that is given, or will be: while a session measures, its own arrays have no memory yet.
+template <class T, int R, class S>
+bool asked(tensor_ref<T, R, S> const& t) noexcept {
+  return t.data != nullptr || t.extent[0] > 0;
+}
+
 /// Slots lie side by side in every row that the kernels read; null counts as fine.
 template <class T, int R, class S>
 bool slots_contiguous(tensor_ref<T, R, S> const& t) noexcept {

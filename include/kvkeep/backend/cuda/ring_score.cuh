@@ -3,8 +3,8 @@
 /// CUDA: MorphKV's scores from cached weights.
 #pragma once
 
+#include "fused_rows.cuh"
 #include "kernels/ring.cuh"
-#include "window_score.cuh"
 
 namespace kvkeep::cuda {
 
@@ -18,6 +18,7 @@ inline status enqueue(context& c, op::ring_score<device_space> const& o, workspa
   workspace::frame const frame(ws);
   window_job job{o.batch, o.layer, {o.q, o.positions, {}, true, false, o.q.extent[2]}};
   job.n_rows = o.positions.extent[1];
+  job.slice_slots = fused_slice_slots;
   take_norms(job, job.n_rows, ws);
   window_sizes const s = sizes_of(job);
   auto* const limit = ws.take<index_t>(product(s.heads()));
@@ -28,12 +29,12 @@ inline status enqueue(context& c, op::ring_score<device_space> const& o, workspa
   if (!placed(ws)) return not_placed(ws);
   constexpr int threads = ring_kernel::most_threads;
   ring_kernel const ring{o, limit, inverse, skipped};
-  KVKEEP_TRY(launch_limits(c, job, o.recent, limit));
+  KVKEEP_TRY(launch_limits(c, job, {o.batch, o.layer.slots, o.recent, limit}));
   KVKEEP_TRY(launch(c, head_grid(s.n_entries, s.n_heads, job.n_queries(), threads),
                     shared_pieces::bytes<float>(warp_size), ring_sums_kernel{ring}));
   KVKEEP_TRY(launch(c, strip_grid(s, threads, threads), shared_pieces::bytes<float>(warp_size),
                     ring_fuse_kernel{ring}));
-  return launch_fused(c, job, o.fuse, o.out, {});
+  return launch_plain_fused(c, job, o.fuse, o.out, {});
 }
 
 }  // namespace kvkeep::cuda

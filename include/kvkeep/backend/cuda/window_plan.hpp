@@ -8,8 +8,9 @@
 
 namespace kvkeep::cuda {
 
-/// Slots whose share of a row's normaliser one block computes.
-inline constexpr index_t slice_slots = 1024;
+/// Slots whose share of a row's normaliser one block computes. Less where rows are fused, which decode steps do
+/// over some thousand slots. To be measured.
+inline constexpr index_t slice_slots = 1024, fused_slice_slots = 256;
 /// Packed queries (rows times query heads of a group) of one launch: bounds the scratch.
 inline constexpr index_t launch_queries = 1024;
 /// Packed queries whose terms a warp adds to its slots at a time.
@@ -35,9 +36,10 @@ struct window_sizes {
   index_t group = 1;
   index_t n_rows = 0;
   index_t max_slots = 0;
+  index_t slice = slice_slots;  ///< slots of a slice
 
   constexpr offset_t heads() const noexcept { return static_cast<offset_t>(n_entries) * n_heads; }
-  constexpr offset_t slices() const noexcept { return ceil_div(max_slots, slice_slots); }
+  constexpr offset_t slices() const noexcept { return ceil_div(max_slots, slice); }
 };
 
 /// Rows that one launch takes.
@@ -85,6 +87,34 @@ struct chain_plan {
   /// Turns of 16 queries that one set takes.
   KVKEEP_HD constexpr index_t turns() const noexcept {
     return static_cast<index_t>(ceil_div(static_cast<offset_t>(length) << shift, turn_queries));
+  }
+};
+
+/// How the queries of a head follow each other where rows are fused: a lane of a quad has whole rows, so that the
+/// maximum over a group is its own affair. Groups of 3 and of more than 4 query heads leave places empty.
+struct fuse_plan {
+  index_t n_rows = 0;
+  index_t group = 1;
+  index_t lane_rows = 1;  ///< rows of a lane, one after another in its four places
+  index_t row_turns = 1;  ///< turns that they take
+
+  constexpr fuse_plan(index_t rows, index_t query_heads) noexcept
+      : n_rows(rows),
+        group(query_heads),
+        lane_rows(query_heads <= 1   ? 4
+                  : query_heads <= 2 ? 2
+                                     : 1),
+        row_turns(static_cast<index_t>(ceil_div(query_heads, 4))) {}
+
+  KVKEEP_HD constexpr index_t turns() const noexcept {
+    return static_cast<index_t>(ceil_div(n_rows, 4 * lane_rows)) * row_turns;
+  }
+  /// Number of the query at place `i` of a turn, four places to a lane; -1: none.
+  KVKEEP_HD constexpr index_t query(index_t turn, index_t i) const noexcept {
+    index_t const each = 4 / lane_rows, place = i % 4;
+    index_t const row = (turn / row_turns * 4 + i / 4) * lane_rows + place / each;
+    index_t const g = turn % row_turns * 4 + place % each;
+    return row < n_rows && g < group ? row * group + g : -1;
   }
 };
 

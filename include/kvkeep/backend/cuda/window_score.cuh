@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// CUDA: attention mass per column, and MorphKV's fused rows.
+/// CUDA: attention mass per column.
 #pragma once
 
 #include "kernels/slices_mma.cuh"
@@ -15,7 +15,7 @@ namespace kvkeep::cuda {
 
 inline window_sizes sizes_of(window_job const& job) noexcept {
   cache_shape const& s = job.layer.kv.shape;
-  return {job.batch.n, s.n_kv_heads, s.group(), job.n_rows, s.max_slots};
+  return {job.batch.n, s.n_kv_heads, s.group(), job.n_rows, s.max_slots, job.slice_slots};
 }
 
 /// Takes memory for the normalisers of `n_rows` rows at a time.
@@ -70,7 +70,7 @@ inline status launch_split(context& c, window_job const& job) noexcept {
     return launch(c,
                   head_grid(s.n_entries, s.n_heads, ceil_div(job.n_queries(), kernel::tile),
                             kernel::most_threads),
-                  0, kernel{job});
+                  0, kernel{{job}});
   });
 }
 
@@ -113,28 +113,40 @@ inline status launch_plain_sums(context& c, window_job const& job, sums_output c
   return launch(c, strip_grid(sizes_of(job), plain_slots, plain_threads), plain_tile::bytes(),
                 plain_sums_kernel{{}, job, to.out, to.by_id, to.per_query_head, to.clear});
 }
-template <class Kernel>
-status launch_strips(context& c, window_job const& job, sums_output const& to) noexcept {
+/// @param stay  whether a head's queries stay in place for all strips  @param make  a kernel of some steps
+template <class Kernel, class F>
+status launch_strips(context const& c, window_job const& job, bool stay, F const& make) noexcept {
   constexpr index_t keys = Kernel::strip_keys;
-  chain_plan const plan(job.n_rows, job.group(), to.per_query_head);
-  bool const stay = plan.sets == 1 && plan.turns() <= Kernel::tile_turns;
   auto const steps = static_cast<index_t>(strip_steps(sizes_of(job), keys, stay, c.n_sm));
   return launch(c, strip_grid(sizes_of(job), keys * steps, Kernel::most_threads), Kernel::bytes(),
-                Kernel{job, to.out, to.by_id, to.per_query_head, to.clear, plan, steps});
+                make(steps));
 }
-/// By warps: one kernel for heads whose keys are whole pieces of 16 bytes, one for the others. Where a head
-/// begins may be known on the device alone.
-inline status launch_mma_sums(context& c, window_job const& job, sums_output const& to) noexcept {
+template <class Kernel>
+status launch_sum_strips(context const& c, window_job const& job, sums_output const& to) noexcept {
+  chain_plan const plan(job.n_rows, job.group(), to.per_query_head);
+  bool const stay = plan.sets == 1 && plan.turns() <= Kernel::tile_turns;
+  return launch_strips<Kernel>(c, job, stay, [&](index_t steps) {
+    return Kernel{job, to.out, to.by_id, to.per_query_head, to.clear, plan, steps};
+  });
+}
+/// f of a kernel for heads whose keys are whole pieces of 16 bytes, and of one for the others. Where a head begins
+/// may be known on the device alone.
+template <class F>
+status for_both_kinds(plane_ref<device_space> const& k, F const& f) noexcept {
+  if (k.features.contiguous(k.dim) && k.dim % 8 == 0) KVKEEP_TRY(f(std::true_type{}));
+  return whole_pieces(k) ? status::ok : f(std::false_type{});
+}
+inline status launch_mma_sums(context const& c, window_job const& job,
+                              sums_output const& to) noexcept {
   plane_ref<device_space> const& k = job.layer.kv.k;
   return with_mma(k, [&]<class S>(S) {
     using T = typename S::type;
     if constexpr (has_sm90a_code && S::blocks <= 4)
       if (warpgroups_multiply(c.capability, k.dim))
-        return launch_strips<wgmma_sums_kernel<T, S::blocks>>(c, job, to);
-    if (k.features.contiguous(k.dim) && k.dim % 8 == 0)
-      KVKEEP_TRY(launch_strips<mma_sums_kernel<T, S::blocks, true>>(c, job, to));
-    if (whole_pieces(k)) return status::ok;
-    return launch_strips<mma_sums_kernel<T, S::blocks, false>>(c, job, to);
+        return launch_sum_strips<wgmma_sums_kernel<T, S::blocks>>(c, job, to);
+    return for_both_kinds(k, [&]<class Whole>(Whole) {
+      return launch_sum_strips<mma_sums_kernel<T, S::blocks, Whole::value>>(c, job, to);
+    });
   });
 }
 
@@ -174,43 +186,6 @@ inline status enqueue(context& c, op::column_sums<device_space> const& o, worksp
     job.first_row += job.n_rows;
   } while (job.first_row < n_rows);
   return status::ok;
-}
-
-/// The direct form of the heads that are not skipped. `job` has its rows and limits.
-inline status launch_fused(context& c, window_job const& job, reduction fuse,
-                           score_map<device_space> const& out,
-                           tensor_ref<float, 3, device_space> const& out_heads) noexcept {
-  KVKEEP_TRY(launch_plain_slices(c, job));
-  KVKEEP_TRY(launch_join(c, job, nullptr));
-  return launch(c, strip_grid(sizes_of(job), plain_slots, plain_threads), plain_tile::bytes(),
-                plain_fuse_kernel{{}, job, fuse, out, out_heads});
-}
-
-/// The last old position of every head.
-inline status launch_limits(context& c, window_job const& job, index_t recent,
-                            index_t* limit) noexcept {
-  window_sizes const s = sizes_of(job);
-  return launch(c, head_grid(s.n_entries, s.n_heads, 1, threads_for(s.max_slots)),
-                shared_pieces::bytes<int>(warp_size),
-                old_limit_kernel{job.batch, job.layer.slots, recent, limit});
-}
-
-/// MorphKV's direct form. Scratch as column sums without log-sum-exp, for all rows at once.
-inline status enqueue(context& c, op::fused_rows<device_space> const& o, workspace& ws) noexcept {
-  if (!readable(o.layer.kv.k)) return status::unsupported;
-  if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.out) || !slots_contiguous(o.out_heads) ||
-      !slots_contiguous(o.layer.slots.positions) || o.fuse == reduction::mean)
-    return status::bad_argument;
-  workspace::frame const frame(ws);
-  window_job job{o.batch, o.layer, row_source::of(o.rows)};
-  job.rows.lse = {};
-  job.n_rows = o.rows.q.extent[2];
-  take_norms(job, job.n_rows, ws);
-  auto* const limit = ws.take<index_t>(product(sizes_of(job).heads()));
-  job.limit = limit;
-  if (!placed(ws)) return not_placed(ws);
-  KVKEEP_TRY(launch_limits(c, job, o.recent, limit));
-  return launch_fused(c, job, o.fuse, o.out, o.out_heads);
 }
 
 }  // namespace kvkeep::cuda

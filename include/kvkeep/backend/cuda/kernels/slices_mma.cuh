@@ -16,6 +16,8 @@ struct mma_slices_kernel {
   static constexpr index_t stage_keys = 32, stage_pieces = stage_keys * Blocks * 4;
   using queries = query_tile<Blocks, batches>;
   static_assert(n_stages * stage_pieces <= queries::pieces);
+  static_assert(slice_slots % (n_stages * stage_keys) == 0 &&
+                fused_slice_slots % (n_stages * stage_keys) == 0);
   window_job job;
 
   static constexpr std::size_t bytes() {
@@ -58,26 +60,27 @@ struct mma_slices_kernel {
         static_cast<index_t>(ceil_div(job.n_queries(), batches * batch_queries));
     index_t const slice = static_cast<index_t>(blockIdx.y) / n_tiles;
     index_t const first = static_cast<index_t>(blockIdx.y) % n_tiles * batches * batch_queries;
-    index_t const begin = slice * slice_slots, end = min(h.n, begin + slice_slots);
+    index_t const begin = slice * job.slice_slots, end = min(h.n, begin + job.slice_slots);
     if (begin >= h.n) return;
     tile.take(h, false,
               [&](index_t i) { return first + i < job.n_queries() ? first + i : index_t{-1}; });
     __syncthreads();
     warp_queries const own(tile);
     __syncthreads();
-    auto const fetch = [&](index_t stage) {
-      take_keys(h, key_pieces<T>(h), begin + stage * stage_keys, end,
-                tile.high + stage % n_stages * stage_pieces,
-                positions + stage % n_stages * stage_keys);
+    // A slice begins with stage 0: the slot says which one it is.
+    auto const stage_of = [](index_t slot) { return slot / stage_keys % n_stages; };
+    auto const fetch = [&](index_t slot) {
+      take_keys(h, key_pieces<T>(h), slot, end, tile.high + stage_of(slot) * stage_pieces,
+                positions + stage_of(slot) * stage_keys);
     };
     row_sum sum[4];
-    for (index_t s = 0; s < n_stages - 1; ++s) fetch(s);
-    for (index_t s = 0; begin + s * stage_keys < end; ++s) {
+    for (index_t s = 0; s < n_stages - 1; ++s) fetch(begin + s * stage_keys);
+    for (index_t slot = begin; slot < end; slot += stage_keys) {
       copies_wait<n_stages - 2>();
       __syncthreads();
-      fetch(s + n_stages - 1);
-      add_stage(tile, own, tile.high + s % n_stages * stage_pieces,
-                positions + s % n_stages * stage_keys, sum);
+      fetch(slot + (n_stages - 1) * stage_keys);
+      add_stage(tile, own, tile.high + stage_of(slot) * stage_pieces,
+                positions + stage_of(slot) * stage_keys, sum);
     }
     copies_wait<0>();
     unrolled<4>([&](int x) {

@@ -81,7 +81,7 @@ struct wgmma_slices_kernel {
     index_t const n_tiles = static_cast<index_t>(ceil_div(job.n_queries(), tile));
     index_t const slice = static_cast<index_t>(blockIdx.y) / n_tiles;
     index_t const first = static_cast<index_t>(blockIdx.y) % n_tiles * tile;
-    index_t const begin = slice * slice_slots, end = min(h.n, begin + slice_slots);
+    index_t const begin = slice * job.slice_slots, end = min(h.n, begin + job.slice_slots);
     if (begin >= h.n) return;
     stages const memory{shared_pieces{}};
     slice_keys const keys{h, key_pieces<T>(h), memory, begin, end};

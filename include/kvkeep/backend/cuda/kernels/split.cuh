@@ -8,17 +8,14 @@
 
 namespace kvkeep::cuda {
 
-/// A warp takes a query, a lane 8 of its features. Grid: heads, tiles of queries.
+/// A warp takes a query, a lane 8 of its features.
 template <class T, int Blocks>
-struct split_kernel {
-  static constexpr int most_threads = 128, blocks_per_sm = 1;
-  static constexpr index_t tile = 16;  ///< queries of a block
+struct query_splitter {
   window_job job;
 
-  __device__ void operator()() const {
+  /// Queries first, .. end - 1 of the block's head.
+  __device__ void split(index_t first, index_t end) const {
     window_head const h(job);
-    index_t const first = static_cast<index_t>(blockIdx.y) * tile;
-    index_t const end = min(first + tile, job.n_queries());
     for (index_t q = first + warp_of_block(); q < end; q += warps_of_block()) split(h, q);
   }
 
@@ -82,6 +79,33 @@ struct split_kernel {
   }
   __device__ static bf16 rounded(bf16, float x) { return to_bf16(x); }
   __device__ static fp16 rounded(fp16, float x) { return to_fp16(x); }
+};
+
+/// Grid: heads, tiles of queries.
+template <class T, int Blocks>
+struct split_kernel {
+  static constexpr int most_threads = 128, blocks_per_sm = 1;
+  static constexpr index_t tile = 16;  ///< queries of a block
+  query_splitter<T, Blocks> of;
+
+  __device__ void operator()() const {
+    index_t const first = static_cast<index_t>(blockIdx.y) * tile;
+    of.split(first, min(first + tile, of.job.n_queries()));
+  }
+};
+
+/// All queries of a head, after the limit that they have in common. A block per head.
+template <class T, int Blocks>
+struct split_old_kernel {
+  static constexpr int most_threads = 1024, blocks_per_sm = 1;
+  query_splitter<T, Blocks> of;
+  old_limits limits;
+
+  __device__ void operator()() const {
+    limits.find();
+    __syncthreads();
+    of.split(0, of.job.n_queries());
+  }
 };
 
 }  // namespace kvkeep::cuda

@@ -95,6 +95,7 @@ struct window_job {
   row_sum* slices = nullptr;         ///< [head][slice][query]
   row_norm* norms = nullptr;         ///< [head][query]
   index_t n_slices = 0;
+  index_t slice_slots = cuda::slice_slots;
   split_queries split{};  ///< where keys are 16-bit numbers
 
   KVKEEP_HD index_t group() const noexcept { return layer.kv.shape.group(); }
@@ -153,7 +154,7 @@ struct join_slices_kernel {
     index_t const i = static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
     if (i >= job.n_queries()) return;
     row_sum s;
-    for (index_t j = 0; j * slice_slots < h.n; ++j) s = join(s, h.slice(j)[i]);
+    for (index_t j = 0; j * job.slice_slots < h.n; ++j) s = join(s, h.slice(j)[i]);
     if (sinks != nullptr && s.sum > 0) {
       float const z = __fmul_rn(sanitise(sinks[h.at.head * h.group + i % h.group]), log2_e);
       s = join(s, {max(z, -largest_float), 1.0f});
@@ -163,14 +164,15 @@ struct join_slices_kernel {
 };
 
 /// The last old position of each head: those above it are the `recent` largest. A block per head.
-struct old_limit_kernel {
-  static constexpr int most_threads = 1024, blocks_per_sm = 1;
+struct old_limits {
   batch_ref<device_space> batch;
   slot_state<device_space> slots;
   index_t recent;
   index_t* limit;  ///< [head]
 
-  __device__ void operator()() const {
+  static constexpr std::size_t shared_bytes() { return shared_pieces::bytes<int>(warp_size); }
+  /// The first thread writes it.
+  __device__ void find() const {
     shared_pieces shared;
     block_head const at(slots.lengths.extent[1]);
     index_t const id = batch.id_of(at.entry);
@@ -178,6 +180,33 @@ struct old_limit_kernel {
         find_open(slots.positions.at(id, at.head, 0), slots.lengths(id, at.head), {0, recent, 0},
                   shared.take<int>(warp_size));
     if (thread_of_block() == 0) limit[blockIdx.x] = open.to == no_position ? open.to : open.to - 1;
+  }
+};
+struct old_limit_kernel {
+  static constexpr int most_threads = 1024, blocks_per_sm = 1;
+  old_limits of;
+
+  __device__ void operator()() const { of.find(); }
+};
+
+/// How MorphKV makes a score of a slot's weights.
+struct row_fusion {
+  reduction fuse;
+
+  __device__ float operator()(float x, float y) const {
+    return fuse == reduction::max ? max(x, y) : __fadd_rn(x, y);
+  }
+  /// `score`, or what a slot gets that the rows do not rank.
+  __device__ static float ranked(index_t position, index_t last_old, bool any_row, float score) {
+    if (position > last_old) return __uint_as_float(0x7f800000u);
+    return any_row ? score : static_cast<float>(position);
+  }
+  /// Whether some row of a head is there, in every thread of the block.
+  __device__ static bool any_row(window_head const& h) {
+    bool present = false;
+    for (index_t r = thread_of_block(); r < h.job.n_rows; r += threads_of_block())
+      present = present || h.position(r) >= 0;
+    return __syncthreads_or(present ? 1 : 0) != 0;
   }
 };
 

@@ -120,13 +120,13 @@ struct plain_slices_kernel : plain_kernel {
     index_t const slice = static_cast<index_t>(blockIdx.y) / tiles;
     index_t const first = static_cast<index_t>(blockIdx.y) % tiles * plain_queries;
     index_t const count = min(plain_queries, job.n_queries() - first);
-    if (slice * slice_slots >= h.n) return;
-    index_t const end = min(h.n, (slice + 1) * slice_slots);
+    index_t const begin = slice * job.slice_slots, end = min(h.n, begin + job.slice_slots);
+    if (begin >= h.n) return;
     int const query = thread_of_block() / 4, part = thread_of_block() % 4;
     float const* const z = tile.z + query * plain_tile::slot_stride + part;
     tile.take_queries(h, first, count, false);
     row_sum own;
-    for (index_t j = slice * slice_slots; j < end; j += plain_slots) {
+    for (index_t j = begin; j < end; j += plain_slots) {
       tile.take_slots(h, j);
       tile.fill(h, j, first, [&](index_t i, index_t s, float x) {
         return tile.positions[s] <= tile.limits[i] ? x : __uint_as_float(0xff800000u);
@@ -194,17 +194,9 @@ struct plain_sums_kernel : plain_kernel {
 /// MorphKV's direct scores of 64 slots. Grid: heads, strips of slots.
 struct plain_fuse_kernel : plain_kernel {
   window_job job;
-  reduction fuse;
+  row_fusion fold;
   tensor_ref<float, 3, device_space> out, out_heads;
 
-  __device__ float fold(float x, float y) const {
-    return fuse == reduction::max ? max(x, y) : __fadd_rn(x, y);
-  }
-  /// What a slot gets that the rows do not rank, or else `score`.
-  __device__ float ranked(index_t position, index_t last_old, bool any_row, float score) const {
-    if (position > last_old) return __uint_as_float(0x7f800000u);
-    return any_row ? score : static_cast<float>(position);
-  }
   __device__ void operator()() const {
     shared_pieces shared;
     plain_tile const tile(shared);
@@ -217,10 +209,7 @@ struct plain_fuse_kernel : plain_kernel {
     each_chain(chains, n_slots,
                [&](index_t c, index_t s) { heads[c * out_heads.stride[1] + s] = 0; });
     bool const any_old = tile.take_slots(h, first_slot) <= last_old;
-    bool present = false;
-    for (index_t r = slot; r < job.n_rows; r += threads_of_block())
-      present = present || h.position(r) >= 0;
-    bool const any_row = __syncthreads_or(present ? 1 : 0) != 0;
+    bool const any_row = row_fusion::any_row(h);
     float score = 0, top = 0;
     for (index_t first = 0; any_row && any_old && first < job.n_queries(); first += plain_queries) {
       index_t const count = min(plain_queries, job.n_queries() - first);
@@ -246,10 +235,10 @@ struct plain_fuse_kernel : plain_kernel {
     }
     if (slot < min(plain_slots, n_slots))
       out(h.at.entry, h.at.head, first_slot + slot) =
-          ranked(tile.positions[slot], last_old, any_row, score);
+          row_fusion::ranked(tile.positions[slot], last_old, any_row, score);
     each_chain(chains, n_slots, [&](index_t c, index_t s) {
       float& own = heads[c * out_heads.stride[1] + s];
-      own = ranked(tile.positions[s], last_old, any_row, own);
+      own = row_fusion::ranked(tile.positions[s], last_old, any_row, own);
     });
   }
 };
