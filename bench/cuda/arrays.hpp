@@ -120,6 +120,17 @@ struct normal_numbers {
     store(to + i, normal(scrambled(seed + static_cast<std::uint64_t>(i))));
   }
 };
+/// The same numbers in fp32, as far as a T holds them: queries of an engine that computes in T.
+template <class T>
+struct rounded_numbers {
+  float* to;
+  std::uint64_t seed;
+  KVKEEP_HD void operator()(index_t i) const {
+    T x;
+    normal_numbers<T>{&x, seed + static_cast<std::uint64_t>(i)}(0);
+    to[i] = to_float(x);
+  }
+};
 /// to[i] = first + i % modulus
 struct counted {
   index_t* to;
@@ -184,6 +195,17 @@ inline void fill_random(cuda::context& c, void* to, dtype type, std::size_t n, s
 }
 inline void fill_random(cuda::context& c, rotated<float> const& a, std::uint64_t seed) {
   fill_random(c, a.data(), dtype::f32, a.size(), seed);
+}
+/// Random queries beside keys of a type.
+inline void fill_queries(cuda::context& c, rotated<float> const& a, dtype type,
+                         std::uint64_t seed) {
+  std::uint64_t const first = scrambled(seed);
+  if (type == dtype::f16)
+    fill(c, a.size(), rounded_numbers<fp16>{a.data(), first});
+  else if (type == dtype::bf16)
+    fill(c, a.size(), rounded_numbers<bf16>{a.data(), first});
+  else
+    fill_random(c, a, seed);
 }
 
 // -- shapes -------------------------------------------------------------------------------------------

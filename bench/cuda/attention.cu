@@ -28,7 +28,7 @@ struct attention_case {
     std::size_t const n = k.size() / product(dtype_bytes(p.type));
     fill_random(s.ctx, k.data(), p.type, n, 8);
     fill_random(s.ctx, v.data(), p.type, n, 9);
-    fill_random(s.ctx, q, 10);
+    fill_queries(s.ctx, q, p.type, 10);
     fill(s.ctx, heads, counted{lengths.data(), p.capacity, 1});
     fill(s.ctx, positions.size(), counted{positions.data(), 0, p.capacity});
     fill(s.ctx, sums.size(), constant{sums.data(), 0});

@@ -2,7 +2,7 @@
 // Scoring by query rows: SnapKV's window (op::column_sums of W rows), H2O's prompt (of all rows), MorphKV's
 // direct form (op::fused_rows). Where warpgroups multiply, rows window_mma and h2o_prompt_mma are what warps take
 // for the same (KVKEEP_CUDA_SM90A; nobody has run either on a device yet, so the choice waits for these rows).
-#include <kvkeep/backend/cuda/window_score.cuh>
+#include <kvkeep/backend/cuda/fused_rows.cuh>
 
 #include "reference.hpp"
 #include "suite.hpp"
@@ -30,7 +30,7 @@ struct scoring_case {
     lengths = {1, heads};
     positions = {sets, heads * slots};
     fill_random(s.ctx, k.data(), p.type, k.size() / product(dtype_bytes(p.type)), 2);
-    fill_random(s.ctx, q, 3);
+    fill_queries(s.ctx, q, p.type, 3);
     // Any value near the real log-sum-exp does: the work does not depend on it.
     fill(s.ctx, lse.size(), constant{lse.data(), std::log(static_cast<float>(p.tokens)) + 0.5F});
     fill(s.ctx, row_positions.size(), counted{row_positions.data(), p.tokens - rows, rows});
@@ -187,7 +187,7 @@ void check_case(suite& s, dtype type, bool given_lse, products which) {
   check_same("column_sums", c.out.download(), sums, 1e-3);
   if (given_lse) return;
   auto const fused = cpu(c.fused(host));
-  run_once(s.ctx, c.fused(on_device{}));
+  run_once(ctx, c.fused(on_device{}));
   check_same("fused_rows", c.out.download(), fused, 1e-3);
 }
 

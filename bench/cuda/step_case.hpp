@@ -66,7 +66,7 @@ class step_case {
     queries shown = make_queries(q.data(), q_heads, rows, p_.dim);
     shown.tokens = n;
     for (index_t i = 0; i < p_.batch; ++i) {
-      fill_random(s_.ctx, q, 13 + static_cast<std::uint64_t>(i));
+      fill_queries(s_.ctx, q, p_.type, 13 + static_cast<std::uint64_t>(i));
       index_t id = 0;
       expect(session_->begin(id), "begin");
       for (index_t l = 0; l < static_cast<index_t>(layers_); ++l) {
@@ -79,15 +79,15 @@ class step_case {
 
   /// Queries, keys and values of the next tokens, untimed.
   void next_tokens() {
-    auto const draw = [&](auto const& a, auto to) {
+    auto const draw = [&](std::size_t n, auto numbers) {
       workspace none(std::span<std::byte>{});
-      normal_numbers<std::remove_pointer_t<decltype(to)>> const f{to, scrambled(++draws_)};
-      op::for_each<decltype(f), device_space> const o{static_cast<index_t>(a.size()), f};
+      numbers.seed = scrambled(++draws_);
+      op::for_each<decltype(numbers), device_space> const o{static_cast<index_t>(n), numbers};
       expect(run(s_.ctx, o, none), "the next tokens");
     };
-    draw(q_, q_.data());
-    draw(new_k_, new_k_.data());
-    draw(new_v_, new_v_.data());
+    draw(q_.size(), rounded_numbers<bf16>{q_.data(), 0});
+    draw(new_k_.size(), normal_numbers<bf16>{new_k_.data(), 0});
+    draw(new_v_.size(), normal_numbers<bf16>{new_v_.data(), 0});
   }
   /// A token in every layer.
   void step(std::size_t token) {

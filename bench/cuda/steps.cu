@@ -137,6 +137,8 @@ void each_policy(point const& p, F const& f) {
   f(make_morphkv({.capacity = p.capacity, .window = p.window}), "morphkv", false);
   f(make_morphkv({.capacity = p.capacity, .window = p.window, .evaluation = morph_rows::cached}),
     "morphkv-cached", false);
+  f(make_morphkv({.capacity = p.capacity, .window = p.window, .evaluation = morph_rows::direct}),
+    "morphkv-direct", false);
 }
 
 void add_steps(suite& s, point const& p) {

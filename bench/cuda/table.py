@@ -80,6 +80,8 @@ TARGETS = [
     ("overhead, us", ["attend_fold"], lambda r: not long_step(r), lambda r: fold_cost(r, False), 1.5, False),
     ("overhead", ["step"], lambda r: folds(r) and long_step(r), lambda r: r.get("overhead"), 0.05, False),
     ("overhead, us", ["step"], lambda r: folds(r) and not long_step(r), lambda r: r.get("overhead_us"), 1.5, False),
+    ("overhead", ["step"], lambda r: "morphkv-direct" in r.words and long_step(r),
+     lambda r: r.get("overhead"), 0.25, False),
     ("published MorphKV", ["step"], lambda r: "morphkv" in r.words and r.batch() == 1,
      lambda r: r.times("published MorphKV"), 20, True),
     ("drift, either way", ["steady"], lambda r: True,

@@ -72,6 +72,8 @@ class Table(unittest.TestCase):
                 row("step/h2o/C:4096/bf16", 8.0, overhead=0.3, overhead_us=1.6),
                 row("step/morphkv/C:1024/bf16", 8.0, overhead=0.3, overhead_us=1.4),
                 row("step/morphkv-cached/C:1024/bf16", 8.0, overhead=0.9, overhead_us=4.0),
+                row("step/morphkv-direct/C:1024/B:8/bf16", 40.0, overhead=0.9, overhead_us=20.0),
+                row("step/morphkv-direct/C:1024/bf16", 20.0, overhead=0.9, overhead_us=9.0),
                 row("attend/C:1024/B:8/bf16", 20.0), row("attend_fold/C:1024/B:8/bf16", 22.0)]
         cells, _ = self.page(rows, [peer("step/morphkv/C:1024/bf16", "published MorphKV", 800),
                                     peer("step/morphkv/C:1024/bf16", "lean MorphKV", 80),
@@ -81,6 +83,8 @@ class Table(unittest.TestCase):
         self.assertEqual(verdict["step/h2o/C:4096/bf16"], "**missed** (1.6)")
         self.assertEqual(verdict["step/morphkv/C:1024/bf16"], "met (1.4); met (100)")
         self.assertEqual(verdict["step/morphkv-cached/C:1024/bf16"], "-")
+        self.assertEqual(verdict["step/morphkv-direct/C:1024/B:8/bf16"], "**missed** (0.9)")
+        self.assertEqual(verdict["step/morphkv-direct/C:1024/bf16"], "-")
         self.assertEqual(verdict["attend/C:1024/B:8/bf16"], "**missed** (1.11)")
         self.assertEqual(verdict["attend_fold/C:1024/B:8/bf16"], "**missed** (0.1)")
 
