@@ -145,6 +145,17 @@ TEST_CASE("prompts: layers, counts and order") {
   REQUIRE(f.e->end_layer(s, 1) == status::ok);
 }
 
+TEST_CASE("no copy is made of a sequence whose layers are being cut together") {
+  fixture f(layout_id::hnd, "dynamickv");
+  stream s = f.e->begin(f.words);
+  index_t id = -1;
+  for (index_t l = 0; l < 2; ++l) f.e->observe_prompt(s, l, 20);
+  REQUIRE(f.e->end_layer(s, 0) == status::ok);
+  f.refused(status::bad_order, [&] { return f.s().fork(s.id, id); });
+  REQUIRE(f.e->end_layer(s, 1) == status::ok);
+  CHECK(f.s().fork(s.id, id) == status::ok);
+}
+
 TEST_CASE("decoding: append, attend, confirm in that order, with sane arguments") {
   for (char const* name : {"morphkv", "h2o", "tova", "knorm", "streamingllm"}) {
     INFO(name);

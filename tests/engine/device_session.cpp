@@ -83,7 +83,8 @@ void round_queries(test::text& t) {
 }
 
 /// Slots may differ (what a session frees as a victim may be a cut here), so outputs agree up to rounding.
-/// Two sequences of different lengths, then a third that begins while they decode.
+/// Two sequences of different lengths, a third that begins while they decode, and a copy of the first in place of
+/// the second.
 void compare(pairing const& p, test::world w, std::uint64_t seed) {
   w.seed = seed;
   generator g(seed);
@@ -115,6 +116,16 @@ void compare(pairing const& p, test::world w, std::uint64_t seed) {
   auto z = start(c, 18);
   hosts = {&z.first, &x.first, &y.first};
   devices = {&z.second, &x.second, &y.second};
+  for (int t = 0; t < 8; ++t) test::require_same(host.step(hosts), device.step(devices), false);
+  REQUIRE(host.session().end(y.first.id) == status::ok);
+  REQUIRE(device.session().end(y.second.id) == status::ok);
+  test::stream child = x.first, device_child = device.fork(x.second);
+  REQUIRE(host.session().fork(x.first.id, child.id) == status::ok);
+  REQUIRE(child.id == device_child.id);
+  child.row = device_child.row;
+  host.copy_rows(x.first, child);
+  hosts[2] = &child;
+  devices[2] = &device_child;
   for (int t = 0; t < 8; ++t) test::require_same(host.step(hosts), device.step(devices), false);
   for (test::stream const* s : devices) REQUIRE(device.session().faults()[s->id] == 0);
   CHECK(device.intact());
@@ -269,4 +280,26 @@ TEST_CASE("calls out of order are refused before anything is enqueued") {
   device.prompt(x, 9, {9});
   CHECK(s.observe(0, x.id, tokens_only(3)) == status::bad_order);
   CHECK(s.append(0, {}, nullptr) == status::bad_argument);
+  index_t id = -1;
+  CHECK(s.fork(1, id) == status::bad_sequence);
+  CHECK(s.fork(x.id, id, {x.id, 0}) == status::bad_sequence);
+  CHECK(s.fork(x.id, id, {-1, -1}) == status::bad_argument);
+  for (index_t i = 1; i < w.shape.n_seq; ++i) REQUIRE(s.fork(x.id, id) == status::ok);
+  CHECK(s.fork(x.id, id) == status::capacity_exceeded);
+}
+
+TEST_CASE("no copy is made of a sequence whose layers are being cut together") {
+  policy_options const o = small(16);
+  test::world w;
+  auto const p = make_policy<test::op_context>("dynamickv", o);
+  test::device_engine device(w.options(test::make("dynamickv", o), 60), p, p);
+  auto const a = w.words(1);
+  test::stream x = device.begin(a);
+  index_t id = -1;
+  for (index_t l = 0; l < w.n_layers; ++l)
+    REQUIRE(device.session().observe(l, x.id, tokens_only(30), x.row) == status::ok);
+  REQUIRE(device.session().end_prompt(0, x.id, x.row) == status::ok);
+  CHECK(device.session().fork(x.id, id) == status::bad_order);
+  REQUIRE(device.session().end_prompt(1, x.id, x.row) == status::ok);
+  CHECK(device.session().fork(x.id, id) == status::ok);
 }

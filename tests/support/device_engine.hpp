@@ -118,6 +118,19 @@ class device_engine {
     for (stream* s : who) ++s->tokens;
     return r;
   }
+  /// A copy of a sequence, keys and values too.
+  stream fork(stream const& from) {
+    stream s = from;
+    REQUIRE(session_->fork(from.id, s.id) == status::ok);
+    settle_device();
+    s.row = shape_.n_seq - 1 - s.id;
+    for (index_t l = 0; l < options_.n_layers; ++l)
+      for (index_t h = 0; h < shape_.n_kv_heads; ++h)
+        for (index_t t = 0; t < session_->lengths(l)(s.id, h); ++t)
+          for (auto* const plane : {&caches_[uz(l)].k(), &caches_[uz(l)].v()})
+            plane->set_raw(s.row, h, t, plane->raw(from.row, h, t));
+    return s;
+  }
   /// Live positions per head, ascending.
   oracle::kept_sets kept(index_t l, stream const& s) {
     oracle::kept_sets sets(uz(shape_.n_kv_heads));

@@ -24,8 +24,8 @@ namespace kvkeep {
 ///
 /// - The host says how long prompts are; after their end only the backend counts.
 /// - Batches of decode calls (`batch_ref`: rows and ids) lie in the backend's memory.
-/// - A token is confirmed by its attention. No drafts, no fork, no transient prompts, no plans for engines
-///   that commit themselves, one kept set per head or layer: `session` has these.
+/// - A token is confirmed by its attention. No drafts, no transient prompts, no plans for engines that commit
+///   themselves, one kept set per head or layer: `session` has these.
 /// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
 ///
 /// Without bursts one token leaves per step, by its slot being given to the next one. With bursts
@@ -40,6 +40,10 @@ class device_session {
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
+  /// Starts a sequence as a copy of `from`: all state, faults too, not K and V (the engine shares or copies those).
+  /// Not while the prompt's layers are being cut together. Cost: one launch per layer, the state's bytes read and
+  /// written.
+  status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
   /// Frees a sequence's state.
   status end(index_t id) noexcept;
 
@@ -112,6 +116,8 @@ class device_session {
   bool alive(index_t id) const noexcept {
     return id >= 0 && id < limits_.max_sequences && sequences_[static_cast<std::size_t>(id)].alive;
   }
+  /// Where a sequence may begin: as asked, or the first that is free.
+  status find_place(index_t wanted, index_t& id) const noexcept;
   index_t managed(index_t layer) const noexcept {
     bool const known = layer >= 0 && layer < static_cast<index_t>(number_of_.size());
     return known ? number_of_[static_cast<std::size_t>(layer)] : -2;

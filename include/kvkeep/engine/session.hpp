@@ -38,7 +38,8 @@ class session {
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success. Clears its state.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
-  /// Starts a sequence as a copy of `from`: all state, not K and V (the engine shares or copies those).
+  /// Starts a sequence as a copy of `from`: all state, not K and V (the engine shares or copies those). Not while
+  /// the prompt's layers are being cut together.
   KVKEEP_COLD status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
   /// Frees a sequence's state.
   status end(index_t id) noexcept;

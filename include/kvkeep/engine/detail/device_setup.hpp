@@ -165,14 +165,20 @@ auto device_session<Ctx, P, D>::input(layer_data const& l, batch_ref<space> cons
 }
 
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
-  index_t at = o.id;
-  if (at < 0)
-    for (at = 0; at < limits_.max_sequences && alive(at); ++at) {
+status device_session<Ctx, P, D>::find_place(index_t wanted, index_t& id) const noexcept {
+  id = wanted;
+  if (id < 0)
+    for (id = 0; id < limits_.max_sequences && alive(id); ++id) {
     }
-  if (at >= limits_.max_sequences)
-    return o.id < 0 ? status::capacity_exceeded : status::bad_sequence;
-  if (alive(at)) return status::bad_sequence;
+  if (id >= limits_.max_sequences)
+    return wanted < 0 ? status::capacity_exceeded : status::bad_sequence;
+  return alive(id) ? status::bad_sequence : status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
+  index_t at = -1;
+  KVKEEP_TRY(find_place(o.id, at));
   if (o.frozen < 0) return status::bad_argument;
   if (o.frozen > 0 && !(prompt_.score.traits().prefix_safe && decode_.score.traits().prefix_safe))
     return status::unsupported;
@@ -191,6 +197,30 @@ status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) 
   }
   sequences_[static_cast<std::size_t>(at)] = {true, o.frozen, 0};
   id = at;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
+                                       sequence_options const& o) noexcept {
+  if (!alive(from)) return status::bad_sequence;
+  if (o.frozen < 0) return status::bad_argument;
+  if (prompt_owner_ == from) return status::bad_order;
+  index_t to = -1;
+  KVKEEP_TRY(find_place(o.id, to));
+  workspace w = scratch();
+  host_state s = sequences_[static_cast<std::size_t>(from)];
+  s.frozen = std::max(s.frozen, o.frozen);
+  KVKEEP_TRY(each(1, detail::fork_sequence{shared_.frozen, faults_, from, to, s.frozen}, w));
+  for (auto& l : layers_) {
+    constexpr offset_t most = offset_t{1} << 30;  // indices have 31 bits
+    detail::copy_sequence<space> copy(l, from, to);
+    for (; copy.first < copy.total; copy.first += most)
+      KVKEEP_TRY(each(static_cast<index_t>(std::min(most, copy.total - copy.first)), copy, w));
+    prompt_of(l, to) = prompt_of(l, from);
+  }
+  sequences_[static_cast<std::size_t>(to)] = s;
+  id = to;
   return status::ok;
 }
 

@@ -3,7 +3,10 @@
 /// Per-index steps of a device session: what a session's host code does between ops, on the backend.
 #pragma once
 
+#include <cstring>
+
 #include "../steps.hpp"
+#include "pieces.hpp"
 
 namespace kvkeep {
 
@@ -50,6 +53,50 @@ struct set_sequence {
   KVKEEP_HD void operator()(index_t) const noexcept {
     frozen[id] = tokens;
     faults[id] = 0;
+  }
+};
+
+/// The same of a copy; index: 0.
+struct fork_sequence {
+  index_t* frozen;
+  index_t* faults;
+  index_t from, to;
+  index_t tokens;
+  KVKEEP_HD void operator()(index_t) const noexcept {
+    frozen[to] = tokens;
+    faults[to] = faults[from];
+  }
+};
+
+/// Copies one sequence's numbers to another's in all arrays of a layer; index: number, beyond `first`.
+template <class Space>
+struct copy_sequence {
+  static constexpr int most_arrays = 16;
+  struct array {
+    std::byte* data;  ///< of sequence 0
+    offset_t n;       ///< numbers of a sequence
+  };
+  array arrays[most_arrays] = {};
+  index_t n_arrays = 0;
+  index_t from, to;
+  offset_t first = 0, total = 0;
+
+  copy_sequence(layer_state<Space> const& l, index_t source, index_t target) noexcept
+      : from(source), to(target) {
+    each_array(l, [&](auto* data, offset_t n) {
+      if (n_arrays < most_arrays) arrays[n_arrays++] = {reinterpret_cast<std::byte*>(data), n};
+      total += n;
+    });
+  }
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    offset_t at = first + i;
+    for (array const& a : arrays) {
+      if (at < a.n) {
+        std::memcpy(a.data + (to * a.n + at) * 4, a.data + (from * a.n + at) * 4, 4);
+        return;
+      }
+      at -= a.n;
+    }
   }
 };
 

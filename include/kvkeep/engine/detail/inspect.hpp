@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "../session.hpp"
+#include "pieces.hpp"
 
 namespace kvkeep {
 

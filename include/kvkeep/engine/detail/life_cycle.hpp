@@ -7,52 +7,9 @@
 #include <cstring>
 
 #include "../session.hpp"
+#include "pieces.hpp"
 
 namespace kvkeep {
-
-namespace detail {
-
-/// Calls f(pointer, bytes) for every piece of one sequence's state in one layer. Positions and rows beyond
-/// the slots in use are included: a ring of weights may be read there once a slot is reused.
-template <class Space, class F>
-void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
-  auto const tensor = [&](auto const& t, index_t row) {
-    std::size_t const bytes = sizeof(*t.data) * static_cast<std::size_t>(t.stride[0]);
-    if (bytes > 0 && t.data != nullptr) f(t.data + row * t.stride[0], bytes);
-  };
-  tensor(l.slots.lengths, id);
-  tensor(l.slots.positions, id);
-  tensor(l.slots.rows, id);
-  tensor(l.k, id);
-  tensor(l.victim, id);
-  tensor(l.ring_q, id);
-  tensor(l.ring_lse, id);
-  tensor(l.weight_sum, id);
-  tensor(l.weight_max, id);
-  tensor(l.head, id);
-  for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
-    f(l.fresh.at(draft, id), sizeof(index_t) * static_cast<std::size_t>(l.fresh.extent[2]));
-  index_t* const lists[] = {l.seen, l.ring_from, l.appended, l.attended};
-  for (index_t* const list : lists) f(list + id, sizeof(index_t));
-  f(l.has_lse + id, sizeof(std::uint8_t));
-  f(l.prompt_done + id, sizeof(std::uint8_t));
-}
-
-/// each_piece of two sequences side by side: f(piece of `to`, piece of `from`, bytes).
-template <class Space, class F>
-void each_piece_pair(layer_state<Space> const& l, index_t from, index_t to, F&& f) {
-  constexpr int most = 64;
-  void* src[most];
-  int n = 0, i = 0;
-  each_piece(l, from, [&](auto* p, std::size_t) {
-    if (n < most) src[n++] = p;
-  });
-  each_piece(l, to, [&](auto* p, std::size_t bytes) {
-    if (i < n) f(static_cast<void*>(p), src[i++], bytes);
-  });
-}
-
-}  // namespace detail
 
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
@@ -149,13 +106,14 @@ status session<Ctx, P, D>::fork(index_t from, index_t& id, sequence_options cons
   for (auto const& l : layers_)
     if (l.appended[from] != l.attended[from] && limits_.decode != decode_offer::nothing)
       return status::bad_order;
+  if (shared_.prompt_owner == from) return status::bad_order;
   index_t to = -1;
   KVKEEP_TRY(begin(to, {o.id, 0}));
   for (auto const& l : layers_) {
-    // Both sequences walk the same list of pieces; the pieces of one layer have equal sizes.
-    detail::each_piece_pair(l, from, to, [](auto* dst, auto* src, std::size_t bytes) {
-      std::memcpy(dst, src, bytes);
+    detail::each_array(l, [&](auto* array, offset_t n) {
+      std::memcpy(array + to * n, array + from * n, sizeof *array * static_cast<std::size_t>(n));
     });
+    for (std::uint8_t* const flag : {l.has_lse, l.prompt_done}) flag[to] = flag[from];
     for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h)
       plan_.held(l.number, to, h) = plan_.held(l.number, from, h);
   }

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// The state of one sequence, array by array, for whoever copies or stores it.
+#pragma once
+
+#include "../state.hpp"
+
+namespace kvkeep::detail {
+
+/// Calls f(array, n) for each array of 4-byte numbers with state of sequences in one layer; those of sequence `id`
+/// are the `n` from `array + id * n` on. Positions and rows beyond the slots in use are included: a ring of weights
+/// may be read there once a slot is reused.
+template <class Space, class F>
+void each_array(layer_state<Space> const& l, F&& f) {
+  auto const numbers = [&](auto* array, offset_t n) {
+    static_assert(sizeof *array == 4);
+    if (array != nullptr && n > 0) f(array, n);
+  };
+  auto const tensor = [&](auto const& t) { numbers(t.data, t.stride[0]); };
+  tensor(l.slots.lengths);
+  tensor(l.slots.positions);
+  tensor(l.slots.rows);
+  tensor(l.k);
+  tensor(l.victim);
+  tensor(l.ring_q);
+  tensor(l.ring_lse);
+  tensor(l.weight_sum);
+  tensor(l.weight_max);
+  tensor(l.head);
+  for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
+    numbers(l.fresh.at(draft, 0), l.fresh.stride[1]);
+  for (index_t* const list : {l.seen, l.ring_from, l.appended, l.attended}) numbers(list, 1);
+}
+
+/// Calls f(pointer, bytes) for every piece of one sequence's state in one layer, what the host alone reads included.
+template <class Space, class F>
+void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
+  each_array(l, [&](auto* array, offset_t n) {
+    f(array + id * n, sizeof *array * static_cast<std::size_t>(n));
+  });
+  for (std::uint8_t* const flag : {l.has_lse, l.prompt_done}) f(flag + id, sizeof *flag);
+}
+
+}  // namespace kvkeep::detail
