@@ -113,7 +113,7 @@ status session<Ctx, P, D>::fork(index_t from, index_t& id, sequence_options cons
     detail::each_array(l, [&](auto* array, offset_t n) {
       std::memcpy(array + to * n, array + from * n, sizeof *array * static_cast<std::size_t>(n));
     });
-    for (std::uint8_t* const flag : {l.has_lse, l.prompt_done}) flag[to] = flag[from];
+    detail::each_flag(l, [&](std::uint8_t* flag) { flag[to] = flag[from]; });
     for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h)
       plan_.held(l.number, to, h) = plan_.held(l.number, from, h);
   }

@@ -29,16 +29,24 @@ void each_array(layer_state<Space> const& l, F&& f) {
   tensor(l.head);
   for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
     numbers(l.fresh.at(draft, 0), l.fresh.stride[1]);
-  for (index_t* const list : {l.seen, l.ring_from, l.appended, l.attended}) numbers(list, 1);
+  index_t* const lists[] = {l.seen, l.ring_from, l.appended, l.attended};
+  for (index_t* const list : lists) numbers(list, 1);
 }
 
-/// Calls f(pointer, bytes) for every piece of one sequence's state in one layer, what the host alone reads included.
+/// Calls f(array) for those with a byte of each sequence, which the host alone reads.
+template <class Space, class F>
+void each_flag(layer_state<Space> const& l, F&& f) {
+  f(l.has_lse);
+  f(l.prompt_done);
+}
+
+/// Calls f(pointer, bytes) for every piece of one sequence's state in one layer.
 template <class Space, class F>
 void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
   each_array(l, [&](auto* array, offset_t n) {
     f(array + id * n, sizeof *array * static_cast<std::size_t>(n));
   });
-  for (std::uint8_t* const flag : {l.has_lse, l.prompt_done}) f(flag + id, sizeof *flag);
+  each_flag(l, [&](std::uint8_t* flag) { f(flag + id, sizeof *flag); });
 }
 
 }  // namespace kvkeep::detail
