@@ -84,3 +84,21 @@ TEST_CASE("the least of some numbers") {
   CHECK(cuda::min_of(3) == 3);
   CHECK(cuda::min_of(512, 1024, 384, 400) == 384);
 }
+
+TEST_CASE("a head's block has a thread for eight slots, and for two where there is room") {
+  using cuda::head_threads;
+  for (offset_t slots : {0, 1, 64, 257, 1025, 4097, 8193, 131073})
+    for (offset_t blocks : {1, 8, 132, 133, 512, 100000}) {
+      INFO("slots " << slots << " blocks " << blocks);
+      int const threads = head_threads(slots, blocks, 132);
+      CHECK(cuda::head_grid(1, 1, 1, threads).fits());
+      CHECK(threads >= cuda::threads_for(slots));
+      bool const more = threads > cuda::threads_for(slots);
+      CHECK((!more || (threads < slots && threads * ((blocks + 131) / 132) <= 1024)));
+    }
+  CHECK(head_threads(1025, 64, 132) == 1024);
+  CHECK(head_threads(1025, 512, 132) == 256);
+  CHECK(head_threads(1025, 4096, 132) == 256);
+  CHECK(head_threads(1000, 4096, 132) == 128);
+  CHECK(head_threads(40, 1, 132) == 64);
+}

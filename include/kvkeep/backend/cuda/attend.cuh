@@ -74,7 +74,7 @@ inline void take_scratch(attend_task& t, attend_plan const& plan, workspace& ws)
   t.tiles = plan.tiles;
   t.all = ws.take<softmax_part>(plan.pieces());
   t.shown = ws.take<softmax_part>(plan.pieces());
-  t.totals = ws.take<softmax_part>(plan.rows());
+  t.totals = ws.take<row_scale>(plan.rows());
   t.values = ws.take<float>(asked(t.out) ? plan.pieces() * product(t.kv.shape.dim_v) : 0);
   bool const wants_logits = asked(t.fold.out) && !asked(t.weights);
   float* const logits =

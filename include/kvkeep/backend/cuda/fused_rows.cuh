@@ -21,8 +21,9 @@ inline status launch_plain_fused(context& c, window_job const& job, reduction fu
 /// The last old position of every head.
 inline status launch_limits(context& c, window_job const& job, old_limits const& limits) noexcept {
   window_sizes const s = sizes_of(job);
-  return launch(c, head_grid(s.n_entries, s.n_heads, 1, threads_for(s.max_slots)),
-                old_limits::shared_bytes(), old_limit_kernel{limits});
+  int const threads = head_threads(s.max_slots, s.heads(), c.n_sm);
+  return launch(c, head_grid(s.n_entries, s.n_heads, 1, threads), old_limits::shared_bytes(),
+                old_limit_kernel{limits});
 }
 
 /// All of the direct form for 16-bit keys.
@@ -32,7 +33,9 @@ inline status launch_mma_fused(context& c, window_job const& job, old_limits con
   window_sizes const s = sizes_of(job);
   KVKEEP_TRY(with_mma(k, [&]<class S>(S) {
     using kernel = split_old_kernel<typename S::type, S::blocks>;
-    return launch(c, head_grid(s.n_entries, s.n_heads, 1, threads_for(s.max_slots)),
+    // A warp has a query at a time.
+    offset_t const work = std::max<offset_t>(s.max_slots, offset_t{16} * job.n_queries());
+    return launch(c, head_grid(s.n_entries, s.n_heads, 1, head_threads(work, s.heads(), c.n_sm)),
                   old_limits::shared_bytes(), kernel{{job}, limits});
   }));
   KVKEEP_TRY(launch_mma_slices(c, job));

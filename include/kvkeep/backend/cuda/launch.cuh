@@ -97,12 +97,13 @@ struct planned {
   Stage stage{};
 };
 
-/// Starts stages: a block per head, of about a thread for eight slots.
+/// Starts stages: a block per head.
 template <class... Stages>
 status launch_stages(context const& c, index_t n_entries, index_t n_heads, index_t max_slots,
                      sequence<Stages...> const& stages) noexcept {
   head_kernel<Stages...> const kernel{stages, n_heads};
-  int const threads = std::min(threads_for(max_slots), kernel.most_threads);
+  offset_t const blocks = static_cast<offset_t>(n_entries) * n_heads;
+  int const threads = std::min(head_threads(max_slots, blocks, c.n_sm), kernel.most_threads);
   return launch(c, head_grid(n_entries, n_heads, 1, threads), most_shared(stages), kernel);
 }
 

@@ -17,6 +17,11 @@ struct softmax_part {
   float max, sum;
 };
 
+/// What turns a row's logits into weights, and those into probabilities.
+struct row_scale {
+  float max, inverse;
+};
+
 /// What a launch sequence works on: op::attend (one query row), or op::row_weights.
 struct attend_task {
   batch_ref<device_space> batch;
@@ -35,11 +40,11 @@ struct attend_task {
   weight_fold<device_space> fold;
   tensor_ref<std::uint8_t const, 3, device_space> visible;
 
-  float* values = nullptr;         ///< [entry, q_head, row, split, dim_v] scratch
-  softmax_part* shown = nullptr;   ///< [entry, q_head, row, split] of the visible slots
-  softmax_part* all = nullptr;     ///< the same of all slots
-  softmax_part* totals = nullptr;  ///< [entry, q_head, row] of all slots
-  float* logits = nullptr;         ///< [entry, q_head, slot], where `weights` cannot hold them
+  float* values = nullptr;        ///< [entry, q_head, row, split, dim_v] scratch
+  softmax_part* shown = nullptr;  ///< [entry, q_head, row, split] of the visible slots
+  softmax_part* all = nullptr;    ///< the same of all slots
+  row_scale* totals = nullptr;    ///< [entry, q_head, row] of all slots
+  float* logits = nullptr;        ///< [entry, q_head, slot], where `weights` cannot hold them
   index_t splits = 0, tile = 1, tiles = 1;
 
   /// Index of a query row in the scratch.
@@ -60,7 +65,7 @@ struct attend_task {
     if (position.data != nullptr) return position(source_of(entry), row) % ring;
     return weight_row != nullptr ? weight_row[entry] : 0;
   }
-  /// Where query head g of the group keeps its logits, later weights; null: nowhere.
+  /// Where query head g of the group keeps its logits, later weights if `weights` is given; null: nowhere.
   __device__ float* weight_slots(index_t entry, index_t head, index_t g, index_t row) const {
     if (weights.data != nullptr)
       return weights.at(batch.id_of(entry), head, g, 0) + ring_row(entry, row) * ring_stride;

@@ -75,7 +75,7 @@ __device__ inline void merge_sums(attend_task const& t, merge_place const& at, i
     row_normaliser const r = normaliser(shown, sink);
     bool const empty = !(shown.sum > 0);
     float const sum = splits > 0 ? normaliser(all, sink).sum : 0.0f;
-    t.totals[index] = {all.max, sum};
+    t.totals[index] = {all.max, inverse_of(sum)};
     if (t.weight_sum.data != nullptr) t.weight_sum(id, at.head, g, ring) = sum;
     if (t.weight_max.data != nullptr) t.weight_max(id, at.head, g, ring) = all.max;
     if (t.lse.data != nullptr)
@@ -154,20 +154,29 @@ struct attend_merge_kernel {
   }
 };
 
-/// A slot's logits of one query row per head become weights, and are folded.
+/// A slot's logits of one query row per head become weights, which are kept, or folded, or both.
 __device__ inline void weigh_slot(attend_task const& t, index_t entry, index_t head, index_t row,
                                   index_t j) {
+  struct loaded {
+    float logit;
+    row_scale scale;
+  };
   index_t const id = t.batch.id_of(entry), group = t.kv.shape.group();
-  softmax_part const* const totals = t.totals + t.row_index(entry, head * group, row);
-  for (index_t g = 0; g < group; ++g) {
-    float* const z = t.weight_slots(entry, head, g, row) + j;
-    *z = weight_of(*z - totals[g * t.n_rows].max);
-  }
-  if (t.fold.out.data == nullptr) return;
-  fold_slot(
-      t.fold, t.fold.out_by_id ? id : entry, id, head, j, group,
-      [&](index_t g) { return t.weight_slots(entry, head, g, row)[j]; },
-      [&](index_t g) { return inverse_of(totals[g * t.n_rows].sum); });
+  row_scale const* const scales = t.totals + t.row_index(entry, head * group, row);
+  float* const z = t.weight_slots(entry, head, 0, row) + j;
+  bool const kept = t.weights.data != nullptr, folds = t.fold.out.data != nullptr;
+  offset_t const step =
+      kept ? t.weights.stride[2] : static_cast<offset_t>(t.n_rows) * t.kv.shape.max_slots;
+  auto const load = [&](index_t g) { return loaded{z[g * step], scales[g * t.n_rows]}; };
+  auto const weight = [&](index_t g, loaded const& x) {
+    float const e = weight_of(x.logit - x.scale.max);
+    if (kept) z[g * step] = e;
+    return e;
+  };
+  if (!folds) return each_query_head(group, load, weight);
+  slot_fold fold(t.fold, t.fold.out_by_id ? id : entry, id, head, j, group);
+  each_query_head(group, load,
+                  [&](index_t g, loaded const& x) { fold.add(g, weight(g, x), x.scale.inverse); });
 }
 
 struct attend_weights_kernel : slot_kernel {

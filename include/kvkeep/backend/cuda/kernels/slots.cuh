@@ -45,35 +45,69 @@ struct mean_layers_slots {
 /// Factor that turns weights into probabilities.
 __device__ inline float inverse_of(float sum) { return sum > 0 ? __fdiv_rn(1.0f, sum) : 0.0f; }
 
-/// Folds one slot's weights, as in attention. @param e(g) weight  @param inverse(g) of its row
-/// @param at row of `fold.out`: entry or id
-template <class E, class I>
-__device__ void fold_slot(weight_fold<device_space> const& fold, index_t at, index_t id, index_t h,
-                          index_t j, index_t group, E const& e, I const& inverse) {
-  bool const fresh = fold.fresh_slot.data != nullptr && fold.fresh_slot(id, h) == j;
-  index_t const rows = fold.per_query_head ? group : 1, each = fold.per_query_head ? 1 : group;
-  for (index_t r = 0; r < rows; ++r) {
-    float sum = __fmul_rn(e(r), inverse(r));
-    for (index_t g = 1; g < each; ++g) sum = __fmaf_rn(e(g), inverse(g), sum);
-    float* const out = fold.out.at(at, h, r, j);
-    float const term = __fmul_rn(sum, fold.scale);
-    *out = fold.clear ? term : __fadd_rn(fresh ? 0.0f : *out, term);
+/// use(g, load(g)) for the query heads of a group, in order. Loads come four at a time, so that no more of them
+/// wait for others than must.
+template <class Load, class Use>
+__device__ void each_query_head(index_t group, Load const& load, Use const& use) {
+  constexpr int at_once = 4;
+  for (index_t first = 0; first < group; first += at_once) {
+    decltype(load(first)) loaded[at_once];
+    unrolled<at_once>([&](int i) { loaded[i] = load(min(first + i, group - 1)); });
+    unrolled<at_once>([&](int i) {
+      if (first + i < group) use(first + i, loaded[i]);
+    });
   }
 }
 
+/// Folds one slot's weights, as in attention: of every query head of a group, in order.
+class slot_fold {
+ public:
+  /// @param at row of `fold.out`: entry or id
+  __device__ slot_fold(weight_fold<device_space> const& fold, index_t at, index_t id, index_t h,
+                       index_t j, index_t group)
+      : fold_(fold), out_(fold.out.at(at, h, 0, j)), last_(group - 1) {
+    adds_ = !fold.clear && !(fold.fresh_slot.data != nullptr && fold.fresh_slot(id, h) == j);
+    if (!fold.per_query_head) was_ = adds_ ? *out_ : 0.0f;
+  }
+  /// @param inverse of the row's sum
+  __device__ void add(index_t g, float weight, float inverse) {
+    bool const alone = fold_.per_query_head;
+    sum_ = alone || g == 0 ? __fmul_rn(weight, inverse) : __fmaf_rn(weight, inverse, sum_);
+    if (!alone && g < last_) return;
+    float* const out = out_ + (alone ? g * fold_.out.stride[2] : 0);
+    float const term = __fmul_rn(sum_, fold_.scale);
+    if (alone) was_ = adds_ ? *out : 0.0f;
+    *out = fold_.clear ? term : __fadd_rn(was_, term);
+  }
+
+ private:
+  weight_fold<device_space> const& fold_;
+  float* out_;
+  index_t last_;
+  bool adds_;
+  float was_ = 0, sum_ = 0;
+};
+
 struct accumulate_slots {
   op::accumulate<device_space> o;
+  struct loaded {
+    float weight, sum;
+  };
 
   __device__ index_t count(block_head const& at) const {
     return o.slots.lengths(o.batch.id_of(at.entry), at.head);
   }
   __device__ void operator()(block_head const& at, index_t j) const {
-    index_t const id = o.batch.id_of(at.entry);
+    index_t const id = o.batch.id_of(at.entry), group = o.weights.extent[2];
     index_t const ring = o.ring_row != nullptr ? o.ring_row[at.entry] : 0;
-    fold_slot(
-        o.fold, o.fold.out_by_id ? id : at.entry, id, at.head, j, o.weights.extent[2],
-        [&](index_t g) { return o.weights.at(id, at.head, g, 0)[ring * o.ring_stride + j]; },
-        [&](index_t g) { return inverse_of(o.weight_sum(id, at.head, g, ring)); });
+    slot_fold fold(o.fold, o.fold.out_by_id ? id : at.entry, id, at.head, j, group);
+    each_query_head(
+        group,
+        [&](index_t g) {
+          return loaded{o.weights.at(id, at.head, g, 0)[ring * o.ring_stride + j],
+                        o.weight_sum(id, at.head, g, ring)};
+        },
+        [&](index_t g, loaded const& x) { fold.add(g, x.weight, inverse_of(x.sum)); });
   }
 };
 
