@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+// An engine on CUDA: cache, batch and the session's state are memory of the device, and a decode step of all layers
+// is recorded as a graph once, then replayed for every token. The host reads nothing until the end.
+// Exits with 77 where there is no device.
+#include <kvkeep/cuda.cuh>
+#include <kvkeep/engine/device_session.hpp>
+
+#include "support/toy_model.hpp"
+
+namespace {
+
+using namespace kvkeep;
+
+constexpr index_t capacity = 64, prompt_tokens = 200, new_tokens = 100;
+/// Prompts are cut in place, so the cache has room for them.
+constexpr cache_shape shape{1,        toy::n_q_heads, toy::n_kv_heads,
+                            toy::dim, toy::dim,       prompt_tokens + 1};
+
+void expect(bool good, char const* what) {
+  if (good) return;
+  std::fprintf(stderr, "%s failed\n", what);
+  std::exit(1);
+}
+
+/// Memory that both sides reach, because the toy model runs on the host. An engine brings its own.
+template <class T>
+T* managed(std::size_t n) {
+  void* p = nullptr;
+  expect(cudaMallocManaged(&p, n * sizeof(T)) == cudaSuccess, "cudaMallocManaged");
+  return static_cast<T*>(p);
+}
+
+/// One layer's cache `[kv_head, slot, dim]`, and what a token brings and gets.
+struct layer_memory {
+  float* k = managed<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim));
+  float* v = managed<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim));
+  float* new_k = managed<float>(product(toy::n_kv_heads, toy::dim));
+  float* new_v = managed<float>(product(toy::n_kv_heads, toy::dim));
+  float* q = managed<float>(product(toy::n_q_heads, toy::dim));
+  float* out = managed<float>(product(toy::n_q_heads, toy::dim));
+  index_t* slot = managed<index_t>(product(toy::n_kv_heads));
+};
+
+/// The engine's kernel between `append` and `attend`: the new token's rows go to the slots it has been given.
+struct write_token {
+  layer_memory l;
+
+  KVKEEP_HD void operator()(index_t i) const {
+    index_t const head = i / toy::dim, slot = l.slot[head];
+    if (slot < 0) return;  // the sequence has a fault
+    offset_t const at = (offset_t{head} * shape.max_slots + slot) * toy::dim + i % toy::dim;
+    l.k[at] = l.new_k[i];
+    l.v[at] = l.new_v[i];
+  }
+};
+
+/// Keys and values lie in slots 0, 1, ...; then the queries are shown, and the first cut is enqueued.
+template <class Session>
+void run_prompt(Session& s, index_t id, std::vector<layer_memory> const& layers,
+                cudaStream_t stream) {
+  for (index_t l = 0; l < toy::n_layers; ++l) {
+    layer_memory const& m = layers[static_cast<std::size_t>(l)];
+    for (index_t h = 0; h < toy::n_kv_heads; ++h)
+      for (index_t p = 0; p < prompt_tokens; ++p) {
+        auto const at = (h * shape.max_slots + p) * toy::dim;
+        toy::write_token(m.k + at, m.v + at, l, h, p);
+      }
+    std::vector<float> const q = toy::make_queries(l, 0, prompt_tokens);
+    float* const shown = managed<float>(q.size());
+    std::copy(q.begin(), q.end(), shown);
+    toy::expect(s.observe(l, id, make_queries(shown, toy::n_q_heads, prompt_tokens, toy::dim)),
+                "observe");
+    toy::expect(s.end_prompt(l, id), "end_prompt");
+    expect(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
+    cudaFree(shown);
+  }
+}
+
+/// Enqueues one token in every layer: nothing here depends on lengths or positions.
+template <class Session>
+void enqueue_step(Session& s, cuda::context& ctx, batch_ref<device_space> const& b,
+                  std::vector<layer_memory> const& layers) {
+  workspace none{std::span<std::byte>{}};
+  for (index_t l = 0; l < toy::n_layers; ++l) {
+    layer_memory const& m = layers[static_cast<std::size_t>(l)];
+    toy::expect(s.append(l, b, m.slot), "append");
+    op::for_each<write_token, device_space> const write{toy::n_kv_heads * toy::dim, {m}};
+    toy::expect(run(ctx, write, none), "write");
+    toy::expect(s.attend(l, b, make_queries(m.q, toy::n_q_heads, 1, toy::dim), m.out), "attend");
+  }
+}
+
+cudaGraphExec_t end_recording(cudaStream_t stream) {
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  expect(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "cudaStreamEndCapture");
+  expect(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess, "cudaGraphInstantiate");
+  cudaGraphDestroy(graph);
+  return exec;
+}
+
+}  // namespace
+
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::puts("SKIPPED: no CUDA device");
+    return 77;
+  }
+  cudaStream_t stream = nullptr;
+  expect(cudaStreamCreate(&stream) == cudaSuccess, "cudaStreamCreate");
+  cuda::context ctx(stream);
+
+  std::vector<layer_memory> const memory(toy::n_layers);
+  std::vector<layer_spec<device_space>> specs;
+  for (layer_memory const& m : memory)
+    specs.push_back(contiguous_view<device_space>(m.k, m.v, shape));
+  std::span<layer_spec<device_space> const> const layers(specs);
+  auto const policy = make_morphkv({.capacity = capacity, .window = 16});
+  std::size_t const bytes = device_session_bytes(ctx, policy, policy, layers, limits{});
+  auto s = bind_device_session(ctx, policy, policy, layers, limits{},
+                               std::span(managed<std::byte>(bytes), bytes));
+
+  index_t id = 0;
+  toy::expect(s.begin(id), "begin");
+  run_prompt(s, id, memory, stream);
+
+  // The batch: rows of the views and ids of sequences.
+  index_t* const row = managed<index_t>(1);
+  index_t* const ids = managed<index_t>(1);
+  *row = 0, *ids = id;
+  expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess,
+         "cudaStreamBeginCapture");
+  enqueue_step(s, ctx, {1, row, ids}, memory);
+  cudaGraphExec_t const step = end_recording(stream);
+
+  for (index_t p = prompt_tokens; p < prompt_tokens + new_tokens; ++p) {
+    for (index_t l = 0; l < toy::n_layers; ++l) {
+      layer_memory const& m = memory[static_cast<std::size_t>(l)];
+      for (index_t h = 0; h < toy::n_kv_heads; ++h)
+        toy::write_token(m.new_k + h * toy::dim, m.new_v + h * toy::dim, l, h, p);
+      std::vector<float> const q = toy::make_queries(l, p, 1);
+      std::copy(q.begin(), q.end(), m.q);
+    }
+    expect(cudaGraphLaunch(step, stream) == cudaSuccess, "cudaGraphLaunch");
+    expect(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
+  }
+  cudaGraphExecDestroy(step);
+
+  index_t const slots = s.lengths(0)(id, 0);  // managed memory too, and nothing runs
+  std::printf(
+      "%d tokens seen, %d slots in use per head, faults %d, %zu bytes of state and scratch\n",
+      s.tokens(0)[id], slots, s.faults()[id], s.bytes());
+  return slots == capacity + 1 && s.faults()[id] == 0 ? 0 : 1;
+}
