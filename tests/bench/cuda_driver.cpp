@@ -80,7 +80,7 @@ TEST_CASE("plans that keep too few, or not in order, are found") {
   p.kv_heads = 2;
   choice_case const c(s, p, 2);
   CHECK(!c.fault().empty());
-  for (std::size_t set : {0, 1}) run_once(s.ctx, c.op(on_device{set}));
+  for (std::size_t set : {std::size_t{0}, std::size_t{1}}) run_once(s.ctx, c.op(on_device{set}));
   CHECK(c.fault().empty());
   std::swap(c.kept.data()[3], c.kept.data()[4]);
   CHECK(!c.fault().empty());
