@@ -23,22 +23,39 @@ void expect(bool good, char const* what) {
 }
 
 /// Memory that both sides reach, because the toy model runs on the host. An engine brings its own.
-template <class T>
-T* managed(std::size_t n) {
-  void* p = nullptr;
-  expect(cudaMallocManaged(&p, n * sizeof(T)) == cudaSuccess, "cudaMallocManaged");
-  return static_cast<T*>(p);
-}
+class managed_memory {
+ public:
+  managed_memory() = default;
+  managed_memory(managed_memory const&) = delete;
+  managed_memory& operator=(managed_memory const&) = delete;
+  ~managed_memory() {
+    for (void* const p : all_) cudaFree(p);
+  }
+  template <class T>
+  T* take(std::size_t n) {
+    void* p = nullptr;
+    expect(cudaMallocManaged(&p, n * sizeof(T)) == cudaSuccess, "cudaMallocManaged");
+    all_.push_back(p);
+    return static_cast<T*>(p);
+  }
+
+ private:
+  std::vector<void*> all_;
+};
 
 /// One layer's cache `[kv_head, slot, dim]`, and what a token brings and gets.
 struct layer_memory {
-  float* k = managed<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim));
-  float* v = managed<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim));
-  float* new_k = managed<float>(product(toy::n_kv_heads, toy::dim));
-  float* new_v = managed<float>(product(toy::n_kv_heads, toy::dim));
-  float* q = managed<float>(product(toy::n_q_heads, toy::dim));
-  float* out = managed<float>(product(toy::n_q_heads, toy::dim));
-  index_t* slot = managed<index_t>(product(toy::n_kv_heads));
+  float *k, *v, *new_k, *new_v, *q, *out;
+  index_t* slot;
+
+  explicit layer_memory(managed_memory& m)
+      : k(m.take<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim))),
+        v(m.take<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim))),
+        new_k(m.take<float>(product(toy::n_kv_heads, toy::dim))),
+        new_v(m.take<float>(product(toy::n_kv_heads, toy::dim))),
+        q(m.take<float>(product(toy::n_q_heads, toy::dim))),
+        out(m.take<float>(product(toy::n_q_heads, toy::dim))),
+        slot(m.take<index_t>(product(toy::n_kv_heads))) {}
 };
 
 /// The engine's kernel between `append` and `attend`: the new token's rows go to the slots it has been given.
@@ -66,13 +83,13 @@ void run_prompt(Session& s, index_t id, std::vector<layer_memory> const& layers,
         toy::write_token(m.k + at, m.v + at, l, h, p);
       }
     std::vector<float> const q = toy::make_queries(l, 0, prompt_tokens);
-    float* const shown = managed<float>(q.size());
+    managed_memory memory;
+    float* const shown = memory.take<float>(q.size());
     std::copy(q.begin(), q.end(), shown);
     toy::expect(s.observe(l, id, make_queries(shown, toy::n_q_heads, prompt_tokens, toy::dim)),
                 "observe");
     toy::expect(s.end_prompt(l, id), "end_prompt");
     expect(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
-    cudaFree(shown);
   }
 }
 
@@ -87,6 +104,17 @@ void enqueue_step(Session& s, cuda::context& ctx, batch_ref<device_space> const&
     op::for_each<write_token, device_space> const write{toy::n_kv_heads * toy::dim, {m}};
     toy::expect(run(ctx, write, none), "write");
     toy::expect(s.attend(l, b, make_queries(m.q, toy::n_q_heads, 1, toy::dim), m.out), "attend");
+  }
+}
+
+/// What the model computes for the next token, where the recorded step finds it.
+void bring_token(std::vector<layer_memory> const& layers, index_t position) {
+  for (index_t l = 0; l < toy::n_layers; ++l) {
+    layer_memory const& m = layers[static_cast<std::size_t>(l)];
+    for (index_t h = 0; h < toy::n_kv_heads; ++h)
+      toy::write_token(m.new_k + h * toy::dim, m.new_v + h * toy::dim, l, h, position);
+    std::vector<float> const q = toy::make_queries(l, position, 1);
+    std::copy(q.begin(), q.end(), m.q);
   }
 }
 
@@ -111,37 +139,35 @@ int main() {
   expect(cudaStreamCreate(&stream) == cudaSuccess, "cudaStreamCreate");
   cuda::context ctx(stream);
 
-  std::vector<layer_memory> const memory(toy::n_layers);
+  managed_memory memory;
+  std::vector<layer_memory> layers;
   std::vector<layer_spec<device_space>> specs;
-  for (layer_memory const& m : memory)
+  for (index_t l = 0; l < toy::n_layers; ++l) {
+    layer_memory const m(memory);
+    layers.push_back(m);
     specs.push_back(contiguous_view<device_space>(m.k, m.v, shape));
-  std::span<layer_spec<device_space> const> const layers(specs);
+  }
+  std::span<layer_spec<device_space> const> const views(specs);
   auto const policy = make_morphkv({.capacity = capacity, .window = 16});
-  std::size_t const bytes = device_session_bytes(ctx, policy, policy, layers, limits{});
-  auto s = bind_device_session(ctx, policy, policy, layers, limits{},
-                               std::span(managed<std::byte>(bytes), bytes));
+  std::size_t const bytes = device_session_bytes(ctx, policy, policy, views, limits{});
+  auto s = bind_device_session(ctx, policy, policy, views, limits{},
+                               std::span(memory.take<std::byte>(bytes), bytes));
 
   index_t id = 0;
   toy::expect(s.begin(id), "begin");
-  run_prompt(s, id, memory, stream);
+  run_prompt(s, id, layers, stream);
 
   // The batch: rows of the views and ids of sequences.
-  index_t* const row = managed<index_t>(1);
-  index_t* const ids = managed<index_t>(1);
+  index_t* const row = memory.take<index_t>(1);
+  index_t* const ids = memory.take<index_t>(1);
   *row = 0, *ids = id;
   expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess,
          "cudaStreamBeginCapture");
-  enqueue_step(s, ctx, {1, row, ids}, memory);
+  enqueue_step(s, ctx, {1, row, ids}, layers);
   cudaGraphExec_t const step = end_recording(stream);
 
   for (index_t p = prompt_tokens; p < prompt_tokens + new_tokens; ++p) {
-    for (index_t l = 0; l < toy::n_layers; ++l) {
-      layer_memory const& m = memory[static_cast<std::size_t>(l)];
-      for (index_t h = 0; h < toy::n_kv_heads; ++h)
-        toy::write_token(m.new_k + h * toy::dim, m.new_v + h * toy::dim, l, h, p);
-      std::vector<float> const q = toy::make_queries(l, p, 1);
-      std::copy(q.begin(), q.end(), m.q);
-    }
+    bring_token(layers, p);
     expect(cudaGraphLaunch(step, stream) == cudaSuccess, "cudaGraphLaunch");
     expect(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
   }
@@ -151,5 +177,7 @@ int main() {
   std::printf(
       "%d tokens seen, %d slots in use per head, faults %d, %zu bytes of state and scratch\n",
       s.tokens(0)[id], slots, s.faults()[id], s.bytes());
-  return slots == capacity + 1 && s.faults()[id] == 0 ? 0 : 1;
+  bool const good = slots == capacity + 1 && s.faults()[id] == 0;
+  cudaStreamDestroy(stream);
+  return good ? 0 : 1;
 }
