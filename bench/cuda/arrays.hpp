@@ -193,9 +193,6 @@ inline void fill_random(cuda::context& c, void* to, dtype type, std::size_t n, s
       fill(c, part, normal_numbers<bf16>{static_cast<bf16*>(from), first});
   }
 }
-inline void fill_random(cuda::context& c, rotated<float> const& a, std::uint64_t seed) {
-  fill_random(c, a.data(), dtype::f32, a.size(), seed);
-}
 /// Random queries beside keys of a type.
 inline void fill_queries(cuda::context& c, rotated<float> const& a, dtype type,
                          std::uint64_t seed) {
@@ -205,7 +202,7 @@ inline void fill_queries(cuda::context& c, rotated<float> const& a, dtype type,
   else if (type == dtype::bf16)
     fill(c, a.size(), rounded_numbers<bf16>{a.data(), first});
   else
-    fill_random(c, a, seed);
+    fill_random(c, a.data(), dtype::f32, a.size(), seed);
 }
 
 // -- shapes -------------------------------------------------------------------------------------------

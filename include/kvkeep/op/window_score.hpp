@@ -29,9 +29,9 @@ struct column_sums {
 };
 
 /// MorphKV's direct form (spec 4.3 steps 4 to 6): for every row and query head softmax over the *old*
-/// slots only (all but the `recent` largest positions), maximum over the group, then `fuse` over rows
-/// ascending. Slots that are not old get +infinity. Without any present row the score is the position.
-/// Cost: as column_sums without lse.
+/// slots only (all but the `recent` largest positions), maximum over the group, then `fuse` over rows, in an
+/// order that is the backend's and always the same. Slots that are not old get +infinity. Without any present
+/// row the score is the position. Cost: as column_sums without lse.
 template <class Space = host_space>
 struct fused_rows {
   using space = Space;

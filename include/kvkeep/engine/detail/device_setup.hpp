@@ -215,6 +215,7 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
   for (auto& l : layers_) {
     constexpr offset_t most = offset_t{1} << 30;  // indices have 31 bits
     detail::copy_sequence<space> copy(l, from, to);
+    if (!copy.whole()) return status::unsupported;
     for (; copy.first < copy.total; copy.first += most)
       KVKEEP_TRY(each(static_cast<index_t>(std::min(most, copy.total - copy.first)), copy, w));
     prompt_of(l, to) = prompt_of(l, from);

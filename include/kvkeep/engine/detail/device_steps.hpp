@@ -77,17 +77,19 @@ struct copy_sequence {
     offset_t n;       ///< numbers of a sequence
   };
   array arrays[most_arrays] = {};
-  index_t n_arrays = 0;
+  index_t n_arrays = 0;  ///< of the layer: not more than there is room for, see whole()
   index_t from, to;
   offset_t first = 0, total = 0;
 
   copy_sequence(layer_state<Space> const& l, index_t source, index_t target) noexcept
       : from(source), to(target) {
     each_array(l, [&](auto* data, offset_t n) {
-      if (n_arrays < most_arrays) arrays[n_arrays++] = {reinterpret_cast<std::byte*>(data), n};
+      if (n_arrays < most_arrays) arrays[n_arrays] = {reinterpret_cast<std::byte*>(data), n};
+      ++n_arrays;
       total += n;
     });
   }
+  bool whole() const noexcept { return n_arrays <= most_arrays; }
   KVKEEP_HD void operator()(index_t i) const noexcept {
     offset_t at = first + i;
     for (array const& a : arrays) {
