@@ -56,9 +56,10 @@ status launch(context const& c, grid const& g, std::size_t shared, K const& kern
   if (g.x == 0 || g.y == 0) return status::ok;
   if (!g.fits() || g.threads > K::most_threads || shared > static_cast<std::size_t>(c.shared_bytes))
     return status::unsupported;
+  // The limit belongs to the kernel, which others may be starting at the same time: it never falls.
   if (shared > plain_shared_bytes &&
       cudaFuncSetAttribute(start<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared)) != cudaSuccess)
+                           static_cast<int>(c.shared_bytes)) != cudaSuccess)
     return status::backend_error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(g.x), static_cast<unsigned>(g.y));

@@ -51,7 +51,7 @@ struct core_rows {
   /// from eight rows to the next (stride), by 16 bytes, no swizzle.
   __device__ static unsigned long long descriptor(uint4 const* rows) {
     constexpr unsigned long long leading = 8, stride = 8 * pieces;
-    return shared_address(rows) >> 4 | leading << 16 | stride << 32;
+    return (shared_address(rows) & 0x3ffffu) >> 4 | leading << 16 | stride << 32;
   }
   /// What the i-th product's descriptor is more.
   __device__ static unsigned long long product_offset(int i) {

@@ -90,7 +90,7 @@ __device__ inline void writes_to_products() {
 
 /// A barrier of all threads of the block that may stand in more than one place: warps meet wherever each is.
 __device__ inline void block_meets() {
-  asm volatile("bar.sync 1, %0;" ::"r"(threads_of_block()) : "memory");
+  asm volatile("barrier.sync 1, %0;" ::"r"(threads_of_block()) : "memory");
 }
 
 #undef KVKEEP_DEFINE_PRODUCTS
