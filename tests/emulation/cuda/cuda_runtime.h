@@ -10,6 +10,7 @@
 /// says. Not a model of time.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -137,6 +138,14 @@ inline unsigned linear_thread() noexcept {
   return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
 }
 inline unsigned lane() noexcept { return linear_thread() % warp_size; }
+/// f over what the warp's lanes bring.
+template <class T, class F>
+T reduce_lanes(T x, unsigned mask, char const* what, F const& f) {
+  std::uint64_t const* const all = warp_exchange(pack(x), mask, what);
+  T r = unpack<T>(all[0]);
+  for (unsigned l = 1; l < 32; ++l) r = f(r, unpack<T>(all[l]));
+  return r;
+}
 
 }  // namespace emulation
 
@@ -175,6 +184,21 @@ inline unsigned __ballot_sync(unsigned mask, int x) {
   unsigned r = 0;
   for (unsigned l = 0; l < 32; ++l) r |= static_cast<unsigned>(all[l]) << l;
   return r;
+}
+inline int __reduce_add_sync(unsigned mask, int x) {
+  return emulation::reduce_lanes(x, mask, "__reduce_add_sync", [](int a, int b) {
+    return static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b));
+  });
+}
+inline int __reduce_max_sync(unsigned mask, int x) {
+  return emulation::reduce_lanes(x, mask, "__reduce_max_sync",
+                                 [](int a, int b) { return std::max(a, b); });
+}
+template <class T>
+requires std::is_same_v<T, int> || std::is_same_v<T, unsigned> T __reduce_min_sync(unsigned mask,
+                                                                                   T x) {
+  return emulation::reduce_lanes(x, mask, "__reduce_min_sync",
+                                 [](T a, T b) { return std::min(a, b); });
 }
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 inline int __all_sync(unsigned mask, int x) {

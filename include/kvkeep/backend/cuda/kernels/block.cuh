@@ -6,9 +6,19 @@
 
 #include <cuda_runtime.h>
 
+#include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "../../../core/types.hpp"
+
+/// Before a loop: how often its body shall be in the code.
+#ifdef __CUDACC__
+#define KVKEEP_PRAGMA(x) _Pragma(#x)
+#define KVKEEP_UNROLL(n) KVKEEP_PRAGMA(unroll n)
+#else
+#define KVKEEP_UNROLL(n)
+#endif
 
 namespace kvkeep::cuda {
 
@@ -48,29 +58,13 @@ __device__ inline int warps_of_block() { return static_cast<int>(blockDim.x / wa
 /// Entry and KV head of a block of a head_grid.
 struct block_head {
   index_t entry, head;
+  __device__ block_head(index_t e, index_t h) : entry(e), head(h) {}
   __device__ explicit block_head(index_t n_heads)
       : entry(static_cast<index_t>(blockIdx.x) / n_heads),
         head(static_cast<index_t>(blockIdx.x) % n_heads) {}
 };
 
-/// f over the warp, the same value in every lane; a fixed order, so floats give the same bits each time.
-template <class T, class F>
-__device__ T warp_reduce(T x, F f) {
-  for (int step = warp_size / 2; step > 0; step /= 2) x = f(x, __shfl_xor_sync(all_lanes, x, step));
-  return x;
-}
-
-/// f over the block in a fixed order; every thread gets the result. @param box [warps] shared
-template <class T, class F>
-__device__ T block_reduce(T x, T* box, F f) {
-  x = warp_reduce(x, f);
-  __syncthreads();  // the box may still be read for an earlier reduction
-  if (lane_of_warp() == 0) box[warp_of_block()] = x;
-  __syncthreads();
-  T r = box[0];
-  for (int w = 1; w < warps_of_block(); ++w) r = f(r, box[w]);
-  return r;
-}
+KVKEEP_HD constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 /// Calls f(0) .. f(N - 1), one after another in the code, so that arrays they index stay in registers.
 template <class F, int... I>
@@ -82,7 +76,10 @@ __device__ void unrolled(F const& f) {
   unrolled(f, std::make_integer_sequence<int, N>{});
 }
 
+/// What reductions reduce by; `none<T>` changes nothing.
 struct add {
+  template <class T>
+  static constexpr T none = T{};
   template <class T>
   __device__ T operator()(T a, T b) const {
     return a + b;
@@ -90,16 +87,96 @@ struct add {
 };
 struct larger {
   template <class T>
+  static constexpr T none = std::numeric_limits<T>::lowest();
+  template <class T>
   __device__ T operator()(T a, T b) const {
     return a < b ? b : a;
   }
 };
 struct smaller {
   template <class T>
+  static constexpr T none = std::numeric_limits<T>::max();
+  template <class T>
   __device__ T operator()(T a, T b) const {
     return b < a ? b : a;
   }
 };
+
+/// f over the warp, the same value in every lane; a fixed order, so floats give the same bits each time.
+template <class T, class F>
+__device__ T warp_reduce(T x, F f) {
+  for (int step = warp_size / 2; step > 0; step /= 2) x = f(x, __shfl_xor_sync(all_lanes, x, step));
+  return x;
+}
+/// By one instruction,
+__device__ inline int warp_reduce(int x, add) { return __reduce_add_sync(all_lanes, x); }
+__device__ inline int warp_reduce(int x, larger) { return __reduce_max_sync(all_lanes, x); }
+__device__ inline int warp_reduce(int x, smaller) { return __reduce_min_sync(all_lanes, x); }
+/// and by two: of the least upper halves the least lower half.
+__device__ inline unsigned long long warp_reduce(unsigned long long x, smaller) {
+  unsigned const upper = static_cast<unsigned>(x >> 32);
+  unsigned const least = __reduce_min_sync(all_lanes, upper);
+  unsigned const lower = upper == least ? static_cast<unsigned>(x) : 0xffffffffu;
+  return static_cast<unsigned long long>(least) << 32 | __reduce_min_sync(all_lanes, lower);
+}
+
+/// First half of a reduction over the block: between it and the second there is a barrier.
+/// @param box [warps] shared
+template <class T, class F>
+__device__ void leave_for_block(T x, T* box, F f) {
+  x = warp_reduce(x, f);
+  if (lane_of_warp() == 0) box[warp_of_block()] = x;
+}
+/// Second half: every thread gets the result.
+template <class T, class F>
+__device__ T take_of_block(T const* box, F f) {
+  if constexpr (std::is_integral_v<T>) {
+    T r = F::template none<T>;
+    if (lane_of_warp() < warps_of_block()) r = box[lane_of_warp()];
+    return warp_reduce(r, f);
+  } else {
+    T r = box[0];
+    for (int w = 1; w < warps_of_block(); ++w) r = f(r, box[w]);
+    return r;
+  }
+}
+
+/// f over the block in a fixed order; every thread gets the result. @param box [warps] shared
+template <class T, class F>
+__device__ T block_reduce(T x, T* box, F f) {
+  __syncthreads();  // the box may still be read for an earlier reduction
+  leave_for_block(x, box, f);
+  __syncthreads();
+  return take_of_block(box, f);
+}
+
+/// Sums of N values over groups of `lanes` lanes at once, by fewer exchanges than one after another: each
+/// halves what a lane still adds up. The lane's result is the sum of x[place_of_sum<N>(lane)].
+/// N and `lanes` are powers of two, N <= lanes. A fixed order.
+template <int N, class T>
+__device__ T sums_of_lanes(T (&x)[N], int lanes) {
+  int bit = 1;
+  unrolled<log2_of(N)>([&](int step) {
+    int const half = N >> (step + 1);
+    bool const upper = (lane_of_warp() & bit) != 0;
+    for (int i = 0; i < N / 2; ++i)
+      if (i < half) {
+        T const given = upper ? x[i] : x[i + half];
+        x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(all_lanes, given, bit);
+      }
+    bit *= 2;
+  });
+  for (; bit < lanes; bit *= 2) x[0] += __shfl_xor_sync(all_lanes, x[0], bit);
+  return x[0];
+}
+/// Which of the N values a lane has the sum of.
+template <int N>
+__device__ int place_of_sum(int lane) {
+  int place = 0;
+  for (int bit = 1, half = N / 2; half > 0; bit *= 2, half /= 2)
+    if ((lane & bit) != 0) place += half;
+  return place;
+}
 
 /// Sum of the values of lower threads of the block, and of all. Integers. @param box [warps] shared
 template <class T>
@@ -125,6 +202,11 @@ __device__ prefix_sum<T> sum_before(T own, T* box) {
   return r;
 }
 
+/// Number of set bits below the lane's.
+__device__ inline unsigned rank_in(unsigned set) {
+  return static_cast<unsigned>(__popc(set & ((1u << lane_of_warp()) - 1)));
+}
+
 /// Number of set flags in lower threads of the block, and in all of it. @param box [warps + 1] shared
 struct flag_rank {
   int before = 0;
@@ -140,8 +222,22 @@ __device__ inline flag_rank rank_flags(bool flag, int* box) {
     if (w < warp_of_block()) r.before += box[w];
     r.total += box[w];
   }
-  r.before += __popc(set & ((1u << lane_of_warp()) - 1));
+  r.before += static_cast<int>(rank_in(set));
   return r;
+}
+
+/// use(g, load(g)) for the query heads of a group, in order. Loads come four at a time, so that no more of them
+/// wait for others than must.
+template <class Load, class Use>
+__device__ void each_query_head(index_t group, Load const& load, Use const& use) {
+  constexpr int at_once = 4;
+  for (index_t first = 0; first < group; first += at_once) {
+    decltype(load(first)) loaded[at_once];
+    unrolled<at_once>([&](int i) { loaded[i] = load(min(first + i, group - 1)); });
+    unrolled<at_once>([&](int i) {
+      if (first + i < group) use(first + i, loaded[i]);
+    });
+  }
 }
 
 }  // namespace kvkeep::cuda

@@ -11,9 +11,9 @@ template <class T, class F>
 __device__ void for_features_of(T const* row, feature_map const& map, index_t dim, index_t first,
                                 index_t step, F const& f) {
   if (map.contiguous(dim)) {
-    for (index_t d = first; d < dim; d += step) f(d, to_float(row[d]));
-  } else {
-    for (index_t d = first; d < dim; d += step) f(d, to_float(row[map(d)]));
+    KVKEEP_UNROLL(2) for (index_t d = first; d < dim; d += step) f(d, to_float(row[d]));
+  } else {  // dividing by the map's extents is much code, and rare
+    KVKEEP_UNROLL(1) for (index_t d = first; d < dim; d += step) f(d, to_float(row[map(d)]));
   }
 }
 

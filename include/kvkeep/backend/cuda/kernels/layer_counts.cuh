@@ -95,8 +95,9 @@ struct joint_head_kernel : select_kernel, joint_part {
                                  sum_box const& sums) const {
     ranked const r = find_rank(
         n, min(max(o.best_per_head, 1), n), [&](index_t j) { return order_key(x[j]); }, s);
-    sum_slots(2, n, sums, [&](int which, index_t j) {
-      return which == 0 || order_key(x[j]) > r.value ? x[j] : 0.0f;
+    sum_slots<2>(n, sums, 0, [&](index_t j, double(&sum)[2]) {
+      sum[0] += static_cast<double>(x[j]);
+      if (order_key(x[j]) > r.value) sum[1] += static_cast<double>(x[j]);
     });
     double const all = sums.sums[0];
     double const top =

@@ -19,62 +19,108 @@ struct code_rows {
   float* words = nullptr;  ///< [rows][slots]
   offset_t stride = 0;     ///< words between rows
 
-  /// The float that a code is cut from.
-  __device__ float get(index_t code, index_t j) const {
-    unsigned const w = __float_as_uint(words[code / 2 * stride + j]);
-    return __uint_as_float((code % 2 == 0 ? w << 15 : w >> 1) & 0x7fff8000u);
+  __device__ float* at(index_t row, index_t j) const { return words + row * stride + j; }
+  __device__ unsigned word(index_t row, index_t j) const { return __float_as_uint(*at(row, j)); }
+  /// The float that a code is cut from, given its word.
+  __device__ static float value(unsigned word, index_t code) {
+    return __uint_as_float((code % 2 == 0 ? word << 15 : word >> 1) & 0x7fff8000u);
   }
-  /// Rounds down. `x` is not negative and at most `largest_code`.
-  __device__ void put(index_t code, index_t j, float x) const {
-    float* const at = words + code / 2 * stride + j;
-    unsigned const old = __float_as_uint(*at), bits = __float_as_uint(x);
-    *at = __uint_as_float(code % 2 == 0 ? (old & 0xffff0000u) | (bits >> 15 & 0xffffu)
-                                        : (old & 0xffffu) | (bits << 1 & 0xffff0000u));
+  __device__ float get(index_t code, index_t j) const { return value(word(code / 2, j), code); }
+  /// The word with a code rounded down from x, which is not negative and at most `largest_code`.
+  __device__ static unsigned with(unsigned word, index_t code, float x) {
+    unsigned const bits = __float_as_uint(x);
+    return code % 2 == 0 ? (word & 0xffff0000u) | (bits >> 15 & 0xffffu)
+                         : (word & 0xffffu) | (bits << 1 & 0xffff0000u);
+  }
+  __device__ void set_word(index_t row, index_t j, unsigned word) const {
+    *at(row, j) = __uint_as_float(word);
   }
 };
 
-/// What bounds are made from: row p has code `p % n_rows` and, for the step k after `newest`, the factor
-/// `factors[k * padded + p % n_rows]` (0 where the row will be gone).
+/// What bounds are made from: row p has code `p % n_rows`.
 struct bound_source {
   code_rows codes;
   code_rows bounds;                ///< code k: the bound prepared for phase k
-  float const* factors = nullptr;  ///< shared
-  index_t padded = 0;
+  float const* factors = nullptr;  ///< shared; of bound_factors
   index_t n_rows = 0;
   index_t newest = 0;  ///< position
-  reduction fuse = reduction::sum;
+  index_t first = 0;   ///< code of the newest row
 
-  __device__ index_t before(index_t code) const { return code > 0 ? code - 1 : n_rows - 1; }
-  __device__ float fold(float acc, float x) const {
-    return fuse == reduction::sum ? __fadd_rn(acc, x) : x > acc ? x : acc;
+  /// Code of the row `back` positions before the newest one, and the reverse. Below n_rows.
+  __device__ index_t code_of(index_t back) const {
+    return back > first ? first - back + n_rows : first - back;
+  }
+  __device__ index_t back_of(index_t code) const { return code_of(code); }
+};
+
+struct sum_fold {
+  __device__ float operator()(float acc, float x, float factor) const {
+    return __fmaf_rn(x, factor, acc);
+  }
+};
+struct max_fold {
+  __device__ float operator()(float acc, float x, float factor) const {
+    return max(acc, __fmul_rn(x, factor));
   }
 };
 
 /// Prepares a slot's bounds for phases `phase` and later, from the rows up to `newest - phase`: those after
-/// them are added when the bound is read.
-__device__ inline void prepare_bounds(bound_source const& s, index_t phase, index_t j) {
-  constexpr int ahead = lazy_shape::ahead;
-  float acc[ahead];
-  for (int k = 0; k < ahead; ++k) acc[k] = 0;
-  index_t row = s.newest % s.n_rows;
-  for (index_t back = 0; back < s.n_rows && back <= s.newest; ++back, row = s.before(row)) {
-    if (back < phase) continue;
-    float const x = s.codes.get(row, j);
-    for (int k = 0; k < ahead; ++k)
-      acc[k] = s.fold(acc[k], __fmul_rn(x, s.factors[k * s.padded + row]));
+/// them are added when the bound is read. Factors: [row][ahead]
+template <class Fold>
+__device__ void prepare_bounds(bound_source const& s, index_t phase, index_t j, Fold const& fold) {
+  constexpr int ahead = lazy_shape::ahead, at_once = 8;
+  auto const* const factors = reinterpret_cast<float4 const*>(s.factors);
+  index_t const words = (s.n_rows + 1) / 2;
+  float acc[ahead] = {};
+  for (index_t row = 0; row < words; row += at_once) {
+    unsigned word[at_once];
+    unrolled<at_once>([&](int i) { word[i] = s.codes.word(min(row + i, words - 1), j); });
+    unrolled<2 * at_once>([&](int i) {
+      index_t const code = 2 * row + i;
+      if (code >= s.n_rows) return;
+      index_t const back = s.back_of(code);
+      if (back < phase || back > s.newest) return;
+      float const x = code_rows::value(word[i / 2], i);
+      float4 const a = factors[2 * code], b = factors[2 * code + 1];
+      float const f[ahead] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+      unrolled<ahead>([&](int k) { acc[k] = fold(acc[k], x, f[k]); });
+    });
   }
-  for (int k = 0; k < ahead; ++k)
-    if (k + phase < ahead) s.bounds.put(phase + k, j, min(acc[k], largest_code));
+  unrolled<ahead>([&](int k) { acc[k] = min(acc[k], largest_code); });
+  if (phase == 0) {  // all of them: words need not be read
+    unrolled<ahead / 2>([&](int i) {
+      unsigned const even = code_rows::with(0u, 0, acc[2 * i]);
+      s.bounds.set_word(i, j, code_rows::with(even, 1, acc[2 * i + 1]));
+    });
+    return;
+  }
+  unrolled<ahead>([&](int k) {
+    index_t const at = phase + k;
+    if (at >= ahead) return;
+    s.bounds.set_word(at / 2, j, code_rows::with(s.bounds.word(at / 2, j), at, acc[k]));
+  });
 }
 
-/// Lower bound of a slot's score now.
-__device__ inline float lower_bound(bound_source const& s, index_t phase, index_t j) {
+/// Lower bound of a slot's score now. Factors: [row]
+template <class Fold>
+__device__ float lower_bound(bound_source const& s, index_t phase, index_t j, Fold const& fold) {
+  constexpr int most = lazy_shape::ahead - 1;
+  index_t const newer = min(phase, min(s.n_rows, s.newest + 1));
+  unsigned word[most];
+  unrolled<most>([&](int i) { word[i] = i < newer ? s.codes.word(s.code_of(i) / 2, j) : 0u; });
   float acc = s.bounds.get(phase, j);
-  index_t row = s.newest % s.n_rows;
-  for (index_t back = 0; back < min(phase, s.n_rows) && back <= s.newest;
-       ++back, row = s.before(row))
-    acc = s.fold(acc, __fmul_rn(s.codes.get(row, j), s.factors[row]));
+  unrolled<most>([&](int i) {
+    if (i >= newer) return;
+    index_t const code = s.code_of(i);
+    acc = fold(acc, code_rows::value(word[i], code), s.factors[code]);
+  });
   return acc;
+}
+
+/// use(fold) by the reduction that is asked for.
+template <class Use>
+__device__ auto with_fold(reduction fuse, Use const& use) {
+  return fuse == reduction::sum ? use(sum_fold{}) : use(max_fold{});
 }
 
 }  // namespace kvkeep::cuda

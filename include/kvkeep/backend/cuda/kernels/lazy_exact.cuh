@@ -9,17 +9,39 @@ namespace kvkeep::cuda {
 
 inline constexpr index_t most_in_doubt = 64;  ///< exact scores before the direct form takes over
 
+/// Up to four slots, the same in all threads.
+struct slot_picks {
+  static constexpr int most = 4;
+  index_t slot[most] = {};
+  index_t n = 0;
+
+  __device__ bool has(index_t j) const {
+    bool found = false;
+    unrolled<most>([&](int i) { found = found || (i < n && slot[i] == j); });
+    return found;
+  }
+  /// The i-th, or the last one.
+  __device__ index_t operator[](index_t i) const {
+    index_t r = slot[0];
+    unrolled<most>([&](int k) { r = k <= i && k < n ? slot[k] : r; });
+    return r;
+  }
+  __device__ void add(index_t j) {
+    unrolled<most>([&](int k) { slot[k] = k == n ? j : slot[k]; });
+    ++n;
+  }
+};
+
 /// Exact scores of some slots by the block: the rows there are, head after head, positions ascending.
 struct exact_score {
-  static constexpr int at_once = 4;       ///< slots that share a reading of the queries
-  static constexpr int lanes_of_row = 8;  ///< threads that share a query row
-  float* maximum;                         ///< [rows]
-  float* inverse;                         ///< [rows] 1 / Z
-  float* best;                            ///< [rows] weights of the best slot
-  float* e;                               ///< [slot][rows] weights of the slots scored last
-  float* keys;                            ///< [dim_k][slot]
-  float* f;                               ///< [slot] scores
-  index_t* picked;                        ///< [slot] the slots to be scored
+  static constexpr int at_once = slot_picks::most;  ///< slots that share a reading of the queries
+  static constexpr int lanes_of_row = 8;            ///< threads that share a query row
+  float* maximum;                                   ///< [rows]
+  float* inverse;                                   ///< [rows] 1 / Z
+  float* best;                                      ///< [rows] weights of the best slot
+  float* e;     ///< [slot][rows] weights of the slots scored last
+  float* keys;  ///< [dim_k][slot]
+  float* f;     ///< [slot] scores
 
   __device__ exact_score(shared_pieces& s, index_t rows, index_t dim)
       : maximum(s.take<float>(rows)),
@@ -27,13 +49,12 @@ struct exact_score {
         best(s.take<float>(rows)),
         e(s.take<float>(at_once * static_cast<offset_t>(rows))),
         keys(s.take<float>(at_once * static_cast<offset_t>(dim))),
-        f(s.take<float>(at_once)),
-        picked(s.take<index_t>(at_once)) {}
+        f(s.take<float>(at_once)) {}
   static std::size_t bytes(index_t rows, index_t dim) {
     return 3 * shared_pieces::bytes<float>(rows) +
            shared_pieces::bytes<float>(at_once * static_cast<offset_t>(rows)) +
            shared_pieces::bytes<float>(at_once * static_cast<offset_t>(dim)) +
-           shared_pieces::bytes<float>(at_once) + shared_pieces::bytes<index_t>(at_once);
+           shared_pieces::bytes<float>(at_once);
   }
 
   /// Reads the rows' sums. @return whether all are such that dividing by them means something
@@ -48,17 +69,17 @@ struct exact_score {
     return __syncthreads_and(good ? 1 : 0) != 0;
   }
 
-  /// Canonical scores of up to `at_once` slots, of `picked`, into `f`.
-  __device__ void operator()(lazy_job const& job, index_t n, reduction fuse) const {
+  /// Canonical scores of the slots, into `f`.
+  __device__ void operator()(lazy_job const& job, slot_picks const& picks, reduction fuse) const {
     index_t const count = job.newest - job.first + 1, all = job.head.shape().group * count;
+    int const share = threads_of_block() / at_once, which = thread_of_block() / share;
     __syncthreads();
-    for (index_t i = 0; i < at_once; ++i)  // without a key, the last one again
-      for_features(job.plane, job.k.bytes(picked[min(i, n - 1)]), thread_of_block(),
-                   threads_of_block(), [&](index_t d, float x) { keys[d * at_once + i] = x; });
+    for_features(job.plane, job.keys().bytes(picks[which]), thread_of_block() % share, share,
+                 [&](index_t d, float x) { keys[d * at_once + which] = x; });
     __syncthreads();
-    weigh(job, n, count, all);
+    weigh(job, picks.n, count, all);
     __syncthreads();
-    for (index_t i = warp_of_block(); i < n; i += warps_of_block()) {
+    for (index_t i = warp_of_block(); i < picks.n; i += warps_of_block()) {
       float const* const own = e + static_cast<offset_t>(i) * all;
       float sum = 0;
       for (index_t r = lane_of_warp(); r < count; r += warp_size) {
@@ -79,36 +100,37 @@ struct exact_score {
   }
 
  private:
-  /// Sum over the threads that share a row.
-  __device__ static float sum_row(float x) {
-    for (int step = lanes_of_row / 2; step > 0; step /= 2)
-      x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, step));
-    return x;
-  }
-  /// Weights of `n` slots in all rows.
+  /// Weights of `n` slots in all rows. A lane multiplies every eighth feature of a row, eight loads at a time.
   __device__ void weigh(lazy_job const& job, index_t n, index_t count, index_t all) const {
     constexpr index_t rows_of_warp = warp_size / lanes_of_row;
+    constexpr int loads = 8;
     auto const* const fours = reinterpret_cast<float4 const*>(keys);
-    index_t const part = lane_of_warp() % lanes_of_row;
+    index_t const part = lane_of_warp() % lanes_of_row, dim = job.plane.dim;
     for (index_t first = warp_of_block() * rows_of_warp; first < all;
          first += warps_of_block() * rows_of_warp) {
-      index_t const at = first + lane_of_warp() / lanes_of_row;
-      float a = 0, b = 0, c = 0, d = 0;
-      if (at < all) {
-        float const* const q = job.query(at / count, job.first + at % count);
-        for (index_t i = part; i < job.plane.dim; i += lanes_of_row) {
-          float const x = q[i];
-          float4 const k = fours[i];
-          a = __fmaf_rn(x, k.x, a);
-          b = __fmaf_rn(x, k.y, b);
-          c = __fmaf_rn(x, k.z, c);
-          d = __fmaf_rn(x, k.w, d);
-        }
+      index_t const at = first + lane_of_warp() / lanes_of_row, own = min(at, all - 1);
+      float const* const q = job.query(own / count, job.first + own % count);
+      float sum[at_once] = {};
+      for (index_t base = part; base < dim; base += loads * lanes_of_row) {
+        float x[loads];
+        unrolled<loads>([&](int i) {
+          index_t const d = base + i * lanes_of_row;
+          x[i] = d < dim ? q[d] : 0.0f;
+        });
+        unrolled<loads>([&](int i) {
+          index_t const d = base + i * lanes_of_row;
+          if (d >= dim) return;
+          float4 const k = fours[d];
+          sum[0] = __fmaf_rn(x[i], k.x, sum[0]);
+          sum[1] = __fmaf_rn(x[i], k.y, sum[1]);
+          sum[2] = __fmaf_rn(x[i], k.z, sum[2]);
+          sum[3] = __fmaf_rn(x[i], k.w, sum[3]);
+        });
       }
-      a = sum_row(a), b = sum_row(b), c = sum_row(c), d = sum_row(d);
-      float const dot = part == 0 ? a : part == 1 ? b : part == 2 ? c : d;
-      if (at < all && part < n)
-        e[static_cast<offset_t>(part) * all + at] = finite_weight(job.form(dot) - maximum[at]);
+      float const dot = sums_of_lanes(sum, lanes_of_row);
+      index_t const slot = place_of_sum<at_once>(lane_of_warp());
+      if (at < all && part < at_once && slot < n)
+        e[static_cast<offset_t>(slot) * all + at] = finite_weight(job.form(dot) - maximum[at]);
     }
   }
 };
@@ -130,17 +152,17 @@ struct doubt_list {
                 shared_pieces::bytes<index_t>(most_in_doubt));
   }
 
-  /// Lists slots whose bound is at most `limit`. @return how many; more than `most_in_doubt`: no list
-  __device__ index_t collect(float const* bounds, index_t n, float limit, int* box) const {
-    index_t const count = count_slots(n, box, [&](index_t j) { return bounds[j] <= limit; });
-    if (count > most_in_doubt) return count;
-    index_t at = 0;
+  /// Lists slots whose bound is at most `limit`, but those of `seen`. Precondition: at most `most_in_doubt`.
+  /// @return how many
+  __device__ index_t collect(float const* bounds, index_t n, float limit, slot_picks const& seen,
+                             int* box) const {
+    index_t count = 0;
     for (index_t base = 0; base < n; base += threads_of_block()) {
       index_t const j = base + thread_of_block();
-      bool const mine = j < n && bounds[j] <= limit;
+      bool const mine = j < n && bounds[j] <= limit && !seen.has(j);
       flag_rank const r = rank_flags(mine, box);
-      if (mine) bound[at + r.before] = bounds[j], slot[at + r.before] = j;
-      at += r.total;
+      if (mine) bound[count + r.before] = bounds[j], slot[count + r.before] = j;
+      count += r.total;
     }
     __syncthreads();
     for (index_t i = thread_of_block(); i < count; i += threads_of_block()) {

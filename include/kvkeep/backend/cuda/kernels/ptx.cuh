@@ -25,6 +25,16 @@ __device__ inline void mma(fp16, float (&c)[4], unsigned a0, unsigned a1, unsign
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/// x. The compiler does not know that: it computes anew what follows from the result, rather than keep in
+/// registers until here what it has computed from x.
+__device__ inline int forgotten(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ inline block_head forgotten(block_head const& x) {
+  return {forgotten(x.entry), forgotten(x.head)};
+}
+
 /// 2^x to 2 units in the last place, 0 where the result is no normal number.
 __device__ inline float fast_exp2(float x) {
   float r;

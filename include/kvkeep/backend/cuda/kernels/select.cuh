@@ -22,12 +22,13 @@ __device__ inline unsigned order_key(float x) {
 /// Shared memory of a selection.
 struct select_box {
   unsigned* bins;  ///< [select_bins]
-  int* box;        ///< [warps + 3]
+  int* box;        ///< [guard_box_size + 3]
 
   __device__ explicit select_box(shared_pieces& s)
-      : bins(s.take<unsigned>(select_bins)), box(s.take<int>(warp_size + 3)) {}
+      : bins(s.take<unsigned>(select_bins)), box(s.take<int>(guard_box_size + 3)) {}
   static constexpr std::size_t bytes() {
-    return shared_pieces::bytes<unsigned>(select_bins) + shared_pieces::bytes<int>(warp_size + 3);
+    return shared_pieces::bytes<unsigned>(select_bins) +
+           shared_pieces::bytes<int>(guard_box_size + 3);
   }
 };
 
@@ -110,16 +111,45 @@ __device__ keep_limit find_limit(index_t n, index_t wanted, index_t n_candidates
   return {r.value, static_cast<index_t>(~p.value)};
 }
 
-/// Lists the slots that are kept, ascending. @return how many, in every thread
+/// Lists the slots that are kept, ascending: warps count theirs, then place them. @return how many, in every thread
 template <class Keep>
-__device__ index_t list_kept(index_t n, Keep const& keep, index_t* out, int* box) {
+__device__ index_t list_kept(index_t n, Keep const& keep, index_t* out, select_box const& s) {
+  constexpr index_t round = select_bins * warp_size;
   index_t count = 0;
-  for (index_t base = 0; base < n; base += threads_of_block()) {
-    index_t const j = base + thread_of_block();
-    bool const mine = j < n && keep(j);
-    flag_rank const r = rank_flags(mine, box);
-    if (mine) out[count + r.before] = j;
-    count += r.total;
+  for (index_t first = 0; first < n; first += round) {
+    index_t const end = min(n, first + round);
+    auto const each_warp =
+        [&](auto const& f) {  // f(bin, whether the lane's slot is kept, the slot)
+          for (index_t base = first + warp_of_block() * warp_size; base < end;
+               base += threads_of_block()) {
+            index_t const j = base + lane_of_warp();
+            f(s.bins[(base - first) / warp_size], j < end && keep(j), j);
+          }
+        };
+    each_warp([](unsigned& bin, bool mine, index_t) {
+      unsigned const set = __ballot_sync(all_lanes, mine);
+      if (lane_of_warp() == 0) bin = static_cast<unsigned>(__popc(set));
+    });
+    __syncthreads();
+    index_t const bins = (end - first + warp_size - 1) / warp_size;
+    index_t const each = (bins + threads_of_block() - 1) / threads_of_block();
+    index_t const from = min(bins, thread_of_block() * each), to = min(bins, from + each);
+    int own = 0;
+    for (index_t b = from; b < to; ++b) own += static_cast<int>(s.bins[b]);
+    prefix_sum<int> const sum = sum_before(own, s.box);
+    unsigned before = static_cast<unsigned>(count + sum.before);
+    for (index_t b = from; b < to; ++b) {
+      unsigned const in_bin = s.bins[b];
+      s.bins[b] = before;
+      before += in_bin;
+    }
+    __syncthreads();
+    each_warp([&](unsigned const& bin, bool mine, index_t j) {
+      unsigned const set = __ballot_sync(all_lanes, mine);
+      if (mine) out[bin + rank_in(set)] = j;
+    });
+    __syncthreads();  // the bins are free again
+    count += sum.total;
   }
   return count;
 }
@@ -162,7 +192,7 @@ struct select_k_kernel : select_kernel {
         [&](index_t j) {
           return !open.has(positions[j]) || limit.keeps(order_key(scores[j]), positions[j]);
         },
-        out, s.box);
+        out, s);
     if (thread_of_block() == 0) o.out.count(at.entry, at.head) = count;
   }
 };
@@ -206,7 +236,7 @@ struct select_blocks_kernel : select_kernel {
           uint2 const b = j < n_blocks * o.block ? own[j / o.block] : make_uint2(0u, 0u);
           return b.x == 0 || limit.keeps(b.x, static_cast<index_t>(b.y));
         },
-        o.out.slots.at(at.entry, at.head, 0), s.box);
+        o.out.slots.at(at.entry, at.head, 0), s);
     if (thread_of_block() == 0) o.out.count(at.entry, at.head) = count;
   }
 };
@@ -216,6 +246,12 @@ struct last_slot {
   static constexpr unsigned long long none = ~0ull;
   unsigned long long rank = none;
   index_t slot = -1;
+
+  __device__ void look(float score, index_t position, index_t j) {
+    unsigned long long const own =
+        static_cast<unsigned long long>(order_key(score)) << 32 | ~static_cast<unsigned>(position);
+    if (own < rank) *this = {own, j};
+  }
 };
 
 /// Of the slots that the thread takes. @param score(j) of a slot
@@ -223,12 +259,8 @@ template <class Score>
 __device__ last_slot last_of_thread(index_t n, Score const& score, index_t const* positions,
                                     open_range const& open) {
   last_slot r;
-  for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {
-    if (!open.has(positions[j])) continue;
-    unsigned long long const rank = static_cast<unsigned long long>(order_key(score(j))) << 32 |
-                                    ~static_cast<unsigned>(positions[j]);
-    if (rank < r.rank) r = {rank, j};
-  }
+  for (index_t j = thread_of_block(); j < n; j += threads_of_block())
+    if (open.has(positions[j])) r.look(score(j), positions[j], j);
   return r;
 }
 
@@ -237,20 +269,35 @@ struct evict_one_stage {
   op::evict_one<device_space> o;
 
   static constexpr std::size_t shared_bytes() {
-    return shared_pieces::bytes<int>(warp_size) +
+    return shared_pieces::bytes<int>(guard_box_size) +
            shared_pieces::bytes<unsigned long long>(warp_size);
   }
   __device__ void operator()(block_head const& at) const {
     shared_pieces shared;
-    int* const box = shared.take<int>(warp_size);
+    int* const box = shared.take<int>(guard_box_size);
     auto* const wide = shared.take<unsigned long long>(warp_size);
     index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
     index_t const* const positions = o.slots.positions.at(id, at.head, 0);
     float const* const scores = o.scores.at(at.entry, at.head, 0);
-    open_range const open = find_open(positions, n, counts_of(o.guard, id), box);
-    last_slot const own = last_of_thread(
-        n, [&](index_t j) { return scores[j]; }, positions, open);
-    unsigned long long const victim = block_reduce(own.rank, wide, smaller{});
+    guard_search search(positions, n, counts_of(o.guard, id), box);
+    // The victim is sought, and what was supposed of the guard confirmed, in one pass over the slots.
+    guard_search::counts counts;
+    last_slot own;
+    for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {
+      index_t const position = positions[j];
+      search.count(position, counts);
+      if (search.open().has(position)) own.look(scores[j], position, j);
+    }
+    __syncthreads();
+    search.leave(counts);
+    leave_for_block(own.rank, wide, smaller{});
+    __syncthreads();
+    unsigned long long victim = take_of_block(wide, smaller{});
+    if (!search.certain() && !search.confirm()) {
+      own = last_of_thread(
+          n, [&](index_t j) { return scores[j]; }, positions, search.open());
+      victim = block_reduce(own.rank, wide, smaller{});
+    }
     if (victim == last_slot::none ? thread_of_block() == 0 : victim == own.rank)
       o.victim(id, at.head) = own.slot;
   }

@@ -45,20 +45,6 @@ struct mean_layers_slots {
 /// Factor that turns weights into probabilities.
 __device__ inline float inverse_of(float sum) { return sum > 0 ? __fdiv_rn(1.0f, sum) : 0.0f; }
 
-/// use(g, load(g)) for the query heads of a group, in order. Loads come four at a time, so that no more of them
-/// wait for others than must.
-template <class Load, class Use>
-__device__ void each_query_head(index_t group, Load const& load, Use const& use) {
-  constexpr int at_once = 4;
-  for (index_t first = 0; first < group; first += at_once) {
-    decltype(load(first)) loaded[at_once];
-    unrolled<at_once>([&](int i) { loaded[i] = load(min(first + i, group - 1)); });
-    unrolled<at_once>([&](int i) {
-      if (first + i < group) use(first + i, loaded[i]);
-    });
-  }
-}
-
 /// Folds one slot's weights, as in attention: of every query head of a group, in order.
 class slot_fold {
  public:

@@ -7,40 +7,43 @@
 
 namespace kvkeep::cuda {
 
-inline constexpr int sum_strands = 32;
+inline constexpr int sum_strands = 16;
 
-/// Shared memory for `count` sums at once.
+/// Shared memory for `count` sums, at most eight of which are made at once.
 struct sum_box {
-  double* strands;  ///< [count][sum_strands]
+  static constexpr int at_once = 8;
+  double* strands;  ///< [at_once][sum_strands]
   double* sums;     ///< [count] the results
 
-  __device__ sum_box(shared_pieces& s, int count)
-      : strands(s.take<double>(count * sum_strands)), sums(s.take<double>(count)) {}
-  static constexpr std::size_t bytes(int count) {
-    return shared_pieces::bytes<double>(count * sum_strands) + shared_pieces::bytes<double>(count);
+  __device__ sum_box(shared_pieces& s, index_t count)
+      : strands(s.take<double>(at_once * sum_strands)), sums(s.take<double>(count)) {}
+  static constexpr std::size_t bytes(index_t count) {
+    return shared_pieces::bytes<double>(at_once * sum_strands) +
+           shared_pieces::bytes<double>(count);
   }
 };
 
-/// sums[i] = the sum of f(i, j) over j < n, in double, for i < count. A sum consists of 32 strands of
-/// 32 lanes whatever the number of threads, so that blocks of any size give the same bits.
-template <class F>
-__device__ void sum_slots(int count, index_t n, sum_box const& box, F const& f) {
-  __syncthreads();  // the box may still be read for an earlier sum
-  for (int task = warp_of_block(); task < count * sum_strands; task += warps_of_block()) {
-    int const which = task / sum_strands, first = task % sum_strands * warp_size;
-    double x = 0;
-    if (first < n) {
-      for (index_t j = first + lane_of_warp(); j < n; j += sum_strands * warp_size)
-        x += static_cast<double>(f(which, j));
-      x = warp_reduce(x, add{});
-    }
-    if (lane_of_warp() == 0) box.strands[task] = x;
+/// sums[first + i] = the sum over j < n of what f(j, x) adds to x[i], for i < N; N 2, 4 or 8. A sum consists of 16
+/// strands of 32 lanes whatever the number of threads, so that blocks of any size give the same bits.
+template <int N, class F>
+__device__ void sum_slots(index_t n, sum_box const& box, index_t first, F const& f) {
+  static_assert(N == 2 || N == 4 || N == sum_box::at_once);
+  constexpr int share = warp_size / sum_strands;
+  __syncthreads();  // the box may still be read for earlier sums
+  for (int strand = warp_of_block(); strand < sum_strands; strand += warps_of_block()) {
+    double x[N] = {};
+    for (index_t j = strand * warp_size + lane_of_warp(); j < n; j += sum_strands * warp_size)
+      f(j, x);
+    double const sum = sums_of_lanes(x, warp_size);
+    if (lane_of_warp() < N)
+      box.strands[place_of_sum<N>(lane_of_warp()) * sum_strands + strand] = sum;
   }
   __syncthreads();
-  for (int i = thread_of_block(); i < count; i += threads_of_block()) {
-    double x = 0;
-    for (int s = 0; s < sum_strands; ++s) x += box.strands[i * sum_strands + s];
-    box.sums[i] = x;
+  for (int base = warp_of_block() * share; base < N; base += warps_of_block() * share) {
+    int const which = base + lane_of_warp() / sum_strands;
+    double x[1] = {box.strands[which * sum_strands + lane_of_warp() % sum_strands]};
+    double const sum = sums_of_lanes(x, sum_strands);
+    if (lane_of_warp() % sum_strands == 0) box.sums[first + which] = sum;
   }
   __syncthreads();
 }

@@ -170,7 +170,7 @@ struct old_limits {
   index_t recent;
   index_t* limit;  ///< [head]
 
-  static constexpr std::size_t shared_bytes() { return shared_pieces::bytes<int>(warp_size); }
+  static constexpr std::size_t shared_bytes() { return shared_pieces::bytes<int>(guard_box_size); }
   /// The first thread writes it.
   __device__ void find() const {
     shared_pieces shared;
@@ -178,7 +178,7 @@ struct old_limits {
     index_t const id = batch.id_of(at.entry);
     open_range const open =
         find_open(slots.positions.at(id, at.head, 0), slots.lengths(id, at.head), {0, recent, 0},
-                  shared.take<int>(warp_size));
+                  shared.take<int>(guard_box_size));
     if (thread_of_block() == 0) limit[blockIdx.x] = open.to == no_position ? open.to : open.to - 1;
   }
 };

@@ -21,6 +21,11 @@ namespace kvkeep::cuda {
 
 extern uint4 shared_words[];
 
+template <class T>
+T forgotten(T const& x) {
+  return x;
+}
+
 /// Operands of a warp's last two products: a lane may be one ahead of the others.
 struct emulated_operands {
   struct {
