@@ -100,5 +100,7 @@ TEST_CASE("a head's block has a thread for eight slots, and for two where there 
   CHECK(head_threads(1025, 512, 132) == 256);
   CHECK(head_threads(1025, 4096, 132) == 256);
   CHECK(head_threads(1000, 4096, 132) == 128);
+  CHECK(head_threads(1025, 512, 132, 512) == 256);
+  CHECK(head_threads(1000, 512, 132, 512) == 128);
   CHECK(head_threads(40, 1, 132) == 64);
 }

@@ -163,7 +163,7 @@ void check_heads(test::test_layer const& l, std::uint64_t seed) {
   token a(l, generator(seed)), b(l, generator(seed));
   REQUIRE(a.same(b));
   one_by_one(a.attend, a.resolves(), a.newest(), a.reduce(), a.evict(false), a.settles(false));
-  b.run(over_heads(l, b.attend, b.resolves(), b.newest(), b.reduce(), b.evict(false),
+  b.run(over_heads(l, b.resolves(), b.attend, b.newest(), b.reduce(), b.evict(false),
                    b.settles(false)));
   CHECK(a.same(b));
 }

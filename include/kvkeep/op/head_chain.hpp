@@ -32,7 +32,9 @@ namespace op {
 /// changes anything that another of them does for another place. So a backend may run them op by op or
 /// place by place: the results have the same bits.
 /// With `n_heads` 1 a place is an entry with all of its heads. A for_each of m indices per place gives place
-/// `entry * n_heads + head` the m indices from `place * m` on. op::attend comes first, if at all.
+/// `entry * n_heads + head` the m indices from `place * m` on.
+/// At most one of them is op::attend: it may begin before those in front of it, and its output may come last. So
+/// the others do not read that, and change nothing that it reads.
 /// Bytes and operations: those of the ops. All of them have their scratch at the same time.
 template <class Space, class... Ops>
 struct head_chain {

@@ -23,7 +23,17 @@ auto plan_each(context const& c, sequence<Ops...> const& ops, workspace& ws,
   }
 }
 
-/// One kernel, and before it those that its first stage has need of.
+/// Starts the kernels that stages have need of in front.
+template <class... Stages>
+status begin_each(context const& c, sequence<Stages...>& stages) noexcept {
+  if constexpr (sizeof...(Stages) > 0) {
+    if constexpr (requires { begin(c, stages.first); }) KVKEEP_TRY(begin(c, stages.first));
+    return begin_each(c, stages.rest);
+  }
+  return status::ok;
+}
+
+/// One kernel, and before it those that its stages have need of.
 template <class... Ops>
 status enqueue(context& c, op::head_chain<device_space, Ops...> const& o, workspace& ws) noexcept {
   workspace::frame const frame(ws);
@@ -31,7 +41,7 @@ status enqueue(context& c, op::head_chain<device_space, Ops...> const& o, worksp
   auto stages = plan_each(c, o.ops, ws, result);
   if (result != status::ok) return result;
   if (!placed(ws)) return not_placed(ws);
-  if constexpr (requires { begin(c, stages.first); }) KVKEEP_TRY(begin(c, stages.first));
+  KVKEEP_TRY(begin_each(c, stages));
   return launch_stages(c, o.n_entries, o.n_heads, o.max_slots, stages);
 }
 

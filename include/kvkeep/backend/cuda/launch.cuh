@@ -98,14 +98,16 @@ struct planned {
   Stage stage{};
 };
 
-/// Starts stages: a block per head.
+/// Starts stages: a block per head, or two.
 template <class... Stages>
 status launch_stages(context const& c, index_t n_entries, index_t n_heads, index_t max_slots,
                      sequence<Stages...> const& stages) noexcept {
   head_kernel<Stages...> const kernel{stages, n_heads};
-  offset_t const blocks = static_cast<offset_t>(n_entries) * n_heads;
-  int const threads = std::min(head_threads(max_slots, blocks, c.n_sm), kernel.most_threads);
-  return launch(c, head_grid(n_entries, n_heads, 1, threads), most_shared(stages), kernel);
+  int const of_head = kernel.blocks();
+  offset_t const blocks = static_cast<offset_t>(n_entries) * n_heads * of_head;
+  int const threads =
+      std::min(head_threads(max_slots, blocks, c.n_sm, kernel.threads_per_sm), kernel.most_threads);
+  return launch(c, head_grid(n_entries, n_heads, of_head, threads), most_shared(stages), kernel);
 }
 
 /// Runs an op that is one stage and nothing else.

@@ -45,16 +45,18 @@ constexpr int threads_for(offset_t n) noexcept {
   return threads;
 }
 
-/// Threads that the blocks of a multiprocessor have together before one of them takes more than it must.
-inline constexpr offset_t shared_threads = 1024;
+/// Threads that the blocks of a multiprocessor have together before one of them takes more than it must: as
+/// many as there are registers for, 64 each.
+inline constexpr int shared_threads = 1024;
 
 /// Threads of each of `blocks` blocks that take one head: as `threads_for`, and up to one for two slots where the
-/// multiprocessors have room. What a block does for a head is steps that wait for memory and for each other, so
-/// threads that would else be idle shorten each. No result depends on it.
-constexpr int head_threads(offset_t n, offset_t blocks, int n_sm) noexcept {
+/// multiprocessors have room for `together` at once. What a block does for a head is steps that wait for memory and
+/// for each other, so threads that would else be idle shorten each. No result depends on it.
+constexpr int head_threads(offset_t n, offset_t blocks, int n_sm,
+                           int together = shared_threads) noexcept {
   int threads = threads_for(n);
-  offset_t const together = blocks > n_sm ? ceil_div(blocks, n_sm) : 1;
-  while (threads < 1024 && threads * offset_t{2} < n && threads * 2 * together <= shared_threads)
+  offset_t const per_sm = blocks > n_sm ? ceil_div(blocks, n_sm) : 1;
+  while (threads < 1024 && threads * offset_t{2} < n && threads * 2 * per_sm <= together)
     threads *= 2;
   return threads;
 }

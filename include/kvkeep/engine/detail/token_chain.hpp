@@ -68,13 +68,13 @@ status evict_by_score(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in
   if constexpr (hands_out_scores<S, space>) {
     if (!t.one_set)
       return s.score_ops(in, scores, [&](auto const&... ops) {
-        return run_heads(ctx, in, ws, t.attend, t.push, resolve, ops..., evict, settle);
+        return run_heads(ctx, in, ws, resolve, t.attend, t.push, ops..., evict, settle);
       });
     KVKEEP_TRY(s.score_ops(in, scores, [&](auto const&... ops) {
-      return run_heads(ctx, in, ws, t.attend, t.push, resolve, ops...);
+      return run_heads(ctx, in, ws, resolve, t.attend, t.push, ops...);
     }));
   } else {
-    KVKEEP_TRY(run_heads(ctx, in, ws, t.attend, t.push, resolve));
+    KVKEEP_TRY(run_heads(ctx, in, ws, resolve, t.attend, t.push));
     if (t.folds) KVKEEP_TRY(s.fold(ctx, in, ws));
     KVKEEP_TRY(s.score(ctx, in, scores, ws));
     if (!t.one_set) return run_heads(ctx, in, ws, evict, settle);
@@ -94,7 +94,7 @@ status decide_token(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in,
     if constexpr (hands_out_victims<S, space_of<Ctx>>)
       if (s.traits().finds_victims && !t.one_set)
         return s.victim_ops(in, read_only(t.settle.keep), t.victims, [&](auto const&... ops) {
-          return run_heads(ctx, in, ws, t.attend, t.push, each_head(in, t.resolve), ops...,
+          return run_heads(ctx, in, ws, each_head(in, t.resolve), t.attend, t.push, ops...,
                            each_head(in, t.settle));
         });
     return evict_by_score(ctx, s, in, t, ws);

@@ -9,20 +9,19 @@
 
 namespace kvkeep::cuda {
 
-/// The normaliser of a row with its sink logit, and the row's log-sum-exp.
-struct row_normaliser {
-  float sum;  ///< sum of exp(z - max), the sink's term included
-  float lse;
-};
-
-__device__ inline row_normaliser normaliser(softmax_part const& s, float const* sink) {
-  double const top = static_cast<double>(s.max);
-  double sum = static_cast<double>(s.sum);
-  if (sink == nullptr) return {s.sum, static_cast<float>(top + log(sum))};
-  double const z = static_cast<double>(sanitise(*sink));
-  double const lse = top + log(sum), above = fmax(lse, z);
-  sum += exp(fmin(z - top, 80.0));  // more than that leaves no probability to the slots
-  return {static_cast<float>(sum), static_cast<float>(above + log1p(exp(fmin(lse, z) - above)))};
+/// The sum of a row's exp(z - max), its sink's term included. @param sink  logit, or null
+__device__ inline float normaliser(softmax_part const& s, float const* sink) {
+  if (sink == nullptr) return s.sum;
+  double const above = static_cast<double>(sanitise(*sink)) - static_cast<double>(s.max);
+  // More than that leaves no probability to the slots.
+  return static_cast<float>(static_cast<double>(s.sum) + exp(fmin(above, 80.0)));
+}
+/// Its log-sum-exp.
+__device__ inline float log_sum_exp(softmax_part const& s, float const* sink) {
+  double const lse = static_cast<double>(s.max) + log(static_cast<double>(s.sum));
+  if (sink == nullptr) return static_cast<float>(lse);
+  double const z = static_cast<double>(sanitise(*sink)), above = fmax(lse, z);
+  return static_cast<float>(above + log1p(exp(fmin(lse, z) - above)));
 }
 
 /// One part of the splits' softmax; all lanes get it.
@@ -60,9 +59,12 @@ struct merge_place {
   index_t entry, head, row, g, count;
 };
 
+/// What a block makes of the splits of its rows.
+enum class merge_part : std::uint8_t { all, sums, values };
+
 /// Log-sum-exp, sum and maximum of the rows' weights, and what the values need of them. A warp per row.
 __device__ inline void merge_sums(attend_task const& t, merge_place const& at, index_t splits,
-                                  merge_box const& box) {
+                                  merge_box const& box, merge_part part) {
   index_t const id = t.batch.id_of(at.entry), ring = t.ring_row(at.entry, at.row);
   for (index_t i = warp_of_block(); i < at.count; i += warps_of_block()) {
     index_t const g = at.g + i, q_head = at.head * t.kv.shape.group() + g;
@@ -72,16 +74,18 @@ __device__ inline void merge_sums(attend_task const& t, merge_place const& at, i
     softmax_part shown = all;
     if (t.visible.data != nullptr) shown = merge_parts_of(t.shown + index * t.splits, splits);
     if (lane_of_warp() != 0) continue;
-    row_normaliser const r = normaliser(shown, sink);
     bool const empty = !(shown.sum > 0);
-    float const sum = splits > 0 ? normaliser(all, sink).sum : 0.0f;
+    if (part != merge_part::sums) {
+      box.top[i] = shown.max;
+      box.inverse[i] = empty ? 0.0f : __fdiv_rn(1.0f, normaliser(shown, sink));
+    }
+    if (part == merge_part::values) continue;
+    float const sum = splits > 0 ? normaliser(all, sink) : 0.0f;
     t.totals[index] = {all.max, inverse_of(sum)};
     if (t.weight_sum.data != nullptr) t.weight_sum(id, at.head, g, ring) = sum;
     if (t.weight_max.data != nullptr) t.weight_max(id, at.head, g, ring) = all.max;
     if (t.lse.data != nullptr)
-      t.lse(at.entry, q_head) = empty ? -__uint_as_float(0x7f800000u) : r.lse;
-    box.top[i] = shown.max;
-    box.inverse[i] = empty ? 0.0f : __fdiv_rn(1.0f, r.sum);
+      t.lse(at.entry, q_head) = empty ? -__uint_as_float(0x7f800000u) : log_sum_exp(shown, sink);
   }
 }
 
@@ -127,13 +131,14 @@ __device__ inline void merge_values(attend_task const& t, merge_place const& at,
 }
 
 /// Output, log-sum-exp, and the sum and maximum of the weights of a block's rows.
-__device__ inline void merge_rows(attend_task const& t, merge_place const& at) {
+__device__ inline void merge_rows(attend_task const& t, merge_place const& at,
+                                  merge_part part = merge_part::all) {
   if (!t.present(at.entry, at.row)) return;
   merge_box const box(at.count);
   index_t const n = t.lengths(t.batch.id_of(at.entry), at.head);
   index_t const splits = (n + split_slots - 1) / split_slots;
-  merge_sums(t, at, splits, box);
-  if (t.out.data == nullptr) return;
+  merge_sums(t, at, splits, box, part);
+  if (t.out.data == nullptr || part == merge_part::sums) return;
   __syncthreads();
   merge_values(t, at, splits, box);
 }
@@ -196,7 +201,8 @@ struct attend_weights_kernel : slot_kernel {
 /// What follows the splits: nothing, this block's stage, or kernels that have done it before.
 enum class merge_by : std::uint8_t { nobody, block, kernels };
 
-/// All of it, of one query row per head: where that is work for one block, and other stages follow.
+/// All of it, of one query row per head: where that is work for one block, and other stages follow. No stage
+/// reads the output, so a block beside the head's own one merges the values meanwhile.
 struct attend_stage {
   static constexpr int most_threads = 512;
   attend_task t;
@@ -205,14 +211,26 @@ struct attend_stage {
   std::size_t shared_bytes() const {
     return merge_box::bytes(t.kv.shape.group(), most_threads / warp_size);
   }
+  bool has_beside() const { return merge == merge_by::block && t.out.data != nullptr; }
+  __device__ void beside(block_head const& at) const {
+    merge_rows(t, place(at), merge_part::values);
+  }
   __device__ void operator()(block_head const& at) const {
-    if (merge != merge_by::block) return;
-    merge_rows(t, {at.entry, at.head, 0, 0, t.kv.shape.group()});
-    if (t.weights.data == nullptr && t.fold.out.data == nullptr) return;
+    bool const weighs = t.weights.data != nullptr || t.fold.out.data != nullptr;
+    bool const sums =
+        t.lse.data != nullptr || t.weight_sum.data != nullptr || t.weight_max.data != nullptr;
+    if (merge != merge_by::block || !(weighs || sums)) return;
+    merge_rows(t, place(at), merge_part::sums);
+    if (!weighs) return;
     __syncthreads();
     index_t const n = t.lengths(t.batch.id_of(at.entry), at.head);
     for (index_t j = thread_of_block(); j < n; j += threads_of_block())
       weigh_slot(t, at.entry, at.head, 0, j);
+  }
+
+ private:
+  __device__ merge_place place(block_head const& at) const {
+    return {at.entry, at.head, 0, 0, t.kv.shape.group()};
   }
 };
 

@@ -171,7 +171,7 @@ struct for_each_kernel {
   }
 };
 
-/// The indices of a place.
+/// The indices of a place, by the last threads: the first ones have other work in most stages.
 template <class Fn>
 struct for_each_stage {
   static constexpr int most_threads = 1024;
@@ -182,7 +182,8 @@ struct for_each_stage {
     index_t const each = o.n / static_cast<index_t>(gridDim.x);
     index_t const first = static_cast<index_t>(blockIdx.x) * each;
     Fn fn = o.fn;
-    for (index_t i = thread_of_block(); i < each; i += threads_of_block()) fn(first + i);
+    int const thread = threads_of_block() - 1 - thread_of_block();
+    for (index_t i = thread; i < each; i += threads_of_block()) fn(first + i);
   }
 };
 

@@ -3,8 +3,12 @@
 /// Kernels of which a block works on one head (or on all heads of an entry), stage after stage.
 /// A stage is what a block does of one op, a copyable struct:
 ///   static constexpr int most_threads;                    of a block, any number of warps up to that
+///   static constexpr int threads_per_sm;                  that registers suffice for; 1024 where there is none
 ///   std::size_t shared_bytes() const;                     dynamic shared memory
 ///   __device__ void operator()(block_head const&) const;  by all threads
+/// One of them may have `bool has_beside() const` and `__device__ void beside(block_head const&) const`: what a
+/// second block of the head does of it, while the first one goes on with the others. It depends on nothing that
+/// stages in front of it do.
 /// A stage's results are the same bits whatever the number of threads, and whatever runs before and after it.
 #pragma once
 
@@ -14,23 +18,60 @@
 
 namespace kvkeep::cuda {
 
+template <class Stage>
+concept works_beside = requires(Stage const& s) {
+  s.has_beside();
+};
+
 template <class First, class... Rest>
 __device__ void run_stages(sequence<First, Rest...> const& stages, block_head const& at) {
   stages.first(at);
   if constexpr (sizeof...(Rest) > 0) {
-    __syncthreads();  // of what the next one reads, and of the shared memory, which it takes over
+    // For what the next one reads, and for the shared memory, which it takes over.
+    if constexpr (!works_beside<decltype(stages.rest.first)>) __syncthreads();
     run_stages(stages.rest, at);
   }
 }
 
-/// One block per entry and head: `blockIdx.x = entry * n_heads + head`.
+/// f(the stage that works beside), if there is one.
+template <class F, class First, class... Rest>
+KVKEEP_HD void with_beside(sequence<First, Rest...> const& stages, F const& f) {
+  if constexpr (works_beside<First>)
+    f(stages.first);
+  else if constexpr (sizeof...(Rest) > 0)
+    with_beside(stages.rest, f);
+}
+
+template <class Stage>
+constexpr int threads_per_sm_of() {
+  if constexpr (requires { Stage::threads_per_sm; })
+    return Stage::threads_per_sm;
+  else
+    return 1024;
+}
+
+/// One block per entry and head: `blockIdx.x = entry * n_heads + head`; those of `blockIdx.y` 1 work beside.
 template <class... Stages>
 struct head_kernel {
-  static constexpr int most_threads = min_of(Stages::most_threads...), blocks_per_sm = 1;
+  static constexpr int most_threads = min_of(Stages::most_threads...);
+  static constexpr int threads_per_sm = min_of(threads_per_sm_of<Stages>()...);
+  static constexpr int blocks_per_sm = threads_per_sm / most_threads;
   sequence<Stages...> stages;
   index_t n_heads;
 
-  __device__ void operator()() const { run_stages(stages, block_head(n_heads)); }
+  /// Blocks of a head.
+  int blocks() const {
+    int n = 1;
+    with_beside(stages, [&](auto const& stage) { n = stage.has_beside() ? 2 : 1; });
+    return n;
+  }
+  __device__ void operator()() const {
+    block_head const at(n_heads);
+    if (blockIdx.y == 0)
+      run_stages(stages, at);
+    else
+      with_beside(stages, [&](auto const& stage) { stage.beside(at); });
+  }
 };
 
 /// A block takes 256 slots of a head (grid: heads, strides of slots).
