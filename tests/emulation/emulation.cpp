@@ -7,6 +7,7 @@
 #include <memory>
 #include <random>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include <ucontext.h>
@@ -74,6 +75,8 @@ struct fiber {
   sync_count syncs;
   std::vector<std::vector<copy_started>> groups;
   std::vector<copy_started> open;
+  bool fenced = false;                             ///< since its last barrier
+  std::vector<unsigned> const* counted = nullptr;  ///< blocks before it, not yet fenced
 };
 
 /// Where the first of some threads has come from to meet the others, who have to come from there too: what a
@@ -106,6 +109,9 @@ struct machine {
   fiber* running = nullptr;
   unsigned n = 0, waiting = 0, brought = 0, result = 0, finished = 0;
   meeting_place barrier;
+  std::unordered_map<void const*, std::vector<unsigned>>
+      tickets;                 ///< blocks that have counted themselves
+  std::vector<unsigned> seen;  ///< blocks whose writes the running one may read
   std::minstd_rand order{1};
 };
 machine& m() {
@@ -175,12 +181,14 @@ void run_block(std::size_t shared) {
   if (__asan_poison_memory_region != nullptr)
     __asan_poison_memory_region(memory + shared, most_shared - shared);
   for (auto& w : k.warps) w.arrived[0] = w.arrived[1] = 0;
+  k.seen.clear();
   k.waiting = k.brought = k.finished = 0;
   unsigned const per_row = blockDim.x, per_plane = per_row * blockDim.y;
   for (unsigned i = 0; i < k.n; ++i) {
     fiber& f = k.fibers[i];
     f.now = state::ready;
     f.warp_calls = 0;
+    f.fenced = false;
     f.syncs = {};
     f.thread = {i % per_row, i / per_row % blockDim.y, i / per_plane};
   }
@@ -222,6 +230,7 @@ void run_grid(started const& how, std::function<void()> const& body) {
   standing.kernel = how.kernel;
   standing.overlapped = how.overlapped;
   ++standing.launch;
+  k.tickets.clear();
   dim3 const grid = how.grid;
   // No order of blocks is promised: from anywhere, either way round.
   std::uint64_t const blocks = std::uint64_t{grid.x} * grid.y * grid.z, first = k.order() % blocks;
@@ -238,6 +247,7 @@ int block_barrier(bool value, bool anywhere) {
   machine& k = m();
   if (!anywhere) k.barrier.come(k.waiting == 0, "a barrier");
   ++k.running->syncs.block;
+  k.running->fenced = false;
   k.brought += value ? 1 : 0;
   if (++k.waiting < k.n) {
     k.running->now = state::at_barrier;
@@ -250,6 +260,26 @@ int block_barrier(bool value, bool anywhere) {
     standing.syncs = k.running->syncs;
   }
   return static_cast<int>(k.result);
+}
+
+void fence() {
+  machine& k = m();
+  fiber& f = *k.running;
+  f.fenced = true;
+  if (f.counted != nullptr) k.seen.insert(k.seen.end(), f.counted->begin(), f.counted->end());
+  f.counted = nullptr;
+}
+void count_block(void const* ticket) {
+  machine& k = m();
+  fiber& f = *k.running;
+  if (!f.fenced) fail("counts its block before a fence");
+  auto& blocks = k.tickets[ticket];
+  blocks.push_back(standing.block);
+  f.counted = &blocks;
+}
+bool has_seen(unsigned block) {
+  auto const& seen = m().seen;
+  return std::find(seen.begin(), seen.end(), block) != seen.end();
 }
 
 std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char const* what) {

@@ -7,6 +7,7 @@
 /// there is. Two accesses of a byte, one of them a write, are in order if
 ///   - they are of different launches, or of one thread;
 ///   - they are of one block, with a barrier between them;
+///   - they are of blocks that count themselves at a ticket, with fences, before and after it;
 ///   - they are of one warp, with a __syncwarp between them.
 /// An exchange (shuffle, ballot, product) orders nothing: it promises nothing of memory.
 ///
@@ -48,7 +49,7 @@ struct record {
   /// Whether this comes before `b`, which is the present.
   bool before(record const& b) const {
     if (launch != b.launch || same_thread(b)) return true;
-    if (block != b.block) return false;
+    if (block != b.block) return emulation::has_seen(block);
     return block_syncs != b.block_syncs ||
            (thread / emulation::warp_size == b.thread / emulation::warp_size &&
             warp_syncs != b.warp_syncs);

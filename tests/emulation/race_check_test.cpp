@@ -19,6 +19,7 @@ extern uint4 shared_words[227 * 1024 / 16];
 namespace {
 
 int device_words[256];
+unsigned ticket = 0;
 
 int* shared_ints() { return reinterpret_cast<int*>(kvkeep::cuda::shared_words); }
 int thread() { return static_cast<int>(threadIdx.x); }
@@ -53,6 +54,24 @@ void add_atomically(int) { atomicAdd(&device_words[0], 1); }
 void add_and_read(int) {
   atomicAdd(&device_words[0], 1);
   device_words[1 + thread() + 64 * static_cast<int>(blockIdx.x)] = device_words[0];
+}
+/// The last of four blocks reads what the others have written.
+enum class fences { both, none, before };
+template <fences F>
+void last_block_reads(int) {
+  int const block = static_cast<int>(blockIdx.x);
+  device_words[64 * block + thread()] = 1;
+  __syncthreads();
+  bool last = false;
+  if (thread() == 0) {
+    if (F != fences::none) __threadfence();
+    last = atomicInc(&ticket, 3) == 3;
+    if (F == fences::both) __threadfence();
+  }
+  if (__syncthreads_or(last ? 1 : 0) == 0) return;
+  int sum = 0;
+  for (int b = 0; b < 4; ++b) sum += device_words[64 * b + thread()];
+  device_words[thread()] = sum;
 }
 void own_words(int) { device_words[thread() + 64 * static_cast<int>(blockIdx.x)] = 1; }
 void unwritten(int) { device_words[thread()] = shared_ints()[thread()]; }
@@ -201,6 +220,12 @@ TEST_CASE("blocks are not in order") {
   CHECK(has(complaint(add_plainly, 2), "of device memory"));
   CHECK(has(complaint(add_plainly, 2), "of another block"));
   CHECK(has(complaint(add_and_read), "of device memory"));
+}
+
+TEST_CASE("the last block at a ticket comes after the others, if there are fences") {
+  CHECK(complaint(last_block_reads<fences::both>, 4).empty());
+  CHECK(has(complaint(last_block_reads<fences::none>, 4), "before a fence"));
+  CHECK(has(complaint(last_block_reads<fences::before>, 4), "of another block"));
 }
 
 TEST_CASE("threads meet in one place of the code") {

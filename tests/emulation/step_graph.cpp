@@ -62,7 +62,7 @@ std::vector<pairing> pairings() {
   return {{"fullkv", "fullkv", o, 3},
           {"streamingllm", "streamingllm", o, 3},
           {"h2o", "h2o", o, 3},
-          {"tova", "tova", o, 4},
+          {"tova", "tova", o, 3},
           {"knorm", "knorm", o, 3},
           {"knorm", "knorm", burst, 10},
           {"keydiff", "keydiff", o, 9},

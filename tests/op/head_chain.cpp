@@ -273,9 +273,18 @@ TEST_CASE("ops over the heads of an entry give the bits of ops one by one") {
     token a(l, generator(seed)), b(l, generator(seed));
     one_by_one(a.attend, a.resolves(), a.reduce(), a.mean(), a.evict(true), a.settles(true));
     b.run(over_heads(l, b.attend, b.resolves(), b.reduce()));
-    b.run(op::make_chain<host_space>(l.n(), 1, l.shape().max_slots, b.mean(), b.evict(true),
-                                     b.settles(true)));
+    auto const of_entries = [&](token const& t) {
+      return op::make_chain<host_space>(l.n(), 1, l.shape().max_slots, t.mean(), t.evict(true),
+                                        t.settles(true));
+    };
+    b.run(of_entries(b));
     CHECK(a.same(b));
+    token c(l, generator(seed));
+    std::vector<index_t> tickets(uz(l.n()), 0);
+    c.run(op::join_chains(over_heads(l, c.resolves(), c.attend, c.reduce()), of_entries(c),
+                          tickets.data()));
+    CHECK(a.same(c));
+    CHECK(tickets == std::vector<index_t>(uz(l.n()), 0));
   });
 }
 

@@ -50,6 +50,10 @@ auto on_device(op::head_chain<host_space, Ops...> const& chain) {
   return std::bit_cast<
       op::head_chain<device_space, decltype(on_device(std::declval<Ops const&>()))...>>(chain);
 }
+template <class Heads, class Entries>
+auto on_device(op::joined_chain<host_space, Heads, Entries> const& chain) {
+  return op::join_chains(on_device(chain.heads), on_device(chain.entries), chain.tickets);
+}
 
 /// What is put on a context's stream while it lives until `end`, recorded as a graph instead of run. A
 /// runtime call that allocates, waits or copies to the host in between spoils it.

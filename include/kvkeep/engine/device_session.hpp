@@ -206,6 +206,7 @@ class device_session {
   index_t* numbers_ = nullptr;
   index_t n_numbers_ = 0;
   index_t* first_rows_ = nullptr;  ///< [max_batch] 0: ring rows where a ring has one row or none
+  index_t* tickets_ = nullptr;     ///< [max_batch] of op::joined_chain
   index_t* faults_ = nullptr;
   std::size_t state_bytes_ = 0;
   std::size_t scratch_bytes_ = 0;

@@ -51,5 +51,22 @@ constexpr head_chain<Space, Ops...> make_chain(index_t n_entries, index_t n_head
   return {n_entries, n_heads, max_slots, make_sequence(ops...)};
 }
 
+/// A chain over heads, then one over their entries (its `n_heads` is 1), which may read what the heads' ops have made.
+template <class Space, class Heads, class Entries>
+struct joined_chain {
+  using space = Space;
+  Heads heads{};
+  Entries entries{};
+  index_t* tickets =
+      nullptr;  ///< [entry] 0, and so again afterwards; for backends that want to know who is last
+};
+
+template <class Heads, class Entries>
+constexpr joined_chain<typename Heads::space, Heads, Entries> join_chains(Heads const& heads,
+                                                                          Entries const& entries,
+                                                                          index_t* tickets) {
+  return {heads, entries, tickets};
+}
+
 }  // namespace op
 }  // namespace kvkeep

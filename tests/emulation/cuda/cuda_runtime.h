@@ -108,6 +108,14 @@ std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char cons
 /// nothing of memory.
 void warp_barrier(unsigned mask);
 
+/// Makes the thread's writes, and those that it has seen, visible to who sees what it writes from now on; and
+/// the other way round, after a count.
+void fence();
+/// The block is counted among those that have come to a ticket.
+void count_block(void const* ticket);
+/// Whether a block came to a ticket before the running one, with fences between.
+bool has_seen(unsigned block);
+
 /// Copies that have been started and not been waited for (cp.async).
 void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros);
 void end_copy_group();
@@ -241,6 +249,14 @@ T atomicAdd(T* p, T x) {
 template <class T>
 T atomicExch(T* p, T x) {
   return std::atomic_ref<T>(*p).exchange(x, std::memory_order_relaxed);
+}
+
+inline void __threadfence() { emulation::fence(); }
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  emulation::count_block(p);
+  unsigned const was = *p;
+  std::atomic_ref<unsigned>(*p).exchange(was >= last ? 0 : was + 1, std::memory_order_relaxed);
+  return was;
 }
 
 // -- runtime ----------------------------------------------------------------------------------------

@@ -31,5 +31,21 @@ status enqueue(context& c, op::head_chain<host_space, Ops...> const& o, workspac
   return enqueue_each(c, o.ops, ws);
 }
 
+/// One after the other. Scratch: the most of either.
+template <class Heads, class Entries>
+status enqueue(context& c, op::joined_chain<host_space, Heads, Entries> const& o,
+               workspace& ws) noexcept {
+  {
+    workspace::frame const frame(ws);
+    workspace need;
+    KVKEEP_TRY(enqueue(c, o.heads, need));
+    KVKEEP_TRY(enqueue(c, o.entries, need));
+    ws.take<std::byte>(need.peak());  // both find room, or none runs
+    if (!placed(ws)) return not_placed(ws);
+  }
+  KVKEEP_TRY(enqueue(c, o.heads, ws));
+  return enqueue(c, o.entries, ws);
+}
+
 }  // namespace KVKEEP_CPU_ISA
 }  // namespace kvkeep::cpu

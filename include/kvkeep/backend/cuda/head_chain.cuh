@@ -45,4 +45,23 @@ status enqueue(context& c, op::head_chain<device_space, Ops...> const& o, worksp
   return launch_stages(c, o.n_entries, o.n_heads, o.max_slots, stages);
 }
 
+/// One kernel for both.
+template <class... Head, class... Entry>
+status enqueue(context& c,
+               op::joined_chain<device_space, op::head_chain<device_space, Head...>,
+                                op::head_chain<device_space, Entry...>> const& o,
+               workspace& ws) noexcept {
+  workspace::frame const frame(ws);
+  status result = status::ok;
+  auto heads = plan_each(c, o.heads.ops, ws, result);
+  auto const entries = plan_each(c, o.entries.ops, ws, result);
+  if (result != status::ok) return result;
+  if (!placed(ws)) return not_placed(ws);
+  KVKEEP_TRY(begin_each(c, heads));
+  joined_kernel<decltype(heads), std::remove_const_t<decltype(entries)>> const kernel{
+      {heads, o.heads.n_heads}, entries, reinterpret_cast<unsigned*>(o.tickets)};
+  return launch_heads(c, o.heads.n_entries, o.heads.n_heads, o.heads.max_slots,
+                      std::max(most_shared(heads), most_shared(entries)), kernel);
+}
+
 }  // namespace kvkeep::cuda

@@ -98,16 +98,21 @@ struct planned {
   Stage stage{};
 };
 
-/// Starts stages: a block per head, or two.
-template <class... Stages>
-status launch_stages(context const& c, index_t n_entries, index_t n_heads, index_t max_slots,
-                     sequence<Stages...> const& stages) noexcept {
-  head_kernel<Stages...> const kernel{stages, n_heads};
+/// Starts a kernel of stages: a block per head, or two.
+template <class Kernel>
+status launch_heads(context const& c, index_t n_entries, index_t n_heads, index_t max_slots,
+                    std::size_t shared, Kernel const& kernel) noexcept {
   int const of_head = kernel.blocks();
   offset_t const blocks = static_cast<offset_t>(n_entries) * n_heads * of_head;
   int const threads =
       std::min(head_threads(max_slots, blocks, c.n_sm, kernel.threads_per_sm), kernel.most_threads);
-  return launch(c, head_grid(n_entries, n_heads, of_head, threads), most_shared(stages), kernel);
+  return launch(c, head_grid(n_entries, n_heads, of_head, threads), shared, kernel);
+}
+template <class... Stages>
+status launch_stages(context const& c, index_t n_entries, index_t n_heads, index_t max_slots,
+                     sequence<Stages...> const& stages) noexcept {
+  return launch_heads(c, n_entries, n_heads, max_slots, most_shared(stages),
+                      head_kernel<Stages...>{stages, n_heads});
 }
 
 /// Runs an op that is one stage and nothing else.

@@ -115,6 +115,7 @@ status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const&
   t.settle.keep = keep;
   t.settle.found = t.victims;
   t.one_set = t.settle.one_set = decode_.width() != scope::head;
+  t.tickets = tickets_;
   t.joins = decode_.score.traits().comparable;
   t.folds = !bound_.attention_folds;
   return detail::decide_token(*ctx_, decode_.score, in, t, w);

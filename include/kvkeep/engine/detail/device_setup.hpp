@@ -115,6 +115,7 @@ void device_session<Ctx, P, D>::carve(workspace& w) {
   detail::carve_shared(w, shared_, shape_, n, scores ? n : 0, 0);
   numbers_ = w.take<index_t>(static_cast<std::size_t>(n_numbers_));
   first_rows_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_batch));
+  tickets_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_batch));
   faults_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_sequences));
 }
 
@@ -151,7 +152,8 @@ void device_session<Ctx, P, D>::place(std::span<std::byte> memory) {
   carve(w);
   scratch_ = memory.data() + state_bytes_;
   if (each(n_numbers_, detail::count_up{numbers_}, w) != status::ok ||
-      each(limits_.max_batch, detail::count_none{first_rows_}, w) != status::ok)
+      each(limits_.max_batch, detail::count_none{first_rows_}, w) != status::ok ||
+      each(limits_.max_batch, detail::count_none{tickets_}, w) != status::ok)
     fail_setup("the backend cannot write the session's memory");
 }
 

@@ -20,23 +20,25 @@ struct token_steps {
   resolve_keep<Space> resolve;
   settle_victims<Space> settle;           ///< with `keep` and `found`, where victims go
   tensor_ref<index_t, 2, Space> victims;  ///< [id, head] `settle.found`, to be written
+  index_t* tickets = nullptr;             ///< of op::joined_chain
   bool folds = false;                     ///< the scorer's `fold` is due: attention has not done it
   bool one_set = false;                   ///< one kept set for all heads
   bool joins = false;                     ///< ... by the mean of their scores
 };
 
-/// A chain over the heads of a batch.
+/// Chains over the heads of a batch, and over its entries.
+template <class Space, class... Ops>
+auto heads_chain(score_input<Space> const& in, Ops const&... ops) {
+  cache_shape const& s = in.layer.kv.shape;
+  return op::make_chain<Space>(in.batch.n, s.n_kv_heads, s.max_slots, ops...);
+}
+template <class Space, class... Ops>
+auto entries_chain(score_input<Space> const& in, Ops const&... ops) {
+  return op::make_chain<Space>(in.batch.n, 1, in.layer.kv.shape.max_slots, ops...);
+}
 template <class Ctx, class... Ops>
 status run_heads(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws, Ops const&... ops) {
-  cache_shape const& s = in.layer.kv.shape;
-  return run(ctx, op::make_chain<space_of<Ctx>>(in.batch.n, s.n_kv_heads, s.max_slots, ops...), ws);
-}
-/// A chain over the entries of a batch.
-template <class Ctx, class... Ops>
-status run_entries(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws,
-                   Ops const&... ops) {
-  return run(ctx, op::make_chain<space_of<Ctx>>(in.batch.n, 1, in.layer.kv.shape.max_slots, ops...),
-             ws);
+  return run(ctx, heads_chain(in, ops...), ws);
 }
 
 /// As ops read it.
@@ -65,23 +67,25 @@ status evict_by_score(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in
   auto const settle = each_head(in, t.settle);
   op::evict_one<space> evict{in.batch, in.layer.slots, scores, in.guard, t.victims};
   if (t.one_set) evict.slots.lengths.extent[1] = 1;
+  op::mean_heads<space> const mean{in.batch, in.layer.slots, scores};
   if constexpr (hands_out_scores<S, space>) {
-    if (!t.one_set)
-      return s.score_ops(in, scores, [&](auto const&... ops) {
+    return s.score_ops(in, scores, [&](auto const&... ops) {
+      if (!t.one_set)
         return run_heads(ctx, in, ws, resolve, t.attend, t.push, ops..., evict, settle);
-      });
-    KVKEEP_TRY(s.score_ops(in, scores, [&](auto const&... ops) {
-      return run_heads(ctx, in, ws, resolve, t.attend, t.push, ops...);
-    }));
+      auto const heads = heads_chain(in, resolve, t.attend, t.push, ops...);
+      if (!t.joins)
+        return run(ctx, op::join_chains(heads, entries_chain(in, evict, settle), t.tickets), ws);
+      return run(ctx, op::join_chains(heads, entries_chain(in, mean, evict, settle), t.tickets),
+                 ws);
+    });
   } else {
     KVKEEP_TRY(run_heads(ctx, in, ws, resolve, t.attend, t.push));
     if (t.folds) KVKEEP_TRY(s.fold(ctx, in, ws));
     KVKEEP_TRY(s.score(ctx, in, scores, ws));
     if (!t.one_set) return run_heads(ctx, in, ws, evict, settle);
+    if (!t.joins) return run(ctx, entries_chain(in, evict, settle), ws);
+    return run(ctx, entries_chain(in, mean, evict, settle), ws);
   }
-  if (!t.joins) return run_entries(ctx, in, ws, evict, settle);
-  op::mean_heads<space> const mean{in.batch, in.layer.slots, scores};
-  return run_entries(ctx, in, ws, mean, evict, settle);
 }
 
 /// Attention and the decision after it. Precondition: the scorer decides while decoding.

@@ -55,14 +55,39 @@ __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x % war
 __device__ inline int warp_of_block() { return static_cast<int>(threadIdx.x / warp_size); }
 __device__ inline int warps_of_block() { return static_cast<int>(blockDim.x / warp_size); }
 
-/// Entry and KV head of a block of a head_grid.
+/// What a block works on: entry and KV head, or an entry with all of its heads as head 0.
 struct block_head {
   index_t entry, head;
-  __device__ block_head(index_t e, index_t h) : entry(e), head(h) {}
+  index_t place;     ///< its number among those that blocks work on,
+  index_t n_places;  ///< and how many there are
+
+  /// Of a head_grid.
   __device__ explicit block_head(index_t n_heads)
       : entry(static_cast<index_t>(blockIdx.x) / n_heads),
-        head(static_cast<index_t>(blockIdx.x) % n_heads) {}
+        head(static_cast<index_t>(blockIdx.x) % n_heads),
+        place(static_cast<index_t>(blockIdx.x)),
+        n_places(static_cast<index_t>(gridDim.x)) {}
+  __device__ block_head(index_t e, index_t h, index_t p, index_t n)
+      : entry(e), head(h), place(p), n_places(n) {}
+  /// The entry that this head is one of `n_heads` of.
+  __device__ block_head whole_entry(index_t n_heads) const {
+    return {entry, 0, entry, n_places / n_heads};
+  }
 };
+
+/// Of the blocks that share a ticket, `n` of them: whether this is the last one to come. It may read then what the
+/// others have written before. By all threads. @param ticket  0 before the first one comes, and after the last
+__device__ inline bool last_to_come(unsigned* ticket, index_t n) {
+  __syncthreads();  // of what the block has written
+  bool last = false;
+  if (thread_of_block() == 0) {
+    __threadfence();
+    unsigned const end = static_cast<unsigned>(n) - 1;
+    last = atomicInc(ticket, end) == end;
+    __threadfence();
+  }
+  return __syncthreads_or(last ? 1 : 0) != 0;
+}
 
 KVKEEP_HD constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 

@@ -32,7 +32,7 @@ __device__ inline int forgotten(int x) {
   return x;
 }
 __device__ inline block_head forgotten(block_head const& x) {
-  return {forgotten(x.entry), forgotten(x.head)};
+  return {forgotten(x.entry), forgotten(x.head), x.place, x.n_places};
 }
 
 /// 2^x to 2 units in the last place, 0 where the result is no normal number.

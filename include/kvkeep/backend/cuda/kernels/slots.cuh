@@ -136,7 +136,7 @@ struct functor_slots {
     if (o.only.data != nullptr ? o.only(id, at.head) != j : j < o.first_slot) return;
     float* copy = copies;
     if (copies != nullptr)
-      copy += (static_cast<offset_t>(blockIdx.x) * kv.shape.max_slots + j) *
+      copy += (static_cast<offset_t>(at.place) * kv.shape.max_slots + j) *
               (kv.shape.dim_k + kv.shape.dim_v);
     slot_values v;
     v.position = o.layer.slots.positions(id, at.head, j);
@@ -178,9 +178,8 @@ struct for_each_stage {
   op::for_each<Fn, device_space> o;
 
   static constexpr std::size_t shared_bytes() { return 0; }
-  __device__ void operator()(block_head const&) const {
-    index_t const each = o.n / static_cast<index_t>(gridDim.x);
-    index_t const first = static_cast<index_t>(blockIdx.x) * each;
+  __device__ void operator()(block_head const& at) const {
+    index_t const each = o.n / at.n_places, first = at.place * each;
     Fn fn = o.fn;
     int const thread = threads_of_block() - 1 - thread_of_block();
     for (index_t i = thread; i < each; i += threads_of_block()) fn(first + i);

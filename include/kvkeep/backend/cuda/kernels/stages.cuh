@@ -74,6 +74,30 @@ struct head_kernel {
   }
 };
 
+/// The same, and then the entry's stages by that block of its heads which comes last.
+template <class Heads, class Entries>
+struct joined_kernel;
+template <class... OfHead, class... OfEntry>
+struct joined_kernel<sequence<OfHead...>, sequence<OfEntry...>> {
+  using heads_kernel = head_kernel<OfHead...>;
+  static constexpr int most_threads = min_of(heads_kernel::most_threads, OfEntry::most_threads...);
+  static constexpr int threads_per_sm =
+      min_of(heads_kernel::threads_per_sm, threads_per_sm_of<OfEntry>()...);
+  static constexpr int blocks_per_sm = threads_per_sm / most_threads;
+  heads_kernel heads;
+  sequence<OfEntry...> entries;
+  unsigned* tickets;  ///< [entry]
+
+  int blocks() const { return heads.blocks(); }
+  __device__ void operator()() const {
+    heads();
+    if (blockIdx.y != 0) return;
+    block_head const at(heads.n_heads);
+    if (last_to_come(tickets + at.entry, heads.n_heads))
+      run_stages(entries, at.whole_entry(heads.n_heads));
+  }
+};
+
 /// A block takes 256 slots of a head (grid: heads, strides of slots).
 struct slot_kernel {
   static constexpr int most_threads = 256, blocks_per_sm = 1;
