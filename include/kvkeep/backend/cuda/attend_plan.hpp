@@ -28,7 +28,7 @@ KVKEEP_HD constexpr index_t tile_heads(index_t group) noexcept {
 
 /// Lanes that share a slot's row.
 KVKEEP_HD constexpr index_t row_lanes(index_t dim) noexcept {
-  return dim <= 64 ? 4 : dim <= 128 ? 8 : 16;
+  return dim <= 64 ? 8 : dim <= 128 ? 16 : 32;
 }
 
 /// Blocks and scratch for `n_rows` query rows per entry and query head.

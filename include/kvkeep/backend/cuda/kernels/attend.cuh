@@ -196,15 +196,21 @@ __device__ void attend_split(attend_task const& t, rows_taken which) {
   if (which != rows_taken::all && aligned != (which == rows_taken::aligned)) return;
   __syncthreads();
   Path::dot_products(t, at, box);
+  typename Path::first_rows ahead(at, box, wants_values);
   __syncthreads();
   weigh_split(t, at, box.z);
   if (!wants_values) return;
   __syncthreads();
-  Path::add_values(t, at, box);
+  Path::add_values(t, at, box, ahead);
 }
 
 /// Rows of any type, dimension and feature order.
 struct plain_path {
+  /// Values that are loaded before they are needed: none.
+  struct first_rows {
+    __device__ first_rows(split_place const&, split_box const&, bool) {}
+  };
+
   /// Lane l of a row takes pieces l, l + lanes, ... of 16 bytes, as the fast path does.
   __device__ static void dot_products(attend_task const& t, split_place const& at,
                                       split_box const& box) {
@@ -233,7 +239,7 @@ struct plain_path {
 
   /// A group of lanes adds every `groups`th slot; then groups of a warp, then warps are added.
   __device__ static void add_values(attend_task const& t, split_place const& at,
-                                    split_box const& box) {
+                                    split_box const& box, first_rows const&) {
     index_t const dim = t.kv.shape.dim_v, lanes = row_lanes(dim), groups = split_threads / lanes;
     index_t const group = thread_of_block() / lanes, lane = thread_of_block() % lanes;
     for (index_t first = 0; first < dim; first += lanes) {

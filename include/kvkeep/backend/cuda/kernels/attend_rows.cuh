@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
 /// The fast path of decode attention: contiguous, aligned rows of one type with 64, 128 or 256 features.
-/// K and V stream through registers in pieces of 16 bytes. A row's lanes have 16 features each, and with
-/// them those of all query heads of the tile, so that each piece is loaded once for all of them.
+/// K and V stream through registers in pieces of 16 bytes. A row's lanes have 8 features each, and with
+/// them those of all query heads of the tile, so that each piece is loaded once for all of them. While rows are
+/// multiplied the next ones are on their way: registers for those rather than for more blocks.
 #pragma once
 
 #include <kvkeep/backend/cuda/kernels/ptx.cuh>
@@ -56,12 +57,13 @@ __device__ void share_sums(float (&x)[N]) {
 /// @tparam D features of a row  @tparam G query heads of a tile
 template <class T, int D, int G>
 struct row_path {
-  static constexpr int mine = 16;                                ///< features of a lane
+  static constexpr int mine = 8;                                 ///< features of a lane
   static constexpr int lanes = D / mine;                         ///< of a row
   static constexpr int each = 16 / static_cast<int>(sizeof(T));  ///< features of a piece
   static constexpr int pieces = mine / each;                     ///< of a lane and row
   static constexpr int batch = 8 / pieces;                       ///< rows in flight per lane
   static constexpr int groups = split_threads / lanes;           ///< rows of a block at a time
+  static constexpr index_t step = batch * groups;
   static constexpr int warps = split_threads / warp_size;
   static constexpr index_t sums_floats = warps * G * D;
   static_assert(lanes == row_lanes(D));
@@ -70,9 +72,29 @@ struct row_path {
   __device__ static int feature_of(int i) {
     return (i / each * lanes + lane_of_warp() % lanes) * each + i % each;
   }
-  __device__ static uint4 load(std::byte const* row, int piece) {
-    return __ldg(reinterpret_cast<uint4 const*>(row) + piece * lanes + lane_of_warp() % lanes);
-  }
+  /// Rows of `N` slots, `groups` apart, on their way.
+  template <int N>
+  struct rows {
+    uint4 piece[N][pieces];
+
+    /// @param at  addresses of the split's rows  @param last  slot that stands for those behind it
+    __device__ void load(std::byte const* const* at, index_t slot, index_t last) {
+      for (int s = 0; s < N; ++s) {
+        auto const* const row = reinterpret_cast<uint4 const*>(at[min(slot + s * groups, last)]);
+        for (int p = 0; p < pieces; ++p)
+          piece[s][p] = __ldg(row + p * lanes + lane_of_warp() % lanes);
+      }
+    }
+  };
+  /// The rows at hand and those after them. Whoever has used one loads what comes two batches later.
+  struct row_pair {
+    rows<batch> now, next;
+
+    __device__ void load(std::byte const* const* at, index_t slot, index_t last) {
+      now.load(at, slot, last);
+      if (slot + step <= last) next.load(at, slot + step, last);
+    }
+  };
 
   /// This lane's features of the tile's query rows.
   template <class Q>
@@ -99,23 +121,25 @@ struct row_path {
       default:
         load_queries<float>(t, at, q);
     }
-    for (index_t base = 0; base < at.n; base += batch * groups) {
-      uint4 k[batch][pieces];
-      for (int s = 0; s < batch; ++s) {
-        std::byte const* const row = box.keys[min(base + s * groups + group, at.n - 1)];
-        for (int p = 0; p < pieces; ++p) k[s][p] = load(row, p);
-      }
+    auto const multiply = [&](rows<batch>& keys, index_t slot) {
       float x[batch * G] = {};
       for (int s = 0; s < batch; ++s)
         for (int p = 0; p < pieces; ++p) {
           float part[each];
-          unpack(k[s][p], part, T{});
+          unpack(keys.piece[s][p], part, T{});
           for (int g = 0; g < G; ++g)
             for (int e = 0; e < each; ++e)
               x[s * G + g] = __fmaf_rn(q[g][p * each + e], part[e], x[s * G + g]);
         }
+      if (slot + 2 * step < at.n) keys.load(box.keys, slot + 2 * step, at.n - 1);
       share_sums<lanes / 2, 1, batch * G>(x);
-      put(x, base + group, at, box.z);
+      put(x, slot, at, box.z);
+    };
+    row_pair keys;
+    keys.load(box.keys, group, at.n - 1);
+    for (index_t base = 0; base < at.n; base += 2 * step) {
+      multiply(keys.now, base + group);
+      if (base + step < at.n) multiply(keys.next, base + step + group);
     }
   }
 
@@ -132,18 +156,16 @@ struct row_path {
     }
   }
 
-  /// acc += weights * values of `N` slots, `groups` apart.
+  /// acc += weights * values.
   template <int N>
-  __device__ static void add_rows(split_box const& box, index_t slot, float (&acc)[G * mine]) {
-    uint4 v[N][pieces];
-    for (int s = 0; s < N; ++s)
-      for (int p = 0; p < pieces; ++p) v[s][p] = load(box.values[slot + s * groups], p);
+  __device__ static void add_rows(rows<N> const& values, split_box const& box, index_t slot,
+                                  float (&acc)[G * mine]) {
     for (int s = 0; s < N; ++s) {
       float e[G];
       for (int g = 0; g < G; ++g) e[g] = box.z[g * split_slots + slot + s * groups];
       for (int p = 0; p < pieces; ++p) {
         float part[each];
-        unpack(v[s][p], part, T{});
+        unpack(values.piece[s][p], part, T{});
         for (int g = 0; g < G; ++g)
           for (int i = 0; i < each; ++i)
             acc[g * mine + p * each + i] = __fmaf_rn(e[g], part[i], acc[g * mine + p * each + i]);
@@ -151,13 +173,32 @@ struct row_path {
     }
   }
 
+  /// The first values come while logits become weights.
+  struct first_rows : row_pair {
+    __device__ first_rows(split_place const& at, split_box const& box, bool wanted) {
+      if (wanted) this->load(box.values, thread_of_block() / lanes, at.n - 1);
+    }
+  };
+
   __device__ static void add_values(attend_task const& t, split_place const& at,
-                                    split_box const& box) {
+                                    split_box const& box, first_rows& ahead) {
     float acc[G * mine] = {};
     index_t slot = thread_of_block() / lanes;
-    for (; slot + (batch - 1) * groups < at.n; slot += batch * groups)
-      add_rows<batch>(box, slot, acc);
-    for (; slot < at.n; slot += groups) add_rows<1>(box, slot, acc);
+    auto const whole = [&] { return slot + (batch - 1) * groups < at.n; };
+    auto const add = [&](rows<batch>& values) {
+      add_rows(values, box, slot, acc);
+      if (slot + 2 * step < at.n) values.load(box.values, slot + 2 * step, at.n - 1);
+      slot += step;
+    };
+    while (whole()) {
+      add(ahead.now);
+      if (whole()) add(ahead.next);
+    }
+    for (; slot < at.n; slot += groups) {
+      rows<1> one;
+      one.load(box.values, slot, at.n - 1);
+      add_rows(one, box, slot, acc);
+    }
     __syncwarp();
     share_sums<warp_size / 2, lanes, G * mine>(acc);
 
@@ -179,7 +220,7 @@ struct row_path {
 template <class T, int D, int G>
 struct attend_rows_kernel {
   using path = row_path<T, D, G>;
-  static constexpr int most_threads = split_threads, blocks_per_sm = G <= 4 ? 4 : 2;
+  static constexpr int most_threads = split_threads, blocks_per_sm = G <= 4 ? 3 : 2;
   attend_task t;
 
   __device__ void operator()() const { attend_split<path>(t, rows_taken::aligned); }
