@@ -49,28 +49,30 @@ class slot_moves {
   bool into_holes_;
 };
 
-/// Moves `pieces` words of every slot. @param from, to address of word w of slot s
+/// Moves `pieces` words of every slot, not more than the block has threads. A thread takes the same word of
+/// several slots: what it has to look up for each, it looks up for all at once.
+/// @param from, to address of word w of slot s
 template <class Word, class From, class To>
 __device__ void move_words(slot_moves const& m, index_t pieces, From const& from, To const& to) {
   constexpr int each = 4;
-  offset_t const total = static_cast<offset_t>(m.n()) * pieces;
-  offset_t const step = static_cast<offset_t>(each) * threads_of_block();
-  for (offset_t base = 0; base < total; base += step) {
+  index_t const n = m.n(), across = threads_of_block() / pieces;
+  index_t const row = thread_of_block() / pieces, piece = thread_of_block() - row * pieces;
+  for (offset_t base = 0; base < n; base += static_cast<offset_t>(each) * across) {
+    index_t slot[each];
+    Word const* at[each];
     Word word[each];
-    bool moves[each];
-    for (int e = 0; e < each; ++e) {
-      offset_t const t = base + static_cast<offset_t>(e) * threads_of_block() + thread_of_block();
-      moves[e] = t < total;
-      if (moves[e])
-        word[e] =
-            *from(m.source(static_cast<index_t>(t / pieces)), static_cast<index_t>(t % pieces));
-    }
+    auto const number = [&](int e) { return base + static_cast<offset_t>(e) * across + row; };
+    unrolled<each>([&](int e) {
+      slot[e] = row < across && number(e) < n ? m.source(static_cast<index_t>(number(e))) : -1;
+    });
+    unrolled<each>([&](int e) { at[e] = slot[e] >= 0 ? from(slot[e], piece) : nullptr; });
+    unrolled<each>([&](int e) {
+      if (slot[e] >= 0) word[e] = *at[e];
+    });
     __syncthreads();
-    for (int e = 0; e < each; ++e) {
-      offset_t const t = base + static_cast<offset_t>(e) * threads_of_block() + thread_of_block();
-      if (moves[e])
-        *to(m.target(static_cast<index_t>(t / pieces)), static_cast<index_t>(t % pieces)) = word[e];
-    }
+    unrolled<each>([&](int e) {
+      if (slot[e] >= 0) *to(m.target(static_cast<index_t>(number(e))), piece) = word[e];
+    });
     __syncthreads();
   }
 }
