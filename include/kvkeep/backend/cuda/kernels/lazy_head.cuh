@@ -222,12 +222,14 @@ __device__ void bound_factors(lazy_job const& job, bool enters, float* factors) 
   index_t const padded = s.padded_rows(), newest_row = job.newest % s.n_rows;
   int const thread = (warps_of_block() - 1 - warp_of_block()) * warp_size + lane_of_warp();
   int const k = thread % Steps;
-  index_t const coming = job.newest + k - s.window, coming_in = job.newest - s.window;
-  float const* const column = k > 0 && coming >= 0 ? head.column(coming) : nullptr;
+  index_t const coming = job.newest + k - s.window;
+  float const* const column = coming >= 0 ? head.column(coming) : nullptr;
+  float const* const entered =
+      job.newest >= s.window ? head.column(job.newest - s.window) : nullptr;
   for (index_t r = thread / Steps; r < padded; r += threads_of_block() / Steps) {
     index_t const age = r > newest_row ? newest_row - r + s.n_rows : newest_row - r;
     bool const there = r < s.n_rows && job.newest - age >= job.first;
-    bool const older = enters && there && age > 0 && coming_in >= 0;
+    bool const older = enters && there && age > 0 && entered != nullptr;
     float most = 1e-30f;
     for (index_t first = 0; first < s.group; first += at_once) {
       double sum[at_once];
@@ -236,8 +238,8 @@ __device__ void bound_factors(lazy_job const& job, bool enters, float* factors) 
         index_t const row = min(first + i, s.group - 1) * padded + r;
         sum[i] = head.sum(row);
         inverse[i] = head.inverse(row);
-        next[i] = column != nullptr ? column[row] : 0.0f;
-        entering[i] = older ? head.column(coming_in)[row] : 0.0f;
+        next[i] = k > 0 && column != nullptr ? column[row] : 0.0f;
+        entering[i] = older ? entered[row] : 0.0f;
         peak[i] = older && k == 0 ? head.peak(row) : 0.0f;
       });
       if constexpr (Steps > 1) __syncwarp();  // all lanes of a row have read its sum
