@@ -152,38 +152,48 @@ TEST_CASE("select_k keeps what the naive order keeps, guard included") {
   });
 }
 
-TEST_CASE("select_k on long rows") {
-  test::for_seeds(24, [](generator& g) {
-    selection s(g, g.integer(900, 5000));
-    auto o = s.make<op::select_k<>>();
-    o.k = s.k.cref();
-    o.out = s.plan();
-    REQUIRE(test::run_exact(test::two_threads(), o) == status::ok);
-    s.layer.each_head([&](index_t b, index_t h) {
-      // The oracle's guard is quadratic: the guard as two thresholds here.
-      auto const positions = s.layer.positions_of(b, h);
-      auto sorted = positions;
-      std::sort(sorted.begin(), sorted.end());
-      auto const n = static_cast<index_t>(sorted.size());
-      auto const scores = s.scores_of(b, h);
-      auto const guard = s.guard_of(b);
-      std::vector<index_t> kept, open;
-      std::vector<double> open_scores;
-      for (std::size_t i = 0; i < positions.size(); ++i) {
-        index_t const p = positions[i];
-        bool const safe =
-            (guard.sinks > 0 && (guard.sinks >= n || p < sorted[uz(guard.sinks)])) ||
-            (guard.recent > 0 && (guard.recent >= n || p >= sorted[uz(n - guard.recent)])) ||
-            p < guard.frozen;
-        (safe ? kept : open).push_back(p);
-        if (!safe) open_scores.push_back(scores[i]);
-      }
-      index_t const left = s.k(s.layer.id[uz(b)], h) - oracle::count(kept);
-      for (index_t p : oracle::top_positions(open_scores, open, left)) kept.push_back(p);
-      std::sort(kept.begin(), kept.end());
-      REQUIRE(s.plan_positions(b, h) == kept);
-    });
+namespace {
+
+void check_long_rows(generator& g, index_t slots) {
+  selection s(g, slots);
+  auto o = s.make<op::select_k<>>();
+  o.k = s.k.cref();
+  o.out = s.plan();
+  REQUIRE(test::run_exact(test::two_threads(), o) == status::ok);
+  s.layer.each_head([&](index_t b, index_t h) {
+    // The oracle's guard is quadratic: the guard as two thresholds here.
+    auto const positions = s.layer.positions_of(b, h);
+    auto sorted = positions;
+    std::sort(sorted.begin(), sorted.end());
+    auto const n = static_cast<index_t>(sorted.size());
+    auto const scores = s.scores_of(b, h);
+    auto const guard = s.guard_of(b);
+    std::vector<index_t> kept, open;
+    std::vector<double> open_scores;
+    for (std::size_t i = 0; i < positions.size(); ++i) {
+      index_t const p = positions[i];
+      bool const safe =
+          (guard.sinks > 0 && (guard.sinks >= n || p < sorted[uz(guard.sinks)])) ||
+          (guard.recent > 0 && (guard.recent >= n || p >= sorted[uz(n - guard.recent)])) ||
+          p < guard.frozen;
+      (safe ? kept : open).push_back(p);
+      if (!safe) open_scores.push_back(scores[i]);
+    }
+    index_t const left = s.k(s.layer.id[uz(b)], h) - oracle::count(kept);
+    for (index_t p : oracle::top_positions(open_scores, open, left)) kept.push_back(p);
+    std::sort(kept.begin(), kept.end());
+    REQUIRE(s.plan_positions(b, h) == kept);
   });
+}
+
+}  // namespace
+
+TEST_CASE("select_k on long rows") {
+  test::for_seeds(24, [](generator& g) { check_long_rows(g, g.integer(900, 5000)); });
+}
+
+TEST_CASE("select_k on rows whose keys a block cannot hold") {
+  test::for_seeds(2, [](generator& g) { check_long_rows(g, g.integer(57000, 60000)); });
 }
 
 TEST_CASE("ties go to the lower position, whatever the slot; zeros are equal and NaN loses") {

@@ -3,7 +3,7 @@
 /// CUDA: the best slots of each head, the best whole blocks, the victim.
 #pragma once
 
-#include "kernels/select.cuh"
+#include "kernels/evict.cuh"
 #include "launch.cuh"
 
 namespace kvkeep::cuda {
@@ -25,7 +25,14 @@ inline status enqueue(context& c, op::select_k<device_space> const& o, workspace
       !slots_contiguous(o.out.slots) || !room_in(o.out, o.slots))
     return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);
-  return launch(c, select_grid(o.batch.n, o.slots), select_box::bytes(), select_k_kernel{{}, o});
+  auto const start = [&]<bool Cached>(std::bool_constant<Cached>) {
+    using kernel = select_k_kernel<Cached>;
+    return launch(c, select_grid(o.batch.n, o.slots), kernel::bytes(o.slots.positions.extent[2]),
+                  kernel{{}, o});
+  };
+  bool const fits = select_k_kernel<true>::bytes(o.slots.positions.extent[2]) <=
+                    static_cast<std::size_t>(c.shared_bytes);
+  return fits ? start(std::true_type{}) : start(std::false_type{});
 }
 
 /// Plans of whole blocks and the open tail. Scratch: 8 bytes per block.

@@ -6,8 +6,8 @@
 
 #include <kvkeep/backend/cuda/kernels/ptx.cuh>
 
+#include "evict.cuh"
 #include "lazy_exact.cuh"
-#include "select.cuh"
 #include "sums.cuh"
 
 namespace kvkeep::cuda {

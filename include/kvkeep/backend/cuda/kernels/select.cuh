@@ -12,6 +12,9 @@ namespace kvkeep::cuda {
 
 inline constexpr int select_bins = 2048;
 
+/// Above the keys of all scores: of slots that stay whatever their score.
+inline constexpr unsigned guarded_key = 0xffffffffu;
+
 /// Monotone key of a score: -0 equals +0, NaN lowest but above 0, which marks "no candidate".
 __device__ inline unsigned order_key(float x) {
   unsigned const u = __float_as_uint(x), magnitude = u & 0x7fffffffu;
@@ -101,7 +104,7 @@ struct keep_limit {
 template <class Key, class Position>
 __device__ keep_limit find_limit(index_t n, index_t wanted, index_t n_candidates, Key const& key,
                                  Position const& position, select_box const& s) {
-  if (wanted <= 0) return {0xffffffffu, -1};
+  if (wanted <= 0) return {guarded_key - 1, -1};
   if (wanted >= n_candidates) return {1u, 0x7fffffff};
   ranked const r = find_rank(n, wanted, key, s);
   if (r.rank == r.equals) return {r.value, 0x7fffffff};
@@ -162,10 +165,48 @@ __device__ inline guard_counts counts_of(guard_ref<device_space> const& g, index
   return {g.sinks, g.recent, g.frozen != nullptr ? g.frozen[id] : 0};
 }
 
-/// One block per head. Cost: scores and positions five times, from the first-level cache when they fit.
+/// Keys of a head's slots; those that a guard protects are no candidates.
+template <bool Cached>
+struct slot_keys {
+  index_t const* positions;  ///< [n] device
+  float const* scores;       ///< [n] device
+  open_range open;
+  unsigned* cache;  ///< [n] shared, if `Cached`
+
+  __device__ unsigned make(index_t j) const {
+    return open.has(positions[j]) ? order_key(scores[j]) : guarded_key;
+  }
+  __device__ unsigned operator()(index_t j) const {
+    if constexpr (Cached)
+      return cache[j];
+    else
+      return make(j);
+  }
+  /// 0: no candidate.
+  __device__ unsigned candidate(index_t j) const {
+    unsigned const key = (*this)(j);
+    return key == guarded_key ? 0u : key;
+  }
+  /// Fills the cache. @return the number of candidates
+  __device__ index_t count(index_t n, int* box) const {
+    return count_slots(n, box, [&](index_t j) {
+      unsigned const key = make(j);
+      if constexpr (Cached) cache[j] = key;
+      return key != guarded_key;
+    });
+  }
+};
+
+/// One block per head. Cost: scores once and positions three times if keys are cached; else both five times, from the
+/// first-level cache when they fit.
+template <bool Cached>
 struct select_k_kernel : select_kernel {
   op::select_k<device_space> o;
 
+  /// @param slots  most of a head
+  static std::size_t bytes(index_t slots) {
+    return select_box::bytes() + (Cached ? shared_pieces::bytes<unsigned>(slots) : 0);
+  }
   __device__ void operator()() const {
     shared_pieces shared;
     select_box const s(shared);
@@ -173,27 +214,22 @@ struct select_k_kernel : select_kernel {
     index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
     index_t const k = o.k(id, at.head);
     index_t const* const positions = o.slots.positions.at(id, at.head, 0);
-    float const* const scores = o.scores.at(at.entry, at.head, 0);
     index_t* const out = o.out.slots.at(at.entry, at.head, 0);
-    keep_limit limit{0u, 0};
-    open_range open;
+    index_t kept = n;
     if (k < n) {
-      open = find_open(positions, n, counts_of(o.guard, id), s.box);
-      index_t const candidates =
-          count_slots(n, s.box, [&](index_t j) { return open.has(positions[j]); });
-      auto const key = [&](index_t j) {
-        return open.has(positions[j]) ? order_key(scores[j]) : 0u;
-      };
-      limit = find_limit(
-          n, k - (n - candidates), candidates, key, [&](index_t j) { return positions[j]; }, s);
+      slot_keys<Cached> const key{positions, o.scores.at(at.entry, at.head, 0),
+                                  find_open(positions, n, counts_of(o.guard, id), s.box),
+                                  shared.take<unsigned>(Cached ? n : 0)};
+      index_t const candidates = key.count(n, s.box);
+      keep_limit const limit = find_limit(
+          n, k - (n - candidates), candidates, [&](index_t j) { return key.candidate(j); },
+          [&](index_t j) { return positions[j]; }, s);
+      kept = list_kept(
+          n, [&](index_t j) { return limit.keeps(key(j), positions[j]); }, out, s);
+    } else {
+      for (index_t j = thread_of_block(); j < n; j += threads_of_block()) out[j] = j;
     }
-    index_t const count = list_kept(
-        n,
-        [&](index_t j) {
-          return !open.has(positions[j]) || limit.keeps(order_key(scores[j]), positions[j]);
-        },
-        out, s);
-    if (thread_of_block() == 0) o.out.count(at.entry, at.head) = count;
+    if (thread_of_block() == 0) o.out.count(at.entry, at.head) = kept;
   }
 };
 
@@ -238,68 +274,6 @@ struct select_blocks_kernel : select_kernel {
         },
         o.out.slots.at(at.entry, at.head, 0), s);
     if (thread_of_block() == 0) o.out.count(at.entry, at.head) = count;
-  }
-};
-
-/// A thread's candidate for the last rank: lowest key, of equal ones the highest position.
-struct last_slot {
-  static constexpr unsigned long long none = ~0ull;
-  unsigned long long rank = none;
-  index_t slot = -1;
-
-  __device__ void look(float score, index_t position, index_t j) {
-    unsigned long long const own =
-        static_cast<unsigned long long>(order_key(score)) << 32 | ~static_cast<unsigned>(position);
-    if (own < rank) *this = {own, j};
-  }
-};
-
-/// Of the slots that the thread takes. @param score(j) of a slot
-template <class Score>
-__device__ last_slot last_of_thread(index_t n, Score const& score, index_t const* positions,
-                                    open_range const& open) {
-  last_slot r;
-  for (index_t j = thread_of_block(); j < n; j += threads_of_block())
-    if (open.has(positions[j])) r.look(score(j), positions[j], j);
-  return r;
-}
-
-struct evict_one_stage {
-  static constexpr int most_threads = 1024;
-  op::evict_one<device_space> o;
-
-  static constexpr std::size_t shared_bytes() {
-    return shared_pieces::bytes<int>(guard_box_size) +
-           shared_pieces::bytes<unsigned long long>(warp_size);
-  }
-  __device__ void operator()(block_head const& at) const {
-    shared_pieces shared;
-    int* const box = shared.take<int>(guard_box_size);
-    auto* const wide = shared.take<unsigned long long>(warp_size);
-    index_t const id = o.batch.id_of(at.entry), n = o.slots.lengths(id, at.head);
-    index_t const* const positions = o.slots.positions.at(id, at.head, 0);
-    float const* const scores = o.scores.at(at.entry, at.head, 0);
-    guard_search search(positions, n, counts_of(o.guard, id), box);
-    // The victim is sought, and what was supposed of the guard confirmed, in one pass over the slots.
-    guard_search::counts counts;
-    last_slot own;
-    for (index_t j = thread_of_block(); j < n; j += threads_of_block()) {
-      index_t const position = positions[j];
-      search.count(position, counts);
-      if (search.open().has(position)) own.look(scores[j], position, j);
-    }
-    __syncthreads();
-    search.leave(counts);
-    leave_for_block(own.rank, wide, smaller{});
-    __syncthreads();
-    unsigned long long victim = take_of_block(wide, smaller{});
-    if (!search.certain() && !search.confirm()) {
-      own = last_of_thread(
-          n, [&](index_t j) { return scores[j]; }, positions, search.open());
-      victim = block_reduce(own.rank, wide, smaller{});
-    }
-    if (victim == last_slot::none ? thread_of_block() == 0 : victim == own.rank)
-      o.victim(id, at.head) = own.slot;
   }
 };
 
