@@ -110,6 +110,8 @@ struct row_path {
   __device__ static void dot_products(attend_task const& t, split_place const& at,
                                       split_box const& box) {
     int const group = thread_of_block() / lanes;
+    row_pair keys;  // they come from farther than the queries
+    keys.load(box.keys, group, at.n - 1);
     float q[G][mine];
     switch (t.q.type) {
       case dtype::f16:
@@ -121,22 +123,20 @@ struct row_path {
       default:
         load_queries<float>(t, at, q);
     }
-    auto const multiply = [&](rows<batch>& keys, index_t slot) {
+    auto const multiply = [&](rows<batch>& some, index_t slot) {
       float x[batch * G] = {};
       for (int s = 0; s < batch; ++s)
         for (int p = 0; p < pieces; ++p) {
           float part[each];
-          unpack(keys.piece[s][p], part, T{});
+          unpack(some.piece[s][p], part, T{});
           for (int g = 0; g < G; ++g)
             for (int e = 0; e < each; ++e)
               x[s * G + g] = __fmaf_rn(q[g][p * each + e], part[e], x[s * G + g]);
         }
-      if (slot + 2 * step < at.n) keys.load(box.keys, slot + 2 * step, at.n - 1);
+      if (slot + 2 * step < at.n) some.load(box.keys, slot + 2 * step, at.n - 1);
       share_sums<lanes / 2, 1, batch * G>(x);
       put(x, slot, at, box.z);
     };
-    row_pair keys;
-    keys.load(box.keys, group, at.n - 1);
     for (index_t base = 0; base < at.n; base += 2 * step) {
       multiply(keys.now, base + group);
       if (base + step < at.n) multiply(keys.next, base + step + group);
