@@ -45,7 +45,9 @@ KVKEEP_COMPILE_OP(op::select_blocks<device_space>);
 KVKEEP_COMPILE_OP(op::select_k<device_space>);
 KVKEEP_COMPILE_OP(op::for_each<detail::ring_rows_of<device_space>, device_space>);
 KVKEEP_COMPILE_OP(op::for_each<detail::show_plan<device_space>, device_space>);
-KVKEEP_COMPILE_OP(op::for_each<detail::take_slots<device_space>, device_space>);
+KVKEEP_COMPILE_OP(
+    op::head_chain<device_space, op::for_each<detail::find_faults<device_space>, device_space>,
+                   op::for_each<detail::take_slots<device_space>, device_space>>);
 #undef KVKEEP_COMPILE_OP
 
 #define KVKEEP_COMPILE_TOKEN(...)                                          \

@@ -168,6 +168,8 @@ class device_session {
   // device_decode.hpp
   status show_token(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
                     float* lse) noexcept;
+  status give_slots(layer_data& l, batch_ref<space> const& b, index_t* slots,
+                    workspace& w) noexcept;
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
   status decide(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,

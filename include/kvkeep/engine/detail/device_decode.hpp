@@ -13,9 +13,22 @@ status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& 
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0 || slots == nullptr || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
-  layer_data& l = layers_[static_cast<std::size_t>(m)];
   workspace w = scratch();
-  return each(b.n, detail::take_slots<space>{l, shape_.rows, b, faults_, slots}, w);
+  return give_slots(layers_[static_cast<std::size_t>(m)], b, slots, w);
+}
+
+/// A block per entry: a head has a slot only if all have.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> const& b,
+                                             index_t* slots, workspace& w) noexcept {
+  index_t const heads = shape_.cache.n_kv_heads, n = b.n * heads;
+  auto* const found = w.take<index_t>(static_cast<std::size_t>(n));
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  using find = detail::find_faults<space>;
+  using take = detail::take_slots<space>;
+  op::for_each<find, space> const look{n, find{l, b, faults_, found}};
+  op::for_each<take, space> const give{n, take{l, shape_.rows, b, found, faults_, slots}};
+  return run(*ctx_, op::make_chain<space>(b.n, 1, heads, look, give), w);
 }
 
 template <backend Ctx, class P, class D>

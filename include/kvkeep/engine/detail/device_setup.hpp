@@ -139,8 +139,10 @@ void device_session<Ctx, P, D>::measure() {
   }
   batch.n = limits_.max_batch;
   q.n_rows = 1;
-  for (auto& l : layers_)
+  for (auto& l : layers_) {
+    take([&](workspace& w) { return give_slots(l, batch, nullptr, w); });
     take([&](workspace& w) { return weigh(l, batch, q, nullptr, nullptr, w); });
+  }
   scratch_bytes_ = (most + 2 * workspace::alignment) / workspace::alignment * workspace::alignment;
 }
 

@@ -124,38 +124,60 @@ KVKEEP_HD index_t fault_of(plane_ref<Space> const& p, index_t row, index_t h,
   return page >= 0 && page < l.paged.n_blocks ? 0 : static_cast<index_t>(device_fault::bad_table);
 }
 
-/// Gives every head of an entry a slot for its next token: its free slot, else the tail. Where one of them
-/// cannot have one, and where the sequence has a fault already, none gets any. Index: entry.
+/// Where a head's next token goes: its free slot, else the tail.
+template <class Space>
+KVKEEP_HD index_t next_slot(layer_state<Space> const& l, index_t id, index_t h) noexcept {
+  index_t const free = l.victim(id, h);
+  return free >= 0 ? free : l.slots.lengths(id, h);
+}
+
+/// What stands against giving a head a slot for its next token: the sequence's fault, or one of its own.
+/// Index: entry * n_kv_heads + head.
+template <class Space>
+struct find_faults {
+  layer_state<Space> l;
+  batch_ref<Space> batch;
+  index_t const* faults;  ///< [id]
+  index_t* found;         ///< [entry, kv_head]
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const heads = l.kv.shape.n_kv_heads, entry = i / heads, h = i % heads;
+    found[i] = faults[batch.id_of(entry)] | fault_at(entry, h);
+  }
+
+ private:
+  KVKEEP_HD index_t fault_at(index_t entry, index_t h) const noexcept {
+    index_t const id = batch.id_of(entry), row = batch.row_of(entry), slot = next_slot(l, id, h);
+    if (l.fresh(0, id, h) >= 0) return static_cast<index_t>(device_fault::bad_order);
+    if (slot >= l.kv.shape.max_slots) return static_cast<index_t>(device_fault::no_slot);
+    return fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
+  }
+};
+
+/// Gives every head of an entry a slot for its next token, or none where one of them has a fault, which then is the
+/// sequence's. Index: entry * n_kv_heads + head.
 template <class Space>
 struct take_slots {
   layer_state<Space> l;
   row_plan rows;
   batch_ref<Space> batch;
-  index_t* faults;
-  index_t* out;  ///< [entry, kv_head]
-  KVKEEP_HD void operator()(index_t entry) const noexcept {
-    index_t const heads = l.kv.shape.n_kv_heads, id = batch.id_of(entry);
-    index_t fault = faults[id];
-    for (index_t h = 0; h < heads; ++h) fault |= fault_at(entry, h);
-    faults[id] = fault;
-    l.appended[id] = l.seen[id] + 1;
-    for (index_t h = 0; h < heads; ++h)
-      out[entry * heads + h] = fault == 0 ? take(id, h) : index_t{-1};
+  index_t const* found;  ///< [entry, kv_head] of find_faults
+  index_t* faults;       ///< [id]
+  index_t* out;          ///< [entry, kv_head]
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const heads = l.kv.shape.n_kv_heads, entry = i / heads, h = i % heads;
+    index_t const id = batch.id_of(entry);
+    index_t fault = 0;
+    for (index_t k = 0; k < heads; ++k) fault |= found[entry * heads + k];
+    if (h == 0) {
+      faults[id] = fault;
+      l.appended[id] = l.seen[id] + 1;
+    }
+    out[i] = fault == 0 ? take(id, h) : index_t{-1};
   }
 
  private:
-  KVKEEP_HD index_t slot_for(index_t id, index_t h) const noexcept {
-    index_t const free = l.victim(id, h);
-    return free >= 0 ? free : l.slots.lengths(id, h);
-  }
-  KVKEEP_HD index_t fault_at(index_t entry, index_t h) const noexcept {
-    index_t const id = batch.id_of(entry), row = batch.row_of(entry), slot = slot_for(id, h);
-    if (l.fresh(0, id, h) >= 0) return static_cast<index_t>(device_fault::bad_order);
-    if (slot >= l.kv.shape.max_slots) return static_cast<index_t>(device_fault::no_slot);
-    return fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
-  }
   KVKEEP_HD index_t take(index_t id, index_t h) const noexcept {
-    index_t const slot = slot_for(id, h);
+    index_t const slot = next_slot(l, id, h);
     if (l.victim(id, h) < 0) l.slots.lengths(id, h) = slot + 1;
     l.victim(id, h) = -1;
     l.slots.positions(id, h, slot) = l.seen[id];
