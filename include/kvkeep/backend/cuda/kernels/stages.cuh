@@ -33,13 +33,23 @@ __device__ void run_stages(sequence<First, Rest...> const& stages, block_head co
   }
 }
 
-/// f(the stage that works beside), if there is one.
-template <class F, class First, class... Rest>
-KVKEEP_HD void with_beside(sequence<First, Rest...> const& stages, F const& f) {
+/// Whether a second block has work beside.
+template <class First, class... Rest>
+bool has_beside(sequence<First, Rest...> const& stages) {
   if constexpr (works_beside<First>)
-    f(stages.first);
+    return stages.first.has_beside();
   else if constexpr (sizeof...(Rest) > 0)
-    with_beside(stages.rest, f);
+    return has_beside(stages.rest);
+  else
+    return false;
+}
+/// Its work.
+template <class First, class... Rest>
+__device__ void run_beside(sequence<First, Rest...> const& stages, block_head const& at) {
+  if constexpr (works_beside<First>)
+    stages.first.beside(at);
+  else if constexpr (sizeof...(Rest) > 0)
+    run_beside(stages.rest, at);
 }
 
 template <class Stage>
@@ -60,17 +70,13 @@ struct head_kernel {
   index_t n_heads;
 
   /// Blocks of a head.
-  int blocks() const {
-    int n = 1;
-    with_beside(stages, [&](auto const& stage) { n = stage.has_beside() ? 2 : 1; });
-    return n;
-  }
+  int blocks() const { return has_beside(stages) ? 2 : 1; }
   __device__ void operator()() const {
     block_head const at(n_heads);
     if (blockIdx.y == 0)
       run_stages(stages, at);
     else
-      with_beside(stages, [&](auto const& stage) { stage.beside(at); });
+      run_beside(stages, at);
   }
 };
 
