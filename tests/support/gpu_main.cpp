@@ -2,7 +2,8 @@
 /// @file
 /// The main function of all device tests: exits 77 (skipped, for ctest) where no device can be used. With
 /// a device every `new` of the program gives managed memory, so that the arrays of tests written for the
-/// host are arrays that kernels read.
+/// host are arrays that kernels read. They are pieces of one arena, so that compute-sanitizer's memcheck cannot see
+/// a kernel leave one for another: with KVKEEP_TEST_MEMORY=apart each is an allocation of its own, of its own size.
 #define CATCH_CONFIG_RUNNER
 #include "catch.hpp"
 
@@ -13,6 +14,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <string_view>
 
 namespace {
 
@@ -65,29 +67,85 @@ class managed_heap {
   node* free_[64]{};
 };
 
+/// Managed allocations, each for arrays of one size: given back, it waits for the next of them.
+class apart_heap {
+ public:
+  void open() { open_ = true; }
+  /// @return null where it is not open, or the memory used up
+  void* take(std::size_t n) {
+    // The runtime may call `new` itself, and a graph may be recorded meanwhile, which this must not spoil.
+    thread_local bool inside = false;
+    if (!open_ || inside) return nullptr;
+    void* p = waiting(n);
+    if (p != nullptr) return p;
+    inside = true;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (cudaMallocManaged(&p, n) != cudaSuccess) p = nullptr;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    inside = false;
+    return p;
+  }
+  void give(void* p, std::size_t n) {
+    std::lock_guard const hold(mutex_);
+    node*& list = list_of(n);
+    list = new (p) node{list, n};
+  }
+
+ private:
+  static constexpr std::size_t n_lists = 1024;
+  struct node {
+    node* next;
+    std::size_t size;
+  };
+  node*& list_of(std::size_t n) { return lists_[n % n_lists]; }
+  void* waiting(std::size_t n) {
+    std::lock_guard const hold(mutex_);
+    for (node** at = &list_of(n); *at != nullptr; at = &(*at)->next) {
+      if ((*at)->size != n) continue;
+      node* const p = *at;
+      *at = p->next;
+      return p;
+    }
+    return nullptr;
+  }
+
+  std::mutex mutex_;
+  bool open_ = false;
+  node* lists_[n_lists]{};
+};
+
 // Outlives every static object that still frees memory.
-managed_heap& heap() {
-  alignas(managed_heap) static std::byte room[sizeof(managed_heap)];
-  static managed_heap* const instance = ::new (room) managed_heap;
+template <class Heap>
+Heap& lasting() {
+  alignas(Heap) static std::byte room[sizeof(Heap)];
+  static Heap* const instance = ::new (room) Heap;
   return *instance;
 }
+managed_heap& heap() { return lasting<managed_heap>(); }
+apart_heap& apart() { return lasting<apart_heap>(); }
 
 }  // namespace
 
-// The size lies before each piece, because not every delete knows it.
+// Before each piece lie its size, because not every delete knows it, and where it came from.
 void* operator new(std::size_t n, std::align_val_t a) {
   std::size_t const before = static_cast<std::size_t>(a) < 64 ? 64 : static_cast<std::size_t>(a);
-  auto* const p = static_cast<char*>(heap().take(n + before, before));
+  auto* p = static_cast<char*>(apart().take(n + before));
+  bool const is_apart = p != nullptr;
+  if (!is_apart) p = static_cast<char*>(heap().take(n + before, before));
   if (p == nullptr) throw std::bad_alloc();
-  reinterpret_cast<std::size_t*>(p + before)[-1] = n + before;
-  reinterpret_cast<std::size_t*>(p + before)[-2] = before;
+  auto* const words = reinterpret_cast<std::size_t*>(p + before);
+  words[-1] = n + before;
+  words[-2] = before;
+  words[-3] = is_apart;
   return p + before;
 }
 void* operator new(std::size_t n) { return ::operator new (n, std::align_val_t{64}); }
 void operator delete(void* p) noexcept {
   if (p == nullptr) return;
   auto const* const words = static_cast<std::size_t*>(p);
-  heap().give(static_cast<char*>(p) - words[-2], words[-1], words[-2]);
+  char* const first = static_cast<char*>(p) - words[-2];
+  words[-3] != 0 ? apart().give(first, words[-1]) : heap().give(first, words[-1], words[-2]);
 }
 void operator delete(void* p, std::size_t) noexcept { ::operator delete(p); }
 void operator delete(void* p, std::align_val_t) noexcept { ::operator delete(p); }
@@ -104,7 +162,10 @@ int main(int argc, char** argv) {
                                       : "host and device cannot share managed memory at once");
     return 77;
   }
-  if (!heap().open(std::size_t{4} << 30)) {
+  char const* const memory = std::getenv("KVKEEP_TEST_MEMORY");
+  if (memory != nullptr && std::string_view(memory) == "apart") {
+    apart().open();
+  } else if (!heap().open(std::size_t{4} << 30)) {
     std::fprintf(stderr, "no managed memory for the tests\n");
     return 1;
   }
