@@ -7,8 +7,9 @@
 A peer's calls rotate through more inputs than the last cache holds, are captured as a graph, and replayed
 between events, as ours are; the median of up to 200 replays counts (fewer where one takes long, at least five).
 What cannot be captured (published programs read sizes back) is timed on the stream, and says so. A peer that is
-not there, fails or does not fit into the time is listed with the reason. Figures of peers need a device: without
-one there are none.
+not there, fails or does not fit into the time is listed with the reason. Peers run in a process of its own; after
+a capture or a peer that failed, crashed or hung the next ones get a new process, for CUDA and torch may be left in
+any state. The JSON is written anew after each of them. Figures of peers need a device: without one there are none.
 """
 
 import argparse
@@ -16,12 +17,14 @@ import contextlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
-import re
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+import results
 
 try:
     import torch
@@ -31,10 +34,15 @@ except ModuleNotFoundError:
 HEADS, GROUP, DIM = 8, 4, 128
 TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 ROTATE_BYTES, SAMPLES = 256e6, 200
+MOST_SECONDS = 60  # of one peer and row
 
 
 class Skip(Exception):
     """This peer does not serve this row; the argument says why."""
+
+
+class NotCaptured(Exception):
+    """Something in a call cannot be captured as a graph; this process is not to be trusted any more."""
 
 
 def optional(name):
@@ -49,8 +57,9 @@ def optional(name):
 
 def parse(name):
     """A row's name as kind and shape: window/T:8192/W:32/bf16/lse, step/h2o/C:1024/B:8/bf16, ..."""
-    parts = [p for p in name.split("/") if not re.match(r"(iterations|repeats):|manual_time$", p)]
-    shape = SimpleNamespace(row="/".join(parts), kind=parts[0], B=1, W=32, words=set(), dtype="bf16", heads=HEADS)
+    row = results.row_name(name)
+    parts = row.split("/")
+    shape = SimpleNamespace(row=row, kind=parts[0], B=1, W=32, words=set(), dtype="bf16", heads=HEADS)
     for part in parts[1:]:
         key, colon, value = part.partition(":")
         if colon:
@@ -141,6 +150,7 @@ def score_compiled(s):
     if s.W != 32 or s.B != 1 or s.kind != "window":
         raise Skip("compiled for W = 32, batch 1 alone: each shape takes seconds to compile")
     c = Scoring(s)
+    torch.compiler.reset()  # after eight shapes of one function it would quietly run eager
     compiled = torch.compile(scored, dynamic=False)
     lse = c.lse if c.given else None
     return c, lambda i: compiled(c.q[i], c.k[i], c.scale, c.later, lse)
@@ -226,6 +236,7 @@ def sort_cupy(s):
         raise Skip("CuPy needs a device")
     cupy = optional("cupy")
     c = Selection(s)
+    c.captures = False  # it allocates and waits
     arrays = [cupy.asarray(x) for x in c.scores]
 
     def call(i):
@@ -400,8 +411,8 @@ def take(call, sets, captures):
     if captures:
         try:
             graph, outputs = captured(calls)
-        except RuntimeError:  # something in it cannot be captured
-            torch.cuda.synchronize()
+        except RuntimeError as e:
+            raise NotCaptured(first_line(e)) from e
     replay = graph.replay if graph else lambda: [f() for f in calls]
     replay()
     samples = int(min(SAMPLES, max(5, 0.2 / once(replay))))
@@ -421,31 +432,88 @@ def finite(x):
     return not torch.is_tensor(x) or not x.is_floating_point() or bool(torch.isfinite(x).all())
 
 
-def compare(rows, seconds):
-    """Those that are compiled first come last: they take seconds each."""
-    found, skipped, end = [], [], time.monotonic() + seconds
-    pairs = [(s, name, make) for s in rows for name, make in PEERS.get(s.kind, [])]
-    for s, name, make in sorted(pairs, key=lambda p: p[1] == "torch.compile"):
-        result, reason = None, None
-        try:
-            if time.monotonic() > end:
-                raise Skip(f"the {seconds:.0f} s for peers are over")
-            c, call = make(s)
-            if not finite(call(0)):
-                raise Skip("its output is not finite")
-            result = take(call, c.sets, getattr(c, "captures", True))
-        except Skip as e:
-            reason = str(e)
-        except Exception as e:  # a peer's failure is a line of the result
-            reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        c = call = None
+def first_line(e):
+    return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+
+
+def time_one(row, name, captures):
+    """(result or None, reason, whether this process can go on); NotCaptured is the reason of a second try."""
+    try:
+        s = parse(row)
+        s.device, s.tiny = "cuda", False
+        c, call = dict(PEERS[s.kind])[name](s)
+        if not finite(call(0)):
+            raise Skip("its output is not finite")
+        return take(call, c.sets, captures and getattr(c, "captures", True)), None, True
+    except Skip as e:
+        return None, str(e), True
+    except NotCaptured:
+        return None, NotCaptured.__name__, False
+    except torch.cuda.OutOfMemoryError as e:
+        return None, first_line(e), True
+    except Exception as e:  # a peer's failure is a line of the result
+        return None, first_line(e), False
+
+
+def work(pipe, todo):
+    """The process that times peers: answers of `todo` in order, the last one where it cannot go on."""
+    torch.set_grad_enabled(False)
+    for one in todo:
+        answer = time_one(*one)
+        pipe.send(answer)
+        if not answer[2]:
+            return
         torch.cuda.empty_cache()
-        if result:
-            found.append({"row": s.row, "peer": name, **result})
-            print(f"{s.row:<50} {name:<32} {result['us']:>10.1f} us ({result['timing']})", flush=True)
-        else:
-            skipped.append({"row": s.row, "peer": name, "reason": reason})
-    return found, skipped
+
+
+def answers(todo, end, worker):
+    """Of one process, as long as it lives: the rest of `todo` is for the next."""
+    processes = multiprocessing.get_context("spawn")
+    here, there = processes.Pipe(duplex=False)
+    child = processes.Process(target=worker, args=(there, todo))
+    child.start()
+    there.close()
+    try:
+        for _ in todo:
+            limit = min(MOST_SECONDS, end - time.monotonic())
+            try:
+                yield here.recv() if here.poll(max(limit, 0)) else (None, f"took more than {limit:.0f} s", False)
+            except EOFError:
+                child.join()
+                yield None, f"its process ended with {child.exitcode}", False
+    finally:
+        child.kill()
+        child.join(10)  # one that the driver holds may not end
+
+
+def compare(pairs, seconds, write, worker=work):
+    """@param pairs  (row, peer)
+    @param write  is given results and reasons whenever there is one more"""
+    end = time.monotonic() + seconds
+    todo, found, skipped = [(*p, True) for p in pairs], [], []
+    while todo and time.monotonic() < end:
+        for result, reason, good in answers(todo, end, worker):
+            row, name, captures = todo.pop(0)
+            if result:
+                found.append({"row": row, "peer": name, **result})
+                print(f"{row:<50} {name:<32} {result['us']:>10.1f} us ({result['timing']})", flush=True)
+            elif captures and reason == NotCaptured.__name__:
+                todo.insert(0, (row, name, False))
+            else:
+                skipped.append({"row": row, "peer": name, "reason": reason})
+                print(f"{row:<50} {name:<32} {reason}", flush=True)
+            write(found, skipped)
+            if not good or time.monotonic() > end:
+                break
+    skipped += [{"row": row, "peer": name, "reason": f"the {seconds:.0f} s for peers are over"}
+                for row, name, _ in todo]
+    write(found, skipped)
+
+
+def by_weight(pair):
+    """Those that targets name come first; compiled ones, which take seconds each, after them."""
+    name = pair[1]
+    return 1 if name == "torch.compile" else 0 if name.startswith(("torch eager", "torch.topk", "SDPA", "published")) else 2
 
 
 # -- check ------------------------------------------------------------------------------------------------------
@@ -458,32 +526,38 @@ SMALL = ["window/T:300/W:16/f32/lse", "window/T:300/W:16/f32/no_lse", "window/T:
          "step/h2o/C:64/bf16"]
 
 
+def check_one(s, make):
+    """What came of a peer's result against float64."""
+    c, call = make(s)
+    got = call(0)
+    if hasattr(c, "seen"):
+        return "agrees" if got.shape[-1] == s.k and torch.equal(c.seen(0, got), c.reference(0)) else "WRONG"
+    if not hasattr(c, "reference"):
+        return "agrees" if finite(got) else "WRONG: not finite"
+    want = c.reference(0)
+    error = ((got.double() - want).norm() / want.norm()).item()
+    return "agrees" if error <= (1e-4 if s.dtype == "f32" else 2e-2) else f"WRONG: off by {error:.2g}"
+
+
 def check(device):
-    """Results of all peers that can run here against float64."""
+    """All peers that can run here. @return whether none is wrong"""
     torch.manual_seed(5)
-    ran = 0
+    counts = {}
     for row in SMALL:
         s = parse(row)
         s.device, s.tiny, s.heads = device, True, 2
         for name, make in PEERS[s.kind]:
             try:
-                c, call = make(s)
+                what = check_one(s, make)
             except Skip as e:
-                print(f"{row:<45} {name:<32} skipped: {e}")
-                continue
-            got = call(0)
-            if hasattr(c, "seen"):
-                assert got.shape[-1] == s.k and torch.equal(c.seen(0, got), c.reference(0)), f"{row}: {name}"
-            elif hasattr(c, "reference"):
-                tolerance = 1e-4 if s.dtype == "f32" else 2e-2
-                want = c.reference(0)
-                error = ((got.double() - want).norm() / want.norm()).item()
-                assert error <= tolerance, f"{row}: {name} is off by {error:.2g}"
-            else:
-                assert finite(got), f"{row}: {name}"
-            ran += 1
-            print(f"{row:<45} {name:<32} agrees")
-    print(f"{ran} peers checked on {device}")
+                what = f"skipped: {e}"
+            except RuntimeError as e:  # some forms of SDPA have no fp32
+                what = f"refused: {first_line(e)}"
+            print(f"{row:<45} {name:<32} {what}")
+            word = what.split(":")[0]
+            counts[word] = counts.get(word, 0) + 1
+    print(f"peers on {device}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+    return counts.get("agrees", 0) > 0 and "WRONG" not in counts
 
 
 def main():
@@ -497,22 +571,26 @@ def main():
     if a.check:
         if reason:
             sys.exit(f"SKIPPED: {reason}")
-        check("cuda" if torch.cuda.is_available() else "cpu")
-        return
+        sys.exit(0 if check("cuda" if torch.cuda.is_available() else "cpu") else 1)
     if not reason and not torch.cuda.is_available():
         reason = "torch sees no device"
-    found, skipped, context = [], [{"row": "all", "peer": "all", "reason": reason}], {}
-    if not reason:
-        torch.set_grad_enabled(False)
-        rows = [parse(r["name"]) for r in json.loads(a.ours.read_text())["benchmarks"]]
-        for s in rows:
-            s.device, s.tiny = "cuda", False
-        found, skipped = compare([s for s in rows if s.kind in PEERS], a.seconds)
-        context = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    else:
+    context = {} if reason else {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+
+    def write(found, skipped):
+        if a.json:
+            a.json.write_text(json.dumps({"context": context, "rows": found, "skipped": skipped}, indent=1) + "\n")
+
+    if reason:
         print(f"peers SKIPPED: {reason}")
-    if a.json:
-        a.json.write_text(json.dumps({"context": context, "rows": found, "skipped": skipped}, indent=1) + "\n")
+        write([], [{"row": "all", "peer": "all", "reason": reason}])
+        return
+    try:
+        rows = [results.row_name(r["name"]) for r in results.read(a.ours)["benchmarks"]
+                if not r.get("error_occurred")]
+    except results.Unreadable as e:
+        sys.exit(f"no shapes: {e}")
+    pairs = [(row, name) for row in rows for name, _ in PEERS.get(row.split("/")[0], [])]
+    compare(sorted(pairs, key=by_weight), a.seconds, write)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class LeanStep:
 
     def write(self, k, v):
         self.k[self.heads, self.slot], self.v[self.heads, self.slot] = k, v
-        self.position[self.heads, self.slot] = self.now
+        self.position.scatter_(1, self.slot[:, None], self.now)  # a number as such: graphs refuse copies of one
         self.now += 1
 
     def protected(self):
@@ -225,7 +225,7 @@ class LeanH2O(LeanStep):
 
     def step(self, q, k, v):
         self.write(k, v)
-        self.sums[self.heads, self.slot] = 0.0
+        self.sums.scatter_(1, self.slot[:, None], 0.0)
         self.attend(q)
         self.sums += self.weights.mean(dim=1)
         self.slot = self.sums.masked_fill(self.protected(), math.inf).argmin(dim=-1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-"""bench/cuda/table.py on made-up inputs: the arithmetic of ratios, targets met, missed and not measured."""
+"""bench/cuda/table.py and results.py on made-up inputs: ratios, targets met, missed and not measured, broken files."""
 
 import json
 import subprocess
@@ -8,7 +8,8 @@ import tempfile
 import unittest
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench/cuda/table.py"
+FOLDER = Path(__file__).resolve().parents[2] / "bench/cuda"
+SCRIPT = FOLDER / "table.py"
 
 
 def row(name, us, **counters):
@@ -109,6 +110,62 @@ class Table(unittest.TestCase):
         self.assertEqual(cells, {})
         self.assertIn("- attend/C:4096/B:64/bf16 failed: no memory", lines)
         self.assertIn("- CuPy skipped: absent (2 rows)", lines)
+
+    def test_who_was_not_timed_as_a_graph_says_so(self):
+        name = "step/morphkv/C:1024/bf16"
+        cells, _ = self.page([row(name, 8.0, overhead_us=1.0)],
+                             [dict(peer(name, "published MorphKV", 400), timing="stream"),
+                              dict(peer(name, "lean MorphKV", 500), timing="graph")])
+        self.assertEqual(cells[name][5], "published MorphKV, by stream")
+        self.assertEqual(cells[name][-1], "met (1); met (50)")
+
+    def test_a_summary_names_failures_first_then_counts_targets(self):
+        rows = [row("window/T:32768/W:32/bf16/lse", 20.0), row("window/T:32768/W:16/bf16/lse", 12.0),
+                {"name": "attend/C:512/bf16", "error_occurred": True, "error_message": "a fault"},
+                {"name": "overlapped/x/C:512/bf16", "error_occurred": True, "error_message": "skipped: none here"},
+                row("calibration/wgmma", 1.0, **{"TFLOP/s": 612.0})]
+        with tempfile.TemporaryDirectory() as folder:
+            ours, others, page = (Path(folder) / n for n in ("ours.json", "peers.json", "table.md"))
+            ours.write_text(json.dumps({"context": {"incomplete": "x was cut off"}, "benchmarks": rows}))
+            others.write_text("{")
+            lines = self.run_script("table.py", "--page", page, ours, others).stdout.splitlines()
+            self.assertIn("| window/T:32768/W:32/bf16/lse |", page.read_text())
+            self.assertIn("peers.json is no JSON", page.read_text())
+        self.assertIn("wgmma bf16 612 TFLOP/s", lines[0])
+        self.assertEqual(lines[1:4], ["- incomplete: x was cut off", "- attend/C:512/bf16 failed: a fault",
+                                      "- overlapped/x/C:512/bf16 skipped: none here"])
+        self.assertIn("window, floor <= 1.6x: 1 met, 1 missed", lines)
+        self.assertIn("  missed: window/T:32768/W:32/bf16/lse, 2", lines)
+        self.assertIn("window, torch eager >= 8x: 2 not measured", lines)
+
+    def run_script(self, name, *words):
+        return subprocess.run([sys.executable, str(FOLDER / name), *map(str, words)], capture_output=True, text=True)
+
+    def test_files_of_stopped_programs(self):
+        whole = json.dumps({"context": {"device": "d", "host_name": "h"}, "benchmarks": [row("a/C:1", 1), row("b/C:1", 2)]},
+                           indent=1)
+        with tempfile.TemporaryDirectory() as folder:
+            def file(name, text):
+                (Path(folder) / name).write_text(text)
+                return Path(folder) / name
+            cut = [file("after_row.json", whole[:whole.rindex("}", 0, -4) + 1]),
+                   file("within_row.json", whole[:whole.index('"b/C:1') + 9])]
+            bad = [file("head.json", whole[:whole.index('{\n   "name"')]), file("empty.json", "")]
+            warps = file("warps.json", json.dumps({"context": {"products": "warps"}, "benchmarks": [row("c/C:1", 3)]}))
+            joined = json.loads(self.run_script("results.py", *cut, *bad, warps).stdout)
+            none = self.run_script("table.py", file("none.json", json.dumps({"context": {}, "benchmarks": []})))
+            failed = [self.run_script("table.py", f) for f in [*bad, Path(folder) / "missing.json"]]
+        self.assertEqual([r["name"].split("/")[0] for r in joined["benchmarks"]], list("abac"))
+        self.assertEqual(joined["benchmarks"][-1]["products"], "warps")
+        self.assertEqual(joined["context"]["device"], "d")
+        self.assertNotIn("host_name", joined["context"])
+        for text in ("after_row.json was cut off: 2 rows", "within_row.json was cut off: 1 rows",
+                     "head.json: no row in it", "empty.json: empty"):
+            self.assertIn(text, joined["context"]["incomplete"])
+        for done in [none, *failed]:
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stderr, "^no table: ")
+            self.assertNotIn("Traceback", done.stderr)
 
 
 if __name__ == "__main__":

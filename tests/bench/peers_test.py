@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+"""bench/cuda/peers.py without torch: what a peer that fails, crashes or hangs costs the others (nothing)."""
+
+import os
+import sys
+import time
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench/cuda"))
+import peers  # noqa: E402
+
+
+def pretend(pipe, todo):
+    """Does what a peer's name says. Every process tells its own number."""
+    for row, name, captures in todo:
+        result = {"us": 1.0, "timing": "graph" if captures else "stream", "process": os.getpid()}
+        if name == "crash":
+            os._exit(7)
+        if name == "hang":
+            time.sleep(600)
+        answer = (result, None, True)
+        if name == "skip":
+            answer = (None, "not for this row", True)
+        if name == "fail":
+            answer = (None, "RuntimeError: broken", False)
+        if name == "no capture" and captures:
+            answer = (None, peers.NotCaptured.__name__, False)
+        pipe.send(answer)
+        if not answer[2]:
+            return
+
+
+class Peers(unittest.TestCase):
+    def compare(self, *names, seconds=60.0):
+        written = []
+        peers.compare([("row", n) for n in names], seconds, lambda *x: written.append([list(y) for y in x]), pretend)
+        found, skipped = written[-1]
+        return {f["peer"]: f for f in found}, {s["peer"]: s["reason"] for s in skipped}, written
+
+    def test_a_failure_costs_the_others_nothing(self):
+        found, skipped, written = self.compare("a", "fail", "b", "crash", "c", "skip", "no capture", "d")
+        self.assertEqual(list(found), ["a", "b", "c", "no capture", "d"])
+        self.assertEqual(skipped, {"fail": "RuntimeError: broken", "crash": "its process ended with 7",
+                                   "skip": "not for this row"})
+        # What failed has its process to itself and those before it; a skipped row spoils none.
+        process = {name: f["process"] for name, f in found.items()}
+        self.assertEqual(len({process[n] for n in "abc"}), 3)
+        self.assertNotEqual(process["c"], process["d"])
+        self.assertEqual(found["no capture"]["timing"], "stream")
+        self.assertEqual(found["d"]["timing"], "graph")
+        self.assertGreater(len(written), 8)  # after each
+
+    def test_one_that_hangs_is_stopped(self):
+        most, peers.MOST_SECONDS = peers.MOST_SECONDS, 3
+        try:
+            found, skipped, _ = self.compare("hang", "a")
+        finally:
+            peers.MOST_SECONDS = most
+        self.assertEqual(list(found), ["a"])
+        self.assertEqual(skipped, {"hang": "took more than 3 s"})
+
+    def test_what_does_not_fit_into_the_time_is_listed(self):
+        found, skipped, _ = self.compare("hang", "a", "b", seconds=3.0)
+        self.assertEqual(found, {})
+        self.assertRegex(skipped["hang"], "took more than [23] s")
+        self.assertEqual(skipped["b"], "the 3 s for peers are over")
+
+    def test_targets_come_first(self):
+        names = ["lean H2O", "torch.compile", "SDPA math, group as rows", "CuPy argsort", "torch eager"]
+        self.assertEqual([n for _, n in sorted((("row", n) for n in names), key=peers.by_weight)],
+                         ["SDPA math, group as rows", "torch eager", "torch.compile", "lean H2O", "CuPy argsort"])
+
+
+if __name__ == "__main__":
+    unittest.main()
