@@ -6,9 +6,8 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -20,10 +19,9 @@ namespace bench {
 
 using namespace kvkeep;
 
+/// @throws std::runtime_error
 inline void expect(status s, char const* what) {
-  if (s == status::ok) return;
-  std::fprintf(stderr, "%s: %s\n", what, kvkeep::to_string(s));
-  std::abort();
+  if (s != status::ok) throw std::runtime_error(std::string(what) + ": " + kvkeep::to_string(s));
 }
 
 inline double quantile(std::vector<double> v, double q) {

@@ -94,8 +94,6 @@ void check_attend(suite& s, dtype type) {
              std::vector<float>(cpu.fold.out.data, cpu.fold.out.data + c.sums.per_set()), 1e-3);
 }
 
-}  // namespace
-
 void check_attention(suite& s) {
   for (dtype t : all_types) check_attend(s, t);
 }
@@ -119,4 +117,7 @@ void add_attention_rows(suite& s) {
   for (dtype t : {dtype::f16, dtype::f32}) add_attend(s, with(1024, 8, t), false);
 }
 
+parts_of_unit const attention({{"attention", add_attention_rows, check_attention}});
+
+}  // namespace
 }  // namespace bench

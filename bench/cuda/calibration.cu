@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Rates of this device, by kernels as plain as can be: floors are made of what was measured here.
+// Rates of this device, by kernels as plain as can be: each program measures those that its floors are made of.
 //   calibration/empty_node  an empty kernel among others in a graph: the least time of any launch
 //   calibration/copy, read  device memory, 16 bytes per lane
 //   calibration/mma         bf16 products of mma.sync from registers, random operands
 //   calibration/wgmma       the same of warpgroups' products, where program and device have them
 //   calibration/fma, exp2   fused multiply-adds, exponentials, eight chains per thread
+#include <map>
+
 #include <kvkeep/backend/cuda/kernels/core_rows.cuh>
 #include <kvkeep/backend/cuda/window_plan.hpp>
 
@@ -160,22 +162,24 @@ struct calibration {
   std::vector<double> seconds{};  ///< per call, by sample
 };
 
-std::vector<calibration>& results() {
-  static std::vector<calibration> all;
+std::map<std::string, calibration>& results() {
+  static std::map<std::string, calibration> all;
   return all;
 }
 
-/// Samples of `calls` launches, `start(i)` each.
+bool has_warpgroups(suite const& s) { return cuda::warpgroups_multiply(s.ctx.capability, 128); }
+
+/// Samples of `calls` launches, `start(i)` each. A few do: they hardly differ, and every program takes them.
 template <class Start>
 void take(suite& s, calibration what, int calls, Start const& start) {
   recording const r(s.ctx.stream, [&] {
     for (int i = 0; i < calls; ++i) expect(start(i), what.name);
   });
-  what.seconds = time_replays(r, s.samples);
+  what.seconds = time_replays(r, std::min(s.samples, 30));
   for (double& t : what.seconds) t /= calls;
   double const t = quantile(what.seconds, 0.5);
   s.rates.*what.rate = what.amount > 0 ? what.amount / t : t;
-  results().push_back(std::move(what));
+  results()[what.name] = std::move(what);
 }
 
 void calibrate_memory(suite& s) {
@@ -197,20 +201,17 @@ void calibrate_memory(suite& s) {
   });
 }
 
+int rounds_of(suite const& s) { return s.tiny ? 2 : 2000; }
+int blocks_of(suite const& s) { return s.tiny ? 1 : 8 * s.ctx.n_sm; }
+
 void calibrate_arithmetic(suite& s) {
-  int const rounds = s.tiny ? 2 : 2000, blocks = s.tiny ? 1 : 8 * s.ctx.n_sm;
+  int const rounds = rounds_of(s), blocks = blocks_of(s);
   double const all = 1.0 * blocks * threads;
   rotated<float> const out(1, static_cast<std::size_t>(blocks) * threads);
   cuda::grid const g{blocks, 1, threads};
   take(s, {"mma", "TFLOP/s", 1e-12, &peaks::mma, mma_kernel::flops(all / 32, rounds)}, 2, [&](int) {
     return launch(s.ctx, g, 0, mma_kernel{rounds, out.data()});
   });
-  if constexpr (cuda::has_sm90a_code)
-    if (cuda::warpgroups_multiply(s.ctx.capability, 128))
-      take(s, {"wgmma", "TFLOP/s", 1e-12, &peaks::wgmma, wgmma_kernel::flops(all / 128, rounds)}, 2,
-           [&](int) {
-             return launch(s.ctx, g, wgmma_kernel::bytes(), wgmma_kernel{rounds, out.data()});
-           });
   double const chain = all * rounds * fma_kernel::chains * fma_kernel::each;
   take(s, {"fma", "TFLOP/s", 1e-12, &peaks::fma, 2 * chain}, 2, [&](int) {
     return launch(s.ctx, g, 0, fma_kernel{rounds, out.data()});
@@ -231,20 +232,35 @@ void calibrate(suite& s) {
   calibrate_arithmetic(s);
 }
 
+void calibrate_warpgroups(suite& s) {
+  if constexpr (cuda::has_sm90a_code) {
+    if (s.rates.wgmma > 0 || !has_warpgroups(s)) return;
+    int const rounds = rounds_of(s), blocks = blocks_of(s);
+    double const all = 1.0 * blocks * threads;
+    rotated<float> const out(1, static_cast<std::size_t>(blocks) * threads);
+    take(s, {"wgmma", "TFLOP/s", 1e-12, &peaks::wgmma, wgmma_kernel::flops(all / 128, rounds)}, 2,
+         [&](int) {
+           return launch(s.ctx, {blocks, 1, threads}, wgmma_kernel::bytes(),
+                         wgmma_kernel{rounds, out.data()});
+         });
+  }
+}
+
 void add_calibration_rows(suite& s) {
-  for (calibration const& what : results()) {
-    add_device_row(s, std::string("calibration/") + what.name,
-                   [&what](benchmark::State& state, suite const& on) {
-                     std::size_t i = 0;
-                     for (auto _ : state)
-                       state.SetIterationTime(what.seconds[i++ % what.seconds.size()]);
-                     double const t = quantile(what.seconds, 0.5);
-                     auto& c = state.counters;
-                     c["us"] = t * 1e6;
-                     c["spread"] =
-                         (quantile(what.seconds, 0.75) - quantile(what.seconds, 0.25)) / t;
-                     c[what.unit] = on.rates.*what.rate * what.scale;
-                   });
+  std::vector<std::string> names{"empty_node", "copy", "read", "mma", "fma", "exp2"};
+  if (has_warpgroups(s)) names.push_back("wgmma");
+  for (std::string const& name : names) {
+    add_device_row(s, "calibration/" + name, [name](benchmark::State& state, suite& on) {
+      if (name == "wgmma") calibrate_warpgroups(on);
+      calibration const& what = results().at(name);
+      std::size_t i = 0;
+      for (auto _ : state) state.SetIterationTime(what.seconds[i++ % what.seconds.size()]);
+      double const t = quantile(what.seconds, 0.5);
+      auto& c = state.counters;
+      c["us"] = t * 1e6;
+      c["spread"] = (quantile(what.seconds, 0.75) - quantile(what.seconds, 0.25)) / t;
+      c[what.unit] = on.rates.*what.rate * what.scale;
+    });
   }
 }
 

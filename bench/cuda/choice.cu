@@ -159,10 +159,8 @@ void check_selection(suite& s, scores kind) {
   auto const cpu = c.op(host);
   run_on_cpu(cpu);
   run_once(s.ctx, c.op(on_device{}));
-  if (std::string const what = c.fault(); !what.empty()) {
-    std::fprintf(stderr, "select_k: %s\n", what.c_str());
-    std::exit(1);
-  }
+  if (std::string const what = c.fault(); !what.empty())
+    throw std::runtime_error("select_k: " + what);
   auto const kept = c.kept.download();
   for (index_t b = 0; b < p.batch; ++b)
     for (index_t h = 0; h < p.kv_heads; ++h) {
@@ -198,35 +196,40 @@ void check_move(suite& s) {
              std::vector<index_t>(at, at + c.to_positions.per_set()));
 }
 
-}  // namespace
-
-void check_choice(suite& s) {
-  for (scores kind : all_scores) check_selection(s, kind);
-  check_move(s);
+template <class F>
+point point_with(F const& change) {
+  point p = base;
+  p.type = dtype::bf16;
+  change(p);
+  return p;
+}
+point tiny_point() {
+  return point_with(
+      [](point& p) { p.tokens = 200, p.capacity = 40, p.window = 8, p.kv_heads = 2; });
 }
 
-void add_choice_rows(suite& s) {
-  auto const with = [&](auto change) {
-    point p = base;
-    p.type = dtype::bf16;
-    change(p);
-    return p;
-  };
-  if (s.tiny) {
-    auto const small = [](point& p) {
-      p.tokens = 200, p.capacity = 40, p.window = 8, p.kv_heads = 2;
-    };
-    add_select(s, with(small));
-    add_compact(s, with(small));
-    return;
-  }
+void add_selection_rows(suite& s) {
+  if (s.tiny) return add_select(s, tiny_point());
+  auto const with = [](auto const& change) { return point_with(change); };
   for (scores kind : all_scores) add_select(s, with([=](point& p) { p.values = kind; }));
   for (index_t n : {32768, 131072}) add_select(s, with([=](point& p) { p.tokens = n; }));
   for (index_t n : {8192, 32768})
     add_select(s, with([=](point& p) { p.batch = 32, p.tokens = n; }));
+}
+
+void add_move_rows(suite& s) {
+  if (s.tiny) return add_compact(s, tiny_point());
+  auto const with = [](auto const& change) { return point_with(change); };
   for (index_t c : {512, 1024, 2048, 4096}) add_compact(s, with([=](point& p) { p.capacity = c; }));
   add_compact(s, with([](point& p) { p.tokens = 131072; }));
   add_compact(s, with([](point& p) { p.batch = 8; }));
 }
 
+parts_of_unit const choice({{"selection", add_selection_rows,
+                             [](suite& s) {
+                               for (scores kind : all_scores) check_selection(s, kind);
+                             }},
+                            {"moves", add_move_rows, check_move}});
+
+}  // namespace
 }  // namespace bench

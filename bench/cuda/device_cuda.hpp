@@ -6,9 +6,8 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,11 +16,12 @@ namespace bench {
 
 inline constexpr bool on_a_device = true;
 
+/// @throws std::runtime_error
 inline void must(cudaError_t e, char const* what) {
-  if (e == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(e));
-  std::abort();
+  if (e != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(e));
 }
+/// So that a failed row's error is not taken for one of the next (one that broke the device comes back).
+inline void forget_errors() { cudaGetLastError(); }
 
 /// @return why there is none, or an empty string
 inline std::string missing_device() {
@@ -63,7 +63,7 @@ inline void* take_memory(std::size_t bytes) {
   cudaGetLastError();
   throw std::bad_alloc();
 }
-inline void give_memory(void* p) { must(cudaFree(p), "cudaFree"); }
+inline void give_memory(void* p) { cudaFree(p); }
 inline void fill_memory(void* p, int byte, std::size_t bytes) {
   must(cudaMemset(p, byte, bytes), "cudaMemset");
   must(cudaDeviceSynchronize(), "cudaMemset");
@@ -78,18 +78,22 @@ class recording {
  public:
   template <class F>
   recording(cudaStream_t s, F&& enqueue) : stream_(s) {
-    must(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-    enqueue();
-    must(cudaStreamEndCapture(s, &graph_), "cudaStreamEndCapture");
-    must(cudaGraphInstantiate(&program_, graph_, 0), "cudaGraphInstantiate");
-    must(cudaGraphUpload(program_, s), "cudaGraphUpload");
+    // Relaxed: the first launch of a kernel loads its code.
+    must(cudaStreamBeginCapture(s, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
+    try {
+      enqueue();
+      must(cudaStreamEndCapture(s, &graph_), "cudaStreamEndCapture");
+      must(cudaGraphInstantiate(&program_, graph_, 0), "cudaGraphInstantiate");
+      must(cudaGraphUpload(program_, s), "cudaGraphUpload");
+    } catch (...) {
+      if (graph_ == nullptr) cudaStreamEndCapture(s, &graph_);
+      destroy();
+      throw;
+    }
   }
   recording(recording const&) = delete;
   recording& operator=(recording const&) = delete;
-  ~recording() {
-    cudaGraphExecDestroy(program_);
-    cudaGraphDestroy(graph_);
-  }
+  ~recording() { destroy(); }
 
   void replay() const { must(cudaGraphLaunch(program_, stream_), "cudaGraphLaunch"); }
   cudaStream_t stream() const { return stream_; }
@@ -108,6 +112,11 @@ class recording {
   }
 
  private:
+  void destroy() {
+    if (program_ != nullptr) cudaGraphExecDestroy(program_);
+    if (graph_ != nullptr) cudaGraphDestroy(graph_);
+  }
+
   cudaStream_t stream_;
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t program_ = nullptr;

@@ -3,6 +3,8 @@
 /// The driver's main function.
 #pragma once
 
+#include <algorithm>
+#include <cstdio>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,58 +31,69 @@ inline void describe(suite const& s) {
   add("copy_gb_per_s", s.rates.copy * 1e-9);
   add("read_gb_per_s", s.rates.read * 1e-9);
   add("mma_tflops", s.rates.mma * 1e-12);
-  if (s.rates.wgmma > 0) add("wgmma_tflops", s.rates.wgmma * 1e-12);
   add("fma_tflops", s.rates.fma * 1e-12);
   add("exp2_t_per_s", s.rates.exp2 * 1e-12);
 }
 
-/// Rows of some ops, and those ops' agreement with the CPU backend.
-struct part {
-  void (*check)(suite&);
-  void (*add)(suite&);
-};
-inline std::vector<part> all_parts() {
-  return {{check_scoring, add_scoring_rows},
-          {check_choice, add_choice_rows},
-          {check_attention, add_attention_rows},
-          {nullptr, add_step_rows}};  // checked row by row: slots, positions, faults
+/// Registers all rows that are wanted, those about warpgroups last; if there are any, calibrates.
+/// @param parts  outlives the rows
+inline void prepare(suite& s, std::vector<part>& parts) {
+  std::stable_partition(parts.begin(), parts.end(), [](part const& p) { return !p.wide; });
+  for (part& p : parts) {
+    s.adding = &p;
+    p.add(s);
+  }
+  s.adding = nullptr;
+  if (s.rows > 0) calibrate(s);
 }
 
-/// Calibrates, checks, registers all rows.
-inline void prepare(suite& s, std::vector<part> const& parts) {
-  calibrate(s);
-  for (part const& p : parts)
-    if (p.check != nullptr) p.check(s);
-  describe(s);
-  add_calibration_rows(s);
-  for (part const& p : parts) p.add(s);
+/// Takes our own words out of the command line:
+///   --filter=REGEX  rows whose names match
+///   --warps         no warpgroups anywhere, as on an older device
+inline void take_options(suite& s, std::vector<std::string>& words) {
+  std::string_view const filter = "--filter=";
+  std::erase_if(words, [&](std::string const& w) {
+    if (w == "--warps") {
+      s.ctx.capability = 80;
+      benchmark::AddCustomContext("products", "warps");
+      return true;
+    }
+    if (w.rfind(filter, 0) != 0) return false;
+    s.only.emplace(w.substr(filter.size()), std::regex::extended);
+    return true;
+  });
 }
 
-/// `--filter=REGEX` is short for `--benchmark_filter=REGEX`.
-inline std::vector<std::string> spelled_out(int argc, char** argv) {
-  std::vector<std::string> words(argv, argv + argc);
-  for (std::string& w : words)
-    if (w.rfind("--filter=", 0) == 0) w = "--benchmark_" + w.substr(2);
-  return words;
-}
-
+/// @return 0; 1: something failed; 4: a check of warpgroups' products did; 77: no device. Rows that failed
+///   name the reason in the output, and the others have run.
 inline int run_on_device(int argc, char** argv) {
   if (std::string const why = missing_device(); !why.empty()) {
     std::printf("SKIPPED: no CUDA device (%s)\n", why.c_str());
     return 77;
   }
-  auto words = spelled_out(argc, argv);
-  std::vector<char*> pointers;
-  for (std::string& w : words) pointers.push_back(w.data());
-  int n = argc;
-  pointers.push_back(nullptr);
-  benchmark::Initialize(&n, pointers.data());
-  if (benchmark::ReportUnrecognizedArguments(n, pointers.data())) return 1;
-  suite s(new_stream());
-  prepare(s, all_parts());
-  benchmark::RunSpecifiedBenchmarks();
-  benchmark::Shutdown();
-  return 0;
+  std::vector<std::string> words(argv, argv + argc);
+  try {
+    suite s(new_stream());
+    take_options(s, words);
+    std::vector<char*> pointers;
+    for (std::string& w : words) pointers.push_back(w.data());
+    int n = static_cast<int>(pointers.size());
+    pointers.push_back(nullptr);
+    benchmark::Initialize(&n, pointers.data());
+    if (benchmark::ReportUnrecognizedArguments(n, pointers.data())) return 1;
+    prepare(s, all_parts());
+    if (s.rows == 0) {
+      std::printf("no row of this program is wanted\n");
+      return 0;
+    }
+    describe(s);
+    benchmark::RunSpecifiedBenchmarks();
+    benchmark::Shutdown();
+    return s.wide_failed ? 4 : s.failed > 0 ? 1 : 0;
+  } catch (std::exception const& e) {
+    std::fprintf(stderr, "FAILED before any row: %s\n", e.what());
+    return 1;
+  }
 }
 
 }  // namespace bench

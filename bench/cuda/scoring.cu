@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Scoring by query rows: SnapKV's window (op::column_sums of W rows), H2O's prompt (of all rows), MorphKV's
 // direct form (op::fused_rows). Where warpgroups multiply, rows window_mma and h2o_prompt_mma are what warps take
-// for the same (KVKEEP_CUDA_SM90A; nobody has run either on a device yet, so the choice waits for these rows).
+// for the same (KVKEEP_CUDA_SM90A; nobody has run either on a device yet, so the choice waits for these rows). They
+// come first: should warpgroups fail, these figures are there.
 #include <kvkeep/backend/cuda/fused_rows.cuh>
 
 #include "reference.hpp"
@@ -89,15 +90,16 @@ bool by_warpgroups(cuda::context const& ctx, point const& p) {
 
 /// @param pairs   of a query row and a visible key, per query head, over the batch
 /// @param passes  1 with log-sum-exps, else 2
-/// @param wide    warpgroups multiply
-work work_of(point const& p, index_t n_rows, double pairs, double passes, bool wide) {
+/// @param wide    how many of these warpgroups multiply
+work work_of(point const& p, index_t n_rows, double pairs, double passes, double wide) {
   double const heads = 1.0 * p.batch * p.kv_heads;
   double const keys = heads * p.tokens * p.dim * dtype_bytes(p.type);
   work w;
   w.read = passes * keys + heads * p.group * n_rows * p.dim * 4;
   w.moved = heads * p.tokens * 4;
-  double const flops = passes * 2 * p.dim * pairs * p.kv_heads * p.group;
-  (p.type == dtype::f32 ? w.fma : wide ? w.wgmma : w.mma) = flops;
+  double const flops = 2 * p.dim * pairs * p.kv_heads * p.group;
+  w.wgmma = wide * flops;
+  (p.type == dtype::f32 ? w.fma : w.mma) = (passes - wide) * flops;
   w.exps = passes * pairs * p.kv_heads * p.group;
   return w;
 }
@@ -132,7 +134,8 @@ void add_window(suite& s, point const& p, bool given_lse, products which = produ
         scoring_case const c(on, p, p.window, given_lse, r.sets);
         double const pairs = 1.0 * p.batch * p.window * p.tokens;
         bool const wide = by_warpgroups(on.ctx, p);
-        measure_scores(state, on, c, work_of(p, p.window, pairs, given_lse ? 1 : 2, wide), r,
+        double const passes = given_lse ? 1 : 2;
+        measure_scores(state, on, c, work_of(p, p.window, pairs, passes, wide ? passes : 0), r,
                        [&](std::size_t set) { return c.sums(on_device{set}); });
         if (wide) state.counters["warpgroups"] = 1;
       });
@@ -150,7 +153,7 @@ void add_prompt(suite& s, point const& p, products which = products::chosen) {
                    scoring_case const c(on, p, p.tokens, true, r.sets);
                    double const pairs = 0.5 * p.batch * p.tokens * (p.tokens + 1.0);
                    bool const wide = by_warpgroups(on.ctx, p);
-                   measure_scores(state, on, c, work_of(p, p.tokens, pairs, 1, wide), r,
+                   measure_scores(state, on, c, work_of(p, p.tokens, pairs, 1, wide ? 1 : 0), r,
                                   [&](std::size_t set) { return c.sums(on_device{set}); });
                    if (wide) state.counters["warpgroups"] = 1;
                  });
@@ -164,7 +167,8 @@ void add_fused(suite& s, point const& p) {
                        rotate(static_cast<double>(set_bytes(p, rows)), on.rotate_bytes, 1);
                    scoring_case const c(on, p, rows, false, r.sets);
                    double const pairs = 1.0 * p.batch * rows * (p.tokens - p.window);
-                   measure_scores(state, on, c, work_of(p, rows, pairs, 2, false), r,
+                   double const wide = by_warpgroups(on.ctx, p) ? 1 : 0;  // log-sum-exps alone
+                   measure_scores(state, on, c, work_of(p, rows, pairs, 2, wide), r,
                                   [&](std::size_t set) { return c.fused(on_device{set}); });
                  });
 }
@@ -191,33 +195,41 @@ void check_case(suite& s, dtype type, bool given_lse, products which) {
   check_same("fused_rows", c.out.download(), fused, 1e-3);
 }
 
-}  // namespace
-
-void check_scoring(suite& s) {
+void check_all(suite& s, products which) {
   for (dtype t : all_types)
+    for (bool lse : {true, false}) check_case(s, t, lse, which);
+}
+
+template <class F>
+point point_with(suite const& s, F const& change) {
+  point p = base;
+  p.type = dtype::bf16;
+  if (s.tiny) p.tokens = 100, p.kv_heads = 1, p.window = 8;
+  change(p);
+  return p;
+}
+void same(point&) {}
+
+/// By warps, where warpgroups would do it.
+void add_warp_rows(suite& s) {
+  auto const with = [&](auto const& change) { return point_with(s, change); };
+  if (!by_warpgroups(s.ctx, with(same))) return;
+  if (s.tiny) {
+    add_window(s, with(same), false, products::warps);
+    return add_prompt(s, with(same), products::warps);
+  }
+  for (index_t w : {16, 32, 64})
     for (bool lse : {true, false})
-      for (products which : {products::chosen, products::warps}) check_case(s, t, lse, which);
+      add_window(s, with([=](point& p) { p.tokens = 32768, p.window = w; }), lse, products::warps);
+  add_prompt(s, with([](point& p) { p.tokens = 8192; }), products::warps);
 }
 
 void add_scoring_rows(suite& s) {
-  auto const with = [&](auto change) {
-    point p = base;
-    p.type = dtype::bf16;
-    if (s.tiny) p.tokens = 100, p.kv_heads = 1, p.window = 8;
-    change(p);
-    return p;
-  };
-  auto const same = [](point&) {};
-  bool const both = by_warpgroups(s.ctx, with(same));
+  auto const with = [&](auto const& change) { return point_with(s, change); };
   if (s.tiny) {
-    add_window(s, with(same), true);
-    add_window(s, with(same), false);
+    for (bool lse : {true, false}) add_window(s, with(same), lse);
     add_prompt(s, with(same));
-    add_fused(s, with(same));
-    if (!both) return;
-    add_window(s, with(same), false, products::warps);
-    add_prompt(s, with(same), products::warps);
-    return;
+    return add_fused(s, with(same));
   }
   for (index_t t : {8192, 32768, 131072})
     for (index_t w : {16, 32, 64})
@@ -226,14 +238,12 @@ void add_scoring_rows(suite& s) {
   for (dtype t : {dtype::f16, dtype::f32}) add_window(s, with([=](point& p) { p.type = t; }), true);
   for (index_t b : {8, 64}) add_window(s, with([=](point& p) { p.batch = b; }), true);
   for (index_t t : {8192, 32768}) add_prompt(s, with([=](point& p) { p.tokens = t; }));
-  if (both) {
-    for (index_t w : {16, 32, 64})
-      for (bool lse : {true, false})
-        add_window(s, with([=](point& p) { p.tokens = 32768, p.window = w; }), lse,
-                   products::warps);
-    add_prompt(s, with([](point& p) { p.tokens = 8192; }), products::warps);
-  }
   for (index_t t : {1024, 8192, 32768}) add_fused(s, with([=](point& p) { p.tokens = t; }));
 }
 
+parts_of_unit const scoring(
+    {{"scoring by warps", add_warp_rows, [](suite& s) { check_all(s, products::warps); }},
+     {"scoring", add_scoring_rows, [](suite& s) { check_all(s, products::chosen); }, true}});
+
+}  // namespace
 }  // namespace bench

@@ -4,8 +4,11 @@
 /// replayed, timed by events; outputs that were poisoned before and are looked at afterwards.
 #pragma once
 
-#include <functional>
+#include <initializer_list>
 #include <new>
+#include <optional>
+#include <regex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -14,15 +17,38 @@
 
 namespace bench {
 
-/// The device under test, its rates, and how thoroughly it is measured.
+struct suite;
+
+/// Some rows, and what must hold before any of them is timed.
+struct part {
+  char const* name;
+  void (*add)(suite&);
+  void (*check)(suite&) = nullptr;  ///< throws where ops disagree; null: rows check themselves
+  bool wide = false;                ///< about warpgroups' products: their rate is measured first
+  bool checked = false;
+  std::string fault{};
+};
+
+/// The device under test, its rates, how thoroughly it is measured, and what came of it.
 struct suite {
   cuda::context ctx;
   peaks rates{};
   int samples = 200;
-  double rotate_bytes = 256e6;  ///< inputs of all sets together, several times the last cache
-  bool tiny = false;            ///< shapes for a device that is emulated
+  double rotate_bytes = 256e6;       ///< inputs of all sets together, several times the last cache
+  bool tiny = false;                 ///< shapes for a device that is emulated
+  std::optional<std::regex> only{};  ///< rows whose names do not match are left out
+
+  part* adding = nullptr;    ///< whose rows are being registered
+  int rows = 0;              ///< registered
+  int failed = 0;            ///< rows and checks; what was skipped is none
+  bool wide_failed = false;  ///< a check of a wide part was among them
 
   explicit suite(cudaStream_t s) : ctx(s) {}
+};
+
+/// Why a row is not measured, which is no failure.
+struct skipped : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 /// Seconds of `n` replays after three more. `prepare(i)` enqueues what comes before the i-th untimed.
@@ -70,25 +96,53 @@ void measure(benchmark::State& state, suite& s, work const& w, rotation const& t
   });
   std::vector<double> t = time_replays(calls, s.samples);
   for (double& x : t) x /= static_cast<double>(turns.calls);
-  if (std::string const what = fault(); !what.empty()) {
-    state.SkipWithError(what.c_str());
-    return;
-  }
+  if (std::string const what = fault(); !what.empty()) throw std::runtime_error(what);
   report(state, s, w, t);
   state.counters["launches"] =
       static_cast<double>(calls.launches()) / static_cast<double>(turns.calls);
   state.counters["sets"] = static_cast<double>(turns.sets);
 }
 
-/// Registers a row. What the device has no memory for is an error of the row alone.
+/// Measures the rates that floors are made of, all but warpgroups'; and that one, once, where there are any.
+void calibrate(suite& s);
+void calibrate_warpgroups(suite& s);
+
+/// Before a row: its part's check, if no row before it made it.
+/// @throws what the check throws, then `skipped`
+inline void check_once(part& p, suite& s) {
+  if (!p.fault.empty()) throw skipped(std::string("the check of ") + p.name + " failed");
+  if (p.checked) return;
+  p.checked = true;
+  try {
+    if (p.wide) calibrate_warpgroups(s);
+    if (p.check != nullptr) p.check(s);
+  } catch (std::exception const& e) {
+    p.fault = e.what();
+    s.wide_failed = s.wide_failed || p.wide;
+    throw;
+  }
+}
+
+/// Registers a row of the part that is being added. Whatever goes wrong is an error of the row alone.
 template <class F>
 void add_device_row(suite& s, std::string const& name, F f) {
-  add_row(name, s.samples, [&s, f](benchmark::State& state) {
+  if (s.only && !std::regex_search(name, *s.only)) return;
+  ++s.rows;
+  add_row(name, s.samples, [&s, f, of = s.adding](benchmark::State& state) {
+    std::string why;
     try {
-      f(state, s);
+      if (of != nullptr) check_once(*of, s);
+      return f(state, s);
     } catch (std::bad_alloc const&) {
-      state.SkipWithError("the device's memory does not hold this shape");
+      why = "skipped: the device's memory does not hold this shape";
+    } catch (skipped const& e) {
+      why = std::string("skipped: ") + e.what();
+    } catch (std::exception const& e) {
+      ++s.failed;
+      why = e.what();
     }
+    forget_errors();
+    state.SkipWithError(why.c_str());
   });
 }
 
@@ -112,8 +166,9 @@ void run_once(cuda::context& c, Op const& o) {
   wait_for(c.stream);
 }
 
-/// Two outputs that must agree; a difference is the end of the program.
+/// Two outputs that must agree.
 /// @param tolerance  relative, and a hundredth of it absolute; 0: equal
+/// @throws std::runtime_error
 template <class T>
 void check_same(char const* what, std::vector<T> const& ours, std::vector<T> const& cpu,
                 double tolerance = 0) {
@@ -121,22 +176,24 @@ void check_same(char const* what, std::vector<T> const& ours, std::vector<T> con
     if (ours.at(i) == cpu.at(i)) continue;
     auto const a = static_cast<double>(ours.at(i)), b = static_cast<double>(cpu.at(i));
     if (std::abs(a - b) <= tolerance * (std::abs(b) + 0.01)) continue;
-    std::fprintf(stderr, "%s: element %zu is %g on the device and %g on the CPU\n", what, i, a, b);
-    std::exit(1);
+    throw std::runtime_error(std::string(what) + ": element " + std::to_string(i) + " is " +
+                             std::to_string(a) + " on the device and " + std::to_string(b) +
+                             " on the CPU");
   }
 }
 
-// Each folder of rows, and its ops' agreement with the CPU backend on small shapes.
 void add_calibration_rows(suite& s);
-void add_scoring_rows(suite& s);
-void add_choice_rows(suite& s);
-void add_attention_rows(suite& s);
-void add_step_rows(suite& s);
-void check_scoring(suite& s);
-void check_choice(suite& s);
-void check_attention(suite& s);
 
-/// Measures the rates that floors are made of.
-void calibrate(suite& s);
+/// Parts of this program.
+inline std::vector<part>& all_parts() {
+  static std::vector<part> all;
+  return all;
+}
+/// A unit's parts, for a global object of that unit.
+struct parts_of_unit {
+  parts_of_unit(std::initializer_list<part> p) {
+    all_parts().insert(all_parts().end(), p.begin(), p.end());
+  }
+};
 
 }  // namespace bench

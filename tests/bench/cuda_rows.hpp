@@ -26,12 +26,20 @@ inline suite tiny_suite() {
   return s;
 }
 
-/// Calibrates, checks, and runs every row: outputs are written, floors and launches are there.
-inline void check_rows(std::vector<part> const& parts, std::size_t least) {
-  suite s = tiny_suite();
+/// Registers the rows of parts, and runs them.
+inline row_collector run_rows(suite& s, std::vector<part>& parts) {
   prepare(s, parts);
   row_collector got;
   benchmark::RunSpecifiedBenchmarks(&got, "all");
+  benchmark::ClearRegisteredBenchmarks();
+  return got;
+}
+
+/// Calibrates, checks, and runs every row: outputs are written, floors and launches are there.
+inline void check_rows(std::vector<part> parts, std::size_t least) {
+  suite s = tiny_suite();
+  row_collector const got = run_rows(s, parts);
+  CHECK(s.failed == 0);
   CHECK(got.rows.size() >= least);
   for (auto const& row : got.rows) {
     INFO(row.benchmark_name() << ": " << row.error_message);
@@ -42,7 +50,6 @@ inline void check_rows(std::vector<part> const& parts, std::size_t least) {
     CHECK(row.counters.at("floor_us") > 0);
     CHECK(row.counters.at("launches") >= 1);
   }
-  benchmark::ClearRegisteredBenchmarks();
 }
 
 }  // namespace bench

@@ -1,23 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Decode steps of a device session: append, the engine's write of K and V, attention with evidence and the
-// next victim. A replay is one token of every layer; layers rotate through more than the last cache.
-//   plain_us  the same write and attention over the same slots without a session, in the same samples
-//   overhead  of the step over that; overhead_us in microseconds
-// `overlapped` is `step` with kernels that are placed before those in front have ended (allow_overlap).
-// `steady` asks whether a step's time grows: one layer, eight tokens per replay, from token 1k to 100k.
+/// @file
+/// Decode steps of a device session: append, the engine's write of K and V, attention with evidence and the
+/// next victim. A replay is one token of every layer; layers rotate through more than the last cache.
+///   plain_us  the same write and attention over the same slots without a session, in the same samples
+///   overhead  of the step over that; overhead_us in microseconds
+/// `overlapped` is `step` with kernels that are placed before those in front have ended (allow_overlap).
+/// `steady` asks whether a step's time grows: one layer, eight tokens per replay, from token 1k to 100k.
+/// Each policy is a unit, and a program, of its own: they take long to compile.
+#pragma once
+
 #include <kvkeep/cuda.cuh>
-#include <kvkeep/policy/h2o.hpp>
-#include <kvkeep/policy/morphkv.hpp>
-#include <kvkeep/policy/streamingllm.hpp>
-#include <kvkeep/policy/tova.hpp>
 
 #include "step_case.hpp"
 
 namespace bench {
-namespace {
 
 /// Tokens before anything is timed: the window's queries and bounds are then those of decoded tokens.
-int warm_steps(suite const& s, point const& p) { return s.tiny ? 10 : p.window + 16; }
+inline int warm_steps(suite const& s, point const& p) { return s.tiny ? 10 : p.window + 16; }
 
 template <class Policy>
 void measure_step(benchmark::State& state, suite& s, point const& p, Policy const& policy,
@@ -47,10 +46,7 @@ void measure_step(benchmark::State& state, suite& s, point const& p, Policy cons
     bare[i] /= static_cast<double>(layers);
     more[i] = t[i] - bare[i];
   }
-  if (std::string const what = c.fault(warm + n); !what.empty()) {
-    state.SkipWithError(what.c_str());
-    return;
-  }
+  if (std::string const what = c.fault(warm + n); !what.empty()) throw std::runtime_error(what);
   report(state, s, c.work_of_step(), t);
   auto& counters = state.counters;
   counters["plain_us"] = quantile(bare, 0.5) * 1e6;
@@ -79,10 +75,8 @@ template <class Policy>
 void measure_overlapped(benchmark::State& state, suite& s, point const& p, Policy const& policy,
                         bool all_queries) {
   overlapping const launches(s.ctx);
-  if (launches.good())
-    measure_step(state, s, p, policy, all_queries);
-  else
-    state.SkipWithError("launches cannot overlap here");
+  if (!launches.good()) throw skipped("launches cannot overlap here");
+  measure_step(state, s, p, policy, all_queries);
 }
 
 template <class Policy>
@@ -115,10 +109,7 @@ void measure_steady(benchmark::State& state, suite& s, point const& p, Policy co
   std::vector<double> const early = sample();
   advance(last - tokens * (s.samples + 3));
   std::vector<double> const late = sample();
-  if (std::string const what = c.fault(done); !what.empty()) {
-    state.SkipWithError(what.c_str());
-    return;
-  }
+  if (std::string const what = c.fault(done); !what.empty()) throw std::runtime_error(what);
   report(state, s, c.work_of_step(), late);
   auto& counters = state.counters;
   counters["early_us"] = quantile(early, 0.5) * 1e6;
@@ -128,63 +119,35 @@ void measure_steady(benchmark::State& state, suite& s, point const& p, Policy co
   counters["launches"] = static_cast<double>(steps.launches()) / tokens;
 }
 
-/// f(policy, name, whether its prompt wants all queries) for each policy that is timed.
-template <class F>
-void each_policy(point const& p, F const& f) {
-  f(make_streamingllm({.capacity = p.capacity, .make_room_first = false}), "streamingllm", false);
-  f(make_h2o({.capacity = p.capacity, .recent = p.window}), "h2o", true);
-  f(make_tova({.capacity = p.capacity}), "tova", false);
-  f(make_morphkv({.capacity = p.capacity, .window = p.window}), "morphkv", false);
-  f(make_morphkv({.capacity = p.capacity, .window = p.window, .evaluation = morph_rows::cached}),
-    "morphkv-cached", false);
-  f(make_morphkv({.capacity = p.capacity, .window = p.window, .evaluation = morph_rows::direct}),
-    "morphkv-direct", false);
-}
-
-void add_steps(suite& s, point const& p) {
-  each_policy(p, [&](auto const& policy, char const* name, bool all) {
-    add_device_row(
-        s, std::string("step/") + name + named("C", p.capacity) + shape_name(p),
-        [=](benchmark::State& state, suite& on) { measure_step(state, on, p, policy, all); });
-  });
-}
-void add_overlapped(suite& s, point const& p) {
-  each_policy(p, [&](auto const& policy, char const* name, bool all) {
-    add_device_row(
-        s, std::string("overlapped/") + name + named("C", p.capacity) + shape_name(p),
-        [=](benchmark::State& state, suite& on) { measure_overlapped(state, on, p, policy, all); });
-  });
-}
-void add_steady(suite& s, point const& p) {
-  each_policy(p, [&](auto const& policy, char const* name, bool all) {
-    add_device_row(
-        s, std::string("steady/") + name + named("C", p.capacity) + shape_name(p),
-        [=](benchmark::State& state, suite& on) { measure_steady(state, on, p, policy, all); });
-  });
-}
-
-}  // namespace
-
-void add_step_rows(suite& s) {
-  auto const with = [&](index_t c, index_t b) {
+/// Rows of a policy at all shapes.
+/// @param make         make(point) gives the policy
+/// @param all_queries  its prompt wants them all
+template <class Make>
+void add_policy_rows(suite& s, std::string const& name, bool all_queries, Make const& make) {
+  auto const add = [&](char const* kind, index_t c, index_t b, auto const& measure_one) {
     point p = base;
     p.type = dtype::bf16;
     p.capacity = c;
     p.batch = b;
     if (s.tiny) p.kv_heads = 1, p.dim = 64, p.window = 8;
-    return p;
+    add_device_row(s, kind + name + named("C", p.capacity) + shape_name(p),
+                   [=, policy = make(p)](benchmark::State& state, suite& on) {
+                     measure_one(state, on, p, policy, all_queries);
+                   });
   };
+  auto const step = [](auto&&... x) { measure_step(x...); };
+  auto const overlapped = [](auto&&... x) { measure_overlapped(x...); };
+  auto const steady = [](auto&&... x) { measure_steady(x...); };
   if (s.tiny) {
-    add_steps(s, with(40, 2));
-    add_overlapped(s, with(40, 2));
-    add_steady(s, with(24, 1));
-    return;
+    add("step/", 40, 2, step);
+    add("overlapped/", 40, 2, overlapped);
+    return add("steady/", 24, 1, steady);
   }
   for (index_t b : {1, 8, 64})
-    for (index_t c : {512, 1024, 4096}) add_steps(s, with(c, b));
-  add_steps(s, with(2048, 8));
-  for (index_t b : {1, 8}) add_overlapped(s, with(1024, b));
-  add_steady(s, with(1024, 1));
+    for (index_t c : {512, 1024, 4096}) add("step/", c, b, step);
+  add("step/", 2048, 8, step);
+  for (index_t b : {1, 8}) add("overlapped/", 1024, b, overlapped);
+  add("steady/", 1024, 1, steady);
 }
 
 }  // namespace bench
