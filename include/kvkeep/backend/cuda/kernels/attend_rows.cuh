@@ -32,28 +32,6 @@ __device__ inline void unpack(uint4 const& w, float (&x)[8], fp16) {
   }
 }
 
-/// Sums of x[0], .. x[Live - 1] over the lanes that differ in the bits Step, Step / 2, .. Last, in that
-/// order. At each bit a lane gives away half of the numbers, so it ends with its own share of them: with
-/// those that its bits, the highest first, point to. The last number is not halved but doubled.
-template <int Step, int Last, int Live, int N>
-__device__ void share_sums(float (&x)[N]) {
-  if constexpr (Step < Last) {
-    return;
-  } else if constexpr (Live == 1) {
-    x[0] += __shfl_xor_sync(all_lanes, x[0], Step);
-    share_sums<Step / 2, Last, 1>(x);
-  } else {
-    constexpr int half = Live / 2;
-    bool const upper = (lane_of_warp() & Step) != 0;
-    for (int i = 0; i < half; ++i) {
-      float const give = upper ? x[i] : x[i + half];
-      float const keep = upper ? x[i + half] : x[i];
-      x[i] = keep + __shfl_xor_sync(all_lanes, give, Step);
-    }
-    share_sums<Step / 2, Last, half>(x);
-  }
-}
-
 /// @tparam D features of a row  @tparam G query heads of a tile
 template <class T, int D, int G>
 struct row_path {

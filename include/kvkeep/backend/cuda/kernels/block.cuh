@@ -89,8 +89,6 @@ __device__ inline bool last_to_come(unsigned* ticket, index_t n) {
   return __syncthreads_or(last ? 1 : 0) != 0;
 }
 
-KVKEEP_HD constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
-
 /// Calls f(0) .. f(N - 1), one after another in the code, so that arrays they index stay in registers.
 template <class F, int... I>
 __device__ void unrolled(F const& f, std::integer_sequence<int, I...>) {
@@ -175,32 +173,26 @@ __device__ T block_reduce(T x, T* box, F f) {
   return take_of_block(box, f);
 }
 
-/// Sums of N values over groups of `lanes` lanes at once, by fewer exchanges than one after another: each
-/// halves what a lane still adds up. The lane's result is the sum of x[place_of_sum<N>(lane)].
-/// N and `lanes` are powers of two, N <= lanes. A fixed order.
-template <int N, class T>
-__device__ T sums_of_lanes(T (&x)[N], int lanes) {
-  int bit = 1;
-  unrolled<log2_of(N)>([&](int step) {
-    int const half = N >> (step + 1);
-    bool const upper = (lane_of_warp() & bit) != 0;
-    for (int i = 0; i < N / 2; ++i)
-      if (i < half) {
-        T const given = upper ? x[i] : x[i + half];
-        x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(all_lanes, given, bit);
-      }
-    bit *= 2;
-  });
-  for (; bit < lanes; bit *= 2) x[0] += __shfl_xor_sync(all_lanes, x[0], bit);
-  return x[0];
-}
-/// Which of the N values a lane has the sum of.
-template <int N>
-__device__ int place_of_sum(int lane) {
-  int place = 0;
-  for (int bit = 1, half = N / 2; half > 0; bit *= 2, half /= 2)
-    if ((lane & bit) != 0) place += half;
-  return place;
+/// Sums of x[0], .. x[Live - 1] over the lanes that differ in the bits Step, Step / 2, .. Last, in that
+/// order. At each bit a lane gives away half of the numbers, so it ends with its own share of them: with
+/// those that its bits, the highest first, point to. The last number is not halved but doubled.
+template <int Step, int Last, int Live, class T, int N>
+__device__ void share_sums(T (&x)[N]) {
+  if constexpr (Step < Last) {
+    return;
+  } else if constexpr (Live == 1) {
+    x[0] += __shfl_xor_sync(all_lanes, x[0], Step);
+    share_sums<Step / 2, Last, 1>(x);
+  } else {
+    constexpr int half = Live / 2;
+    bool const upper = (lane_of_warp() & Step) != 0;
+    for (int i = 0; i < half; ++i) {
+      T const give = upper ? x[i] : x[i + half];
+      T const keep = upper ? x[i + half] : x[i];
+      x[i] = keep + __shfl_xor_sync(all_lanes, give, Step);
+    }
+    share_sums<Step / 2, Last, half>(x);
+  }
 }
 
 /// Sum of the values of lower threads of the block, and of all. Integers. @param box [warps] shared

@@ -35,7 +35,7 @@ struct slot_picks {
 /// Exact scores of some slots by the block: the rows there are, head after head, positions ascending.
 struct exact_score {
   static constexpr int at_once = slot_picks::most;  ///< slots that share a reading of the queries
-  static constexpr int lanes_of_row = 8;            ///< threads that share a query row
+  static constexpr int lanes_of_row = 2 * at_once;  ///< threads that share a query row
   float* maximum;                                   ///< [rows]
   float* inverse;                                   ///< [rows] 1 / Z
   float* best;                                      ///< [rows] weights of the best slot
@@ -127,10 +127,10 @@ struct exact_score {
           sum[3] = __fmaf_rn(x[i], k.w, sum[3]);
         });
       }
-      float const dot = sums_of_lanes(sum, lanes_of_row);
-      index_t const slot = place_of_sum<at_once>(lane_of_warp());
-      if (at < all && part < at_once && slot < n)
-        e[static_cast<offset_t>(slot) * all + at] = finite_weight(job.form(dot) - maximum[at]);
+      share_sums<lanes_of_row / 2, 1, at_once>(sum);  // a slot's in every other lane
+      index_t const slot = part / 2;
+      if (at < all && part % 2 == 0 && slot < n)
+        e[static_cast<offset_t>(slot) * all + at] = finite_weight(job.form(sum[0]) - maximum[at]);
     }
   }
 };

@@ -34,16 +34,16 @@ __device__ void sum_slots(index_t n, sum_box const& box, index_t first, F const&
     double x[N] = {};
     for (index_t j = strand * warp_size + lane_of_warp(); j < n; j += sum_strands * warp_size)
       f(j, x);
-    double const sum = sums_of_lanes(x, warp_size);
-    if (lane_of_warp() < N)
-      box.strands[place_of_sum<N>(lane_of_warp()) * sum_strands + strand] = sum;
+    share_sums<warp_size / 2, 1, N>(x);
+    if (lane_of_warp() % (warp_size / N) == 0)
+      box.strands[lane_of_warp() / (warp_size / N) * sum_strands + strand] = x[0];
   }
   __syncthreads();
   for (int base = warp_of_block() * share; base < N; base += warps_of_block() * share) {
     int const which = base + lane_of_warp() / sum_strands;
     double x[1] = {box.strands[which * sum_strands + lane_of_warp() % sum_strands]};
-    double const sum = sums_of_lanes(x, sum_strands);
-    if (lane_of_warp() % sum_strands == 0) box.sums[first + which] = sum;
+    share_sums<sum_strands / 2, 1, 1>(x);
+    if (lane_of_warp() % sum_strands == 0) box.sums[first + which] = x[0];
   }
   __syncthreads();
 }
