@@ -23,12 +23,17 @@ concept works_beside = requires(Stage const& s) {
   s.has_beside();
 };
 
+template <class Stage>
+concept without_shared_memory = (Stage::shared_bytes() == 0);
+
 template <class First, class... Rest>
 __device__ void run_stages(sequence<First, Rest...> const& stages, block_head const& at) {
   stages.first(at);
   if constexpr (sizeof...(Rest) > 0) {
     // For what the next one reads, and for the shared memory, which it takes over.
-    if constexpr (!works_beside<decltype(stages.rest.first)>) __syncthreads();
+    constexpr bool apart =
+        works_beside<decltype(stages.rest.first)> && without_shared_memory<First>;
+    if constexpr (!apart) __syncthreads();
     run_stages(stages.rest, at);
   }
 }
