@@ -189,6 +189,7 @@ void run_block(std::size_t shared) {
     f.now = state::ready;
     f.warp_calls = 0;
     f.fenced = false;
+    f.counted = nullptr;
     f.syncs = {};
     f.thread = {i % per_row, i / per_row % blockDim.y, i / per_plane};
   }

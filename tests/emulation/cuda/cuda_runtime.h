@@ -254,8 +254,9 @@ T atomicExch(T* p, T x) {
 inline void __threadfence() { emulation::fence(); }
 inline unsigned atomicInc(unsigned* p, unsigned last) {
   emulation::count_block(p);
-  unsigned const was = *p;
-  std::atomic_ref<unsigned>(*p).exchange(was >= last ? 0 : was + 1, std::memory_order_relaxed);
+  std::atomic_ref<unsigned> const count(*p);
+  unsigned const was = count.fetch_add(1, std::memory_order_relaxed);
+  if (was >= last) count.exchange(0, std::memory_order_relaxed);
   return was;
 }
 
