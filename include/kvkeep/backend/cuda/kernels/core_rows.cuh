@@ -34,7 +34,7 @@ struct core_rows {
         copy_16(to + i, keys.address(live ? slot : end - 1, keys.has(at) ? at : 0),
                 live && keys.has(at));
       else
-        store_16(to + i, live ? keys.gather(slot, at) : make_uint4(0, 0, 0, 0));
+        store_16(to + i, live ? keys.gather(keys.row(slot), at) : make_uint4(0, 0, 0, 0));
       if (at == 0) seen(row(i), slot);
     }
   }

@@ -34,16 +34,17 @@ class key_pieces {
   /// Pieces are 16 aligned bytes.
   __device__ bool whole() const { return whole_; }
   __device__ bool has(index_t piece) const { return piece * 8 < plane_.dim; }
+  __device__ std::byte const* row(index_t slot) const { return rows_.bytes(slot); }
   __device__ void const* address(index_t slot, index_t piece) const {
-    return rows_.bytes(slot) + piece * 16;
+    return row(slot) + piece * 16;
   }
-  /// A piece of whole pieces; zeros behind the last feature.
-  __device__ uint4 load(index_t slot, index_t piece) const {
-    return has(piece) ? *static_cast<uint4 const*>(address(slot, piece)) : make_uint4(0, 0, 0, 0);
+  /// A row's piece of whole pieces; zeros behind the last feature.
+  __device__ uint4 load(std::byte const* row, index_t piece) const {
+    return has(piece) ? reinterpret_cast<uint4 const*>(row)[piece] : make_uint4(0, 0, 0, 0);
   }
-  /// A piece feature by feature.
-  __device__ uint4 gather(index_t slot, index_t piece) const {
-    auto const* const row = rows_.template row<T>(slot);
+  /// A row's piece feature by feature.
+  __device__ uint4 gather(std::byte const* at, index_t piece) const {
+    auto const* const row = reinterpret_cast<T const*>(at);
     unsigned long long low = 0, high = 0;
     for (index_t d = piece * 8; d < min(piece * 8 + 8, plane_.dim); ++d) {
       unsigned long long const bits = row[plane_.features(d)].bits;

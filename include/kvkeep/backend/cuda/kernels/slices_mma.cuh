@@ -104,7 +104,7 @@ struct mma_slices_kernel {
         copy_16(at, keys.address(live ? slot : end - 1, keys.has(piece) ? piece : 0),
                 live && keys.has(piece));
       else
-        *at = live ? keys.gather(slot, piece) : make_uint4(0, 0, 0, 0);
+        *at = live ? keys.gather(keys.row(slot), piece) : make_uint4(0, 0, 0, 0);
       if (piece == 0) positions[key] = live ? h.positions[slot] : above_positions;
     }
     copies_end();

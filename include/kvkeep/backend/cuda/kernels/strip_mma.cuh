@@ -60,11 +60,12 @@ struct mma_strip {
       if (lane == 0) positions.highest[warp] = highest;
       __syncwarp();
       unrolled<n_keys>([&](int x) {
+        unrolled<Blocks>([&](int s) { piece[x][s] = make_uint4(0, 0, 0, 0); });
+        if (slot(x) >= h.n) return;
+        std::byte const* const row = rows.row(slot(x));
         unrolled<Blocks>([&](int s) {
           index_t const at = s * 4 + lane % 4;
-          piece[x][s] = slot(x) >= h.n ? make_uint4(0, 0, 0, 0)
-                        : Whole        ? rows.load(slot(x), at)
-                                       : rows.gather(slot(x), at);
+          piece[x][s] = Whole ? rows.load(row, at) : rows.gather(row, at);
         });
       });
     }
