@@ -300,5 +300,19 @@ TEST_CASE("what a chain refuses, its ops refuse") {
   std::vector<index_t> const before = t.keep.data();
   CHECK(test::call(test::one_thread(), over_heads(l, t.resolves(), wrong), w) ==
         status::bad_argument);
+  std::vector<index_t> tickets(1, 0);
+  auto const heads = over_heads(l, t.resolves(), t.reduce());
+  auto const entries =
+      op::make_chain<host_space>(l.n(), 1, l.shape().max_slots, t.mean(), t.evict(true));
+  auto two = entries, more = entries;
+  two.n_heads = 2;
+  ++more.n_entries;
+  auto const refused = [&](auto const& of, index_t* ticket) {
+    return test::call(test::one_thread(), op::join_chains(heads, of, ticket), w) ==
+           status::bad_argument;
+  };
+  CHECK(refused(two, tickets.data()));
+  CHECK(refused(more, tickets.data()));
+  if constexpr (!std::is_same_v<test::op_context, cpu::context>) CHECK(refused(entries, nullptr));
   CHECK(before == t.keep.data());
 }

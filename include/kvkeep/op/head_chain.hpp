@@ -52,13 +52,18 @@ constexpr head_chain<Space, Ops...> make_chain(index_t n_entries, index_t n_head
 }
 
 /// A chain over heads, then one over their entries (its `n_heads` is 1), which may read what the heads' ops have made.
+/// `bad_argument`, and nothing runs, if the second is no such chain, or if tickets are missing: a backend whose
+/// blocks do not wait for each other tells by them which of an entry's is last. The CPU has no need of them.
 template <class Space, class Heads, class Entries>
 struct joined_chain {
   using space = Space;
   Heads heads{};
   Entries entries{};
-  index_t* tickets =
-      nullptr;  ///< [entry] 0, and so again afterwards; for backends that want to know who is last
+  index_t* tickets = nullptr;  ///< [entry] 0, and so again afterwards
+
+  constexpr bool fits() const noexcept {
+    return entries.n_heads == 1 && entries.n_entries == heads.n_entries;
+  }
 };
 
 template <class Heads, class Entries>

@@ -35,6 +35,7 @@ status enqueue(context& c, op::head_chain<host_space, Ops...> const& o, workspac
 template <class Heads, class Entries>
 status enqueue(context& c, op::joined_chain<host_space, Heads, Entries> const& o,
                workspace& ws) noexcept {
+  if (!o.fits()) return status::bad_argument;
   {
     workspace::frame const frame(ws);
     workspace need;

@@ -51,6 +51,7 @@ status enqueue(context& c,
                op::joined_chain<device_space, op::head_chain<device_space, Head...>,
                                 op::head_chain<device_space, Entry...>> const& o,
                workspace& ws) noexcept {
+  if (!o.fits() || (o.tickets == nullptr && !ws.measuring())) return status::bad_argument;
   workspace::frame const frame(ws);
   status result = status::ok;
   auto heads = plan_each(c, o.heads.ops, ws, result);
