@@ -29,7 +29,7 @@ struct lazy_enter_stage {
     shared_pieces shared;
     lazy_shape const& s = o.state.shape;
     boxes const b{{sum_box(shared, row_sums::size(s.group))},
-                  row_weights_box(shared, o.layer.kv.k.dim, s.group, weights, n_slots),
+                  row_weights_box(shared, o.layer.kv.k.dim, s.group, weights, n_slots, at.place),
                   shared.take<float>(s.group)};
     float* const factors = shared.take<float>(lazy_shape::ahead * s.padded_rows());
     int* const box = shared.take<int>(2 * warp_size);

@@ -62,7 +62,7 @@ class lazy_head {
 struct lazy_job {
   lazy_head head;
   plane_ref<device_space> const& plane;
-  index_t seq, id, h;
+  index_t seq, id, h, place;
   index_t const* positions;  ///< [n]
   index_t n;                 ///< slots in use
   index_t newest;            ///< position of the newest token
@@ -77,6 +77,7 @@ struct lazy_job {
         seq(o.batch.row_of(at.entry)),
         id(o.batch.id_of(at.entry)),
         h(at.head),
+        place(at.place),
         positions(o.layer.slots.positions.at(id, h, 0)),
         n(o.layer.slots.lengths(id, h)),
         newest(o.state.seen[id] - 1),
@@ -142,11 +143,11 @@ struct row_weights_box {
   offset_t stride;
 
   __device__ row_weights_box(shared_pieces& s, index_t dim, index_t group, float* weights,
-                             offset_t slots)
+                             offset_t slots, index_t place)
       : queries(s.take<float4>(dim)),
         box(s.take<float>((at_once + 1) * warp_size)),
         maximum(s.take<float>(group)),
-        e(weights + static_cast<offset_t>(blockIdx.x) * group * slots),
+        e(weights + static_cast<offset_t>(place) * group * slots),
         stride(slots) {}
   static std::size_t bytes(index_t dim, index_t group) {
     return shared_pieces::bytes<float4>(dim) +

@@ -27,11 +27,11 @@ struct victim_boxes {
   unsigned long long* wide;  ///< [warps]
 
   __device__ victim_boxes(shared_pieces& p, lazy_shape const& s, index_t dim, float* weights,
-                          offset_t n_slots)
+                          offset_t n_slots, index_t place)
       : exact(p, s.group * s.n_rows, dim),
         doubts(p),
         sums(p, sums_size(s.group)),
-        made(p, dim, s.group, weights, n_slots),
+        made(p, dim, s.group, weights, n_slots, place),
         inverse(p.take<float>(s.group)),
         factors(p.take<float>(s.padded_rows())),
         box(p.take<int>(guard_box_size)),
@@ -64,12 +64,12 @@ struct lazy_victim_stage {
  private:
   static constexpr index_t undecided = -2;
 
-  __device__ victim_boxes boxes() const {
+  __device__ victim_boxes boxes(lazy_job const& job) const {
     shared_pieces shared;
-    return victim_boxes(shared, o.state.shape, o.layer.kv.k.dim, weights, n_slots);
+    return victim_boxes(shared, o.state.shape, o.layer.kv.k.dim, weights, n_slots, job.place);
   }
-  __device__ float* own_scores() const {
-    return scores + static_cast<offset_t>(blockIdx.x) * n_slots;
+  __device__ float* own_scores(lazy_job const& job) const {
+    return scores + static_cast<offset_t>(job.place) * n_slots;
   }
   __device__ index_t frozen(lazy_job const& job) const {
     return o.frozen != nullptr ? o.frozen[job.id] : 0;
@@ -89,7 +89,7 @@ struct lazy_victim_stage {
     lazy_job const job(o, at);
     if (job.n == 0 || (o.keep.data != nullptr && job.n <= o.keep(job.id, job.h))) return -1;
     if (!known(job) || job.head.rest() > 0 || rows_of(job) == 0) return undecided;
-    victim_boxes const b = boxes();
+    victim_boxes const b = boxes(job);
     bound_factors<1>(job, false, b.factors);
     if (!b.exact.begin(job)) return undecided;
     slot_picks picks = pick_least(write_bounds(job, b), b);
@@ -112,7 +112,7 @@ struct lazy_victim_stage {
   __device__ index_t by_scores(block_head const& at) const {
     index_t const victim = last_by_scores(forgotten(at));
     lazy_job const job(o, forgotten(at));
-    victim_boxes const b = boxes();
+    victim_boxes const b = boxes(job);
     index_t const rest = job.head.rest();
     bool const goes = victim >= 0 && known(job);
     __syncthreads();  // all have read
@@ -131,7 +131,7 @@ struct lazy_victim_stage {
   __device__ last_slot write_bounds(lazy_job const& job, victim_boxes const& b) const {
     bound_source const source = bounds_of(job, o.state.rows, b.factors);
     open_range const open{frozen(job), job.old().to};
-    float* const bounds = own_scores();
+    float* const bounds = own_scores(job);
     return with_fold(o.fuse, [&](auto const& fold) {
       last_slot least;
       for (index_t j = thread_of_block(); j < job.n; j += threads_of_block()) {
@@ -194,7 +194,7 @@ struct lazy_victim_stage {
     slot_picks const seen = picks;
     picks = {};
     if (listed < 0) {
-      float const* const bounds = own_scores();
+      float const* const bounds = own_scores(job);
       index_t const count =
           count_slots(job.n, b.box, [&](index_t j) { return bounds[j] <= limit && !seen.has(j); });
       if (count == 0 || count > most_in_doubt) return count;
@@ -208,10 +208,10 @@ struct lazy_victim_stage {
   /// The slot that ranks last by the direct form: softmax over the old slots, row by row, all slots.
   __device__ index_t last_by_scores(block_head const& at) const {
     lazy_job const job(o, at);
-    victim_boxes const b = boxes();
+    victim_boxes const b = boxes(job);
     lazy_shape const& s = job.head.shape();
     open_range const old = find_open(job.positions, job.n, {0, s.window, 0}, b.box);
-    float* const f = own_scores();
+    float* const f = own_scores(job);
     for (index_t j = thread_of_block(); j < job.n; j += threads_of_block())
       f[j] = job.first > job.newest ? static_cast<float>(job.positions[j]) : 0.0f;
     for (index_t p = job.first; p <= job.newest; ++p) {

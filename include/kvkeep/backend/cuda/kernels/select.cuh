@@ -197,8 +197,8 @@ struct slot_keys {
   }
 };
 
-/// One block per head. Cost: scores once and positions three times if keys are cached; else both five times, from the
-/// first-level cache when they fit.
+/// One block per head. Cost: positions five times, scores once if keys are cached, else six times: all but the first
+/// time from the first-level cache when they fit.
 template <bool Cached>
 struct select_k_kernel : select_kernel {
   op::select_k<device_space> o;
