@@ -54,7 +54,7 @@ inline void take_options(suite& s, std::vector<std::string>& words) {
   std::string_view const filter = "--filter=";
   std::erase_if(words, [&](std::string const& w) {
     if (w == "--warps") {
-      s.ctx.capability = 80;
+      s.ctx.capability = s.aside.capability = 80;
       benchmark::AddCustomContext("products", "warps");
       return true;
     }
@@ -73,7 +73,7 @@ inline int run_on_device(int argc, char** argv) {
   }
   std::vector<std::string> words(argv, argv + argc);
   try {
-    suite s(new_stream());
+    suite s(new_stream(), new_stream());
     take_options(s, words);
     std::vector<char*> pointers;
     for (std::string& w : words) pointers.push_back(w.data());

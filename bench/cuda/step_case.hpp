@@ -58,6 +58,12 @@ class step_case {
     memory_plain_ = scratch_for(s.ctx, plain(0));
   }
 
+  /// Decisions run in the suite's second context.
+  void decide_aside() {
+    memory_aside_ = {1, session_->aside_bytes(s_.aside)};
+    std::span<std::byte> const memory(memory_aside_.data(), memory_aside_.size());
+    expect(session_->decide_in(s_.aside, memory), "decide_in");
+  }
   /// Prompts that fill the capacity.
   void fill_prompts(bool all_queries) {
     index_t const q_heads = p_.kv_heads * p_.group, n = p_.capacity;
@@ -97,6 +103,7 @@ class step_case {
       write({cached(k_, l), cached(v_, l), {}, {}, slot_.at(l), slots_, p_.dim}, token, l);
       expect(session_->attend(layer, entries(), shown(token, l), out_.at(l)), "attend");
     }
+    expect(session_->join(), "join");
   }
   /// The same without a session, which owns the caches: new rows go to slots beside them.
   void plain_step(std::size_t token) {
@@ -199,7 +206,7 @@ class step_case {
   point p_;
   std::size_t layers_, tokens_;
   index_t slots_;
-  rotated<std::byte> k_, v_, memory_, memory_plain_;
+  rotated<std::byte> k_, v_, memory_, memory_aside_, memory_plain_;
   rotated<float> q_, out_, plain_out_;
   rotated<bf16> new_k_, new_v_, plain_k_, plain_v_;
   rotated<index_t> slot_, plain_slot_, lengths_, numbers_;

@@ -4,6 +4,7 @@
 /// next victim. A replay is one token of every layer; layers rotate through more than the last cache.
 ///   plain_us  the same write and attention over the same slots without a session, in the same samples
 ///   overhead  of the step over that; overhead_us in microseconds
+/// `aside` is `step` with decisions in a second stream: a layer's runs beside the next layers' attention.
 /// `overlapped` is `step` with kernels that are placed before those in front have ended (allow_overlap).
 /// `steady` asks whether a step's time grows: one layer, eight tokens per replay, from token 1k to 100k.
 /// Each policy is a unit, and a program, of its own: they take long to compile.
@@ -20,10 +21,11 @@ inline int warm_steps(suite const& s, point const& p) { return s.tiny ? 10 : p.w
 
 template <class Policy>
 void measure_step(benchmark::State& state, suite& s, point const& p, Policy const& policy,
-                  bool all_queries) {
+                  bool all_queries, bool aside = false) {
   auto const bytes = static_cast<double>(2 * plane_bytes(p, p.capacity + 1));
   std::size_t const layers = rotate(bytes, s.rotate_bytes, 1).sets;
   step_case<Policy> c(s, p, policy, layers, 1);
+  if (aside) c.decide_aside();
   c.fill_prompts(all_queries);
   recording const step(s.ctx.stream, [&] { c.step(0); });
   recording const plain(s.ctx.stream, [&] { c.plain_step(0); });
@@ -136,16 +138,20 @@ void add_policy_rows(suite& s, std::string const& name, bool all_queries, Make c
                    });
   };
   auto const step = [](auto&&... x) { measure_step(x...); };
+  auto const aside = [](auto&&... x) { measure_step(x..., true); };
   auto const overlapped = [](auto&&... x) { measure_overlapped(x...); };
   auto const steady = [](auto&&... x) { measure_steady(x...); };
   if (s.tiny) {
     add("step/", 40, 2, step);
+    add("aside/", 40, 2, aside);
     add("overlapped/", 40, 2, overlapped);
     return add("steady/", 24, 1, steady);
   }
   for (index_t b : {1, 8, 64})
     for (index_t c : {512, 1024, 4096}) add("step/", c, b, step);
   add("step/", 2048, 8, step);
+  for (index_t b : {1, 8, 64}) add("aside/", 1024, b, aside);
+  add("aside/", 4096, 8, aside);
   for (index_t b : {1, 8}) add("overlapped/", 1024, b, overlapped);
   add("steady/", 1024, 1, steady);
 }

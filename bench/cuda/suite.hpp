@@ -5,6 +5,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <memory>
 #include <new>
 #include <optional>
 #include <regex>
@@ -29,9 +30,19 @@ struct part {
   std::string fault{};
 };
 
+/// An event by which a stream waits for another one.
+using mark = std::shared_ptr<std::remove_pointer_t<cudaEvent_t>>;
+inline mark new_mark() {
+  cudaEvent_t e = nullptr;
+  if (cudaEventCreateWithFlags(&e, cudaEventDisableTiming) != cudaSuccess)
+    throw std::runtime_error("no event");
+  return {e, [](cudaEvent_t end) { cudaEventDestroy(end); }};
+}
+
 /// The device under test, its rates, how thoroughly it is measured, and what came of it.
 struct suite {
-  cuda::context ctx;
+  mark ctx_mark = new_mark(), aside_mark = new_mark();
+  cuda::context ctx, aside;  ///< the second one for what shall run beside the first one's work
   peaks rates{};
   int samples = 200;
   double rotate_bytes = 256e6;       ///< inputs of all sets together, several times the last cache
@@ -43,7 +54,8 @@ struct suite {
   int failed = 0;            ///< rows and checks; what was skipped is none
   bool wide_failed = false;  ///< a check of a wide part was among them
 
-  explicit suite(cudaStream_t s) : ctx(s) {}
+  suite(cudaStream_t s, cudaStream_t beside)
+      : ctx(s, ctx_mark.get()), aside(beside, aside_mark.get()) {}
 };
 
 /// Why a row is not measured, which is no failure.

@@ -19,7 +19,7 @@ struct row_collector : benchmark::BenchmarkReporter {
 };
 
 inline suite tiny_suite() {
-  suite s(new_stream());
+  suite s(new_stream(), new_stream());
   s.samples = 3;
   s.rotate_bytes = 2e5;
   s.tiny = true;

@@ -84,7 +84,7 @@ struct step_memory {
 /// A device session over sequences of different lengths.
 class stepper {
  public:
-  stepper(pairing const& p, test::layout_id layout)
+  stepper(pairing const& p, test::layout_id layout, bool aside = false)
       : prompt_policy_(make_policy<test::op_context>(p.prompt, p.o)),
         decode_policy_(make_policy<test::op_context>(p.decode, p.o)) {
     generator g(7);
@@ -110,6 +110,11 @@ class stepper {
     at_.k.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_k));
     at_.v.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_v));
     at_.out.resize(uz(n_layers * n * shape_.n_q_heads * shape_.dim_v));
+    if (aside) {
+      auto& other = test::other_context();
+      memory_aside_ = std::make_unique<test::aligned_block>(session_->aside_bytes(other));
+      REQUIRE(session_->decide_in(other, memory_aside_->span()) == status::ok);
+    }
     for (index_t s = 0; s < n; ++s) begin(s, s == 0 ? 0 : 5 + 7 * s);
   }
 
@@ -130,6 +135,8 @@ class stepper {
                                at_.out.data() + l * n * hq * shape_.dim_v) == status::ok);
     }
   }
+  /// What has been decided aside is there for what is enqueued next.
+  void join() { REQUIRE(session_->join() == status::ok); }
   /// The next tokens, at the fixed addresses.
   void show_next() {
     auto const fill = [&](std::vector<float>& to, index_t heads, index_t dim, auto const& of) {
@@ -205,7 +212,7 @@ class stepper {
   std::vector<test::text> texts_;
   std::vector<test::test_cache> caches_;
   std::vector<layer_spec<device_space>> specs_;
-  std::unique_ptr<test::aligned_block> memory_;
+  std::unique_ptr<test::aligned_block> memory_, memory_aside_;
   std::optional<device_session<test::op_context, test::device_any, test::device_any>> session_;
   std::vector<index_t> tokens_;  ///< of each sequence, written so far
   step_memory at_;
@@ -250,6 +257,35 @@ TEST_CASE("a recorded decode step, replayed, keeps and computes what enqueued st
     if (std::string(p.decode) != "fullkv")
       for (auto const& head : replayed.kept())
         CHECK(static_cast<double>(head.size()) <= p.o.evict_after * (p.o.capacity + 1));
+  }
+}
+
+TEST_CASE("decisions beside what follows them are the same, enqueued or recorded") {
+  for (pairing const& p : pairings()) {
+    INFO(describe(p));
+    stepper plain(p, test::layout_id::paged), direct(p, test::layout_id::paged, true),
+        replayed(p, test::layout_id::paged, true);
+    std::optional<test::recording> graph;
+    for (int step = 0; step < 18; ++step) {
+      for (stepper* const s : {&plain, &direct, &replayed}) s->show_next();
+      plain.enqueue_step();
+      direct.enqueue_step();  // waits for its own decisions where it must
+      test::settle_device();
+      if (!graph) {
+        graph.emplace(stepper::ctx());
+        replayed.enqueue_step();
+        replayed.join();
+        REQUIRE(graph->end());
+      }
+      REQUIRE(graph->replay());
+      REQUIRE(plain.out() == direct.out());
+      REQUIRE(plain.out() == replayed.out());
+      REQUIRE(plain.kept() == replayed.kept());
+    }
+    direct.join();
+    test::settle_device();
+    REQUIRE(plain.kept() == direct.kept());
+    for (stepper* const s : {&direct, &replayed}) CHECK(s->sound());
   }
 }
 
@@ -299,6 +335,21 @@ TEST_CASE("a recording is spoilt by what a graph must not hold") {
     test::recording elsewhere(ctx);
     CHECK(run(null, op::for_each<nothing, device_space>{1, {}}, none) == status::backend_error);
     CHECK(!elsewhere.end());
+  }
+  {
+    test::recording forgotten(ctx);
+    auto& other = test::other_context();
+    CHECK(follow(other, ctx) == status::ok);
+    CHECK(run(other, op::for_each<nothing, device_space>{1, {}}, none) == status::ok);
+    CHECK(!forgotten.end());  // nobody waits for the other stream
+  }
+  {
+    auto& other = test::other_context();
+    CHECK(run(other, op::for_each<nothing, device_space>{1, {}}, none) == status::ok);
+    CHECK(cudaEventRecord(other.mark, other.stream) == cudaSuccess);
+    test::recording outside(ctx);
+    CHECK(cudaStreamWaitEvent(ctx.stream, other.mark, 0) != cudaSuccess);  // for what is no part of it
+    CHECK(!outside.end());
   }
 }
 #endif

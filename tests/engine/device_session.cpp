@@ -97,6 +97,7 @@ void compare(pairing const& p, test::world w, std::uint64_t seed) {
     for (test::text* t : {&a, &b, &c}) round_queries(*t);
     device.show_bf16();
   }
+  if (g.chance(0.5F)) device.decide_aside();
   auto const start = [&](test::text const& t, index_t n) {
     test::stream h = host.begin(t), d = device.begin(t);
     REQUIRE(h.id == d.id);
@@ -262,6 +263,31 @@ TEST_CASE("a decision before attention needs the session's attention") {
   batch_ref<test::device_memory> const b{1, &row, &x.id};
   float const q = 0;
   CHECK(device.session().observe(0, b, make_queries(&q, 1, 1, 1)) == status::unsupported);
+}
+
+TEST_CASE("decisions go to another context only with memory for them") {
+  policy_options const o = small(16);
+  test::world w;
+  auto const p = make_policy<test::op_context>("h2o", o);
+  test::device_engine device(w.options(test::make("h2o", o), 60), p, p);
+  auto& s = device.session();
+  std::size_t const bytes = s.aside_bytes(test::other_context());
+  REQUIRE(bytes > 0);
+  test::aligned_block const memory(bytes);
+  CHECK(s.decide_in(test::other_context(), memory.span(1)) == status::workspace_too_small);
+#if defined(KVKEEP_TEST_CUDA)
+  test::op_context unmarked(test::other_context().stream);
+  CHECK(s.decide_in(unmarked, memory.span()) == status::bad_argument);
+#endif
+  auto const a = w.words(1);
+  test::stream x = device.begin(a);
+  device.prompt(x, 30, {30});
+  for (int t = 0; t < 3; ++t) device.step({&x});  // in the session's own
+  CHECK(s.join() == status::ok);
+  CHECK(s.decide_in(test::other_context(), memory.span()) == status::ok);
+  for (int t = 0; t < 3; ++t) device.step({&x});
+  CHECK(s.lengths(0)(x.id, 0) == 17);
+  CHECK(s.faults()[x.id] == 0);
 }
 
 TEST_CASE("calls out of order are refused before anything is enqueued") {

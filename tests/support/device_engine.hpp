@@ -50,6 +50,11 @@ class device_engine {
   }
 
   auto& session() { return *session_; }
+  /// Decisions run beside what follows them.
+  void decide_aside() {
+    aside_ = std::make_unique<aligned_block>(session_->aside_bytes(other_context()));
+    REQUIRE(session_->decide_in(other_context(), aside_->span()) == status::ok);
+  }
   /// Decoded tokens' queries are shown as bf16. Precondition: they are such numbers.
   void show_bf16() { brain_ = true; }
 
@@ -112,9 +117,12 @@ class device_engine {
       for (std::size_t i = 0; i < uz(n); ++i) {
         auto const from = out.begin() + static_cast<std::ptrdiff_t>(i * each);
         r[uz(l) * uz(n) + i].out.assign(from, from + static_cast<std::ptrdiff_t>(each));
-        r[uz(l) * uz(n) + i].done = kept(l, *who[i]);
       }
     }
+    REQUIRE(session_->join() == status::ok);
+    settle_device();
+    for (index_t l = 0; l < options_.n_layers; ++l)
+      for (std::size_t i = 0; i < uz(n); ++i) r[uz(l) * uz(n) + i].done = kept(l, *who[i]);
     for (stream* s : who) ++s->tokens;
     return r;
   }
@@ -173,7 +181,7 @@ class device_engine {
   bool brain_ = false;
   std::vector<test_cache> caches_;
   std::vector<layer_spec<device_memory>> specs_;
-  std::unique_ptr<aligned_block> memory_;
+  std::unique_ptr<aligned_block> memory_, aside_;
   std::optional<device_session<op_context, device_any, device_any>> session_;
 };
 

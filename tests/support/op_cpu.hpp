@@ -19,6 +19,8 @@ inline cpu::context& two_threads() {
   return ctx;
 }
 
+inline cpu::context& other_context() { return two_threads(); }
+
 /// Nothing is started that could run later.
 inline long started_kernels() { return 0; }
 

@@ -19,8 +19,11 @@ using op_context = cuda::context;
 /// set, and in emulation, which refuses those that touch memory too early.
 inline op_context make_context() {
   cudaStream_t s = nullptr;
+  cudaEvent_t mark = nullptr;
   if (cudaStreamCreate(&s) != cudaSuccess) throw std::runtime_error("no stream");
-  op_context ctx(s);
+  if (cudaEventCreateWithFlags(&mark, cudaEventDisableTiming) != cudaSuccess)
+    throw std::runtime_error("no event");
+  op_context ctx(s, mark);
 #ifdef KVKEEP_EMULATION
   bool const overlap = true;
 #else
@@ -35,6 +38,17 @@ inline op_context& one_thread() {
   return ctx;
 }
 inline op_context& two_threads() { return one_thread(); }
+/// Its stream is late in emulation: whoever does not wait for it finds nothing done.
+inline op_context& other_context() {
+  static op_context ctx = [] {
+    op_context late = make_context();
+#ifdef KVKEEP_EMULATION
+    emulation::dawdle(late.stream);
+#endif
+    return late;
+  }();
+  return ctx;
+}
 
 template <template <class> class Op>
 Op<device_space> on_device(Op<host_space> const& op) {

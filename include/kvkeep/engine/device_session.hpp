@@ -31,6 +31,9 @@ namespace kvkeep {
 /// Without bursts one token leaves per step, by its slot being given to the next one. With bursts
 /// (`evict_after` > 1), and where a decision comes before its token's attention (`cadence`), every step
 /// launches the cut; heads that are not due take no part in it, and where one token leaves, one moves.
+///
+/// Attention need not wait for decisions: with `decide_in` they run in a second context, beside what the engine
+/// enqueues next, and the first one waits for them in `join`, at the end of a step.
 /// Threads: calls of one session do not overlap.
 template <backend Ctx, class Prompt, class Decode = Prompt>
 class device_session {
@@ -67,6 +70,21 @@ class device_session {
   /// The engine has attended itself: the newest token's queries (K is read once more). Unsupported where
   /// a decision comes before attention.
   status observe(index_t layer, batch_ref<space> const& b, queries const& q) noexcept;
+
+  // -- decisions beside what follows them -----------------------------------------------------------
+  /// From now on decisions run in `other` (on CUDA: a second stream, both contexts with a mark), each after its own
+  /// token's attention; only that, and what it leaves in the state, stays in the session's context. The kept sets are
+  /// the same. Decisions that come before attention stay there too. Set-up.
+  /// @param memory  `aside_bytes(other)` bytes of the backend's memory
+  /// @return workspace_too_small, and nothing changes, if there are fewer
+  status decide_in(Ctx& other, std::span<std::byte> memory) noexcept
+    requires orders<Ctx>;
+  /// Bytes of memory that `decide_in` needs with this context.
+  std::size_t aside_bytes(Ctx& other) noexcept;
+  /// The session's context waits for all decisions so far. For the end of a step, and so of a captured one: before
+  /// others read the state, and before batches, block tables, keys or values change that those decisions may read. The
+  /// session's own calls do so where they have to.
+  status join() noexcept;
 
   // -- reading: all in the backend's memory ---------------------------------------------------------
   /// Slots in use, `[id, kv_head]`.
@@ -129,10 +147,23 @@ class device_session {
   batch_ref<space> one(index_t id, index_t row) const noexcept {
     return {1, numbers_ + row, numbers_ + id};
   }
+  /// Where ops run, and their scratch.
+  struct runner {
+    Ctx& ctx;
+    workspace& w;
+
+    template <class Op>
+    status operator()(Op const& op) const noexcept {
+      return run(ctx, op, w);
+    }
+    template <class F>
+    status each(index_t n, F const& f) const noexcept {
+      return w.measuring() ? status::ok : (*this)(op::for_each<F, space>{n, f});
+    }
+  };
   template <class F>
   status each(index_t n, F const& f, workspace& w) const noexcept {
-    if (w.measuring()) return status::ok;
-    return run(*ctx_, op::for_each<F, space>{n, f}, w);
+    return runner{*ctx_, w}.each(n, f);
   }
   detail::settle_victims<space> settling(layer_data const& l,
                                          batch_ref<space> const& b) const noexcept {
@@ -174,15 +205,23 @@ class device_session {
                workspace& w) noexcept;
   status decide(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
                 workspace& w) noexcept;
-  status score_tokens(score_input<space> const& in, score_map<space> out, workspace& w) noexcept;
-  status evict(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
-               workspace& w) noexcept;
+  status decide_aside(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
+                      workspace& w) noexcept;
+  status measure_aside(layer_data& l, score_input<space> const& in,
+                       detail::token_steps<space> t) noexcept;
+  status wait_for_decision(index_t m) noexcept;
+  status decide_by(runner const& by, layer_data& l, score_input<space> const& in,
+                   detail::token_steps<space>& t) noexcept;
+  status score_tokens(runner const& by, score_input<space> const& in,
+                      score_map<space> out) noexcept;
+  status evict(runner const& by, layer_data& l, score_input<space> const& in,
+               detail::token_steps<space>& t) noexcept;
   detail::cut_memory<space> take_cut(index_t n, workspace& w) const noexcept;
-  status list_cut(layer_data const& l, batch_ref<space> const& b, index_t extra,
-                  detail::cut_memory<space> const& c, workspace& w) const noexcept;
-  status apply_cut(layer_data& l, score_input<space> in, detail::cut_memory<space> const& c,
-                   workspace& w) noexcept;
-  status cut(layer_data& l, score_input<space> in, workspace& w) noexcept;
+  status list_cut(runner const& by, layer_data const& l, batch_ref<space> const& b, index_t extra,
+                  detail::cut_memory<space> const& c) const noexcept;
+  status apply_cut(runner const& by, layer_data& l, score_input<space> in,
+                   detail::cut_memory<space> const& c) noexcept;
+  status cut(runner const& by, layer_data& l, score_input<space> in) noexcept;
 
   // device_special.hpp
   status attend_special(layer_data& l, score_input<space> in, detail::token_steps<space>& t,
@@ -207,9 +246,18 @@ class device_session {
   detail::shared_state<space> shared_{};
   index_t* numbers_ = nullptr;
   index_t n_numbers_ = 0;
-  index_t* first_rows_ = nullptr;  ///< [max_batch] 0: ring rows where a ring has one row or none
+  index_t* newest_rows_ = nullptr;  ///< [managed layer, entry] ring rows of tokens; one list of 0 for small rings
   index_t* tickets_ = nullptr;     ///< [max_batch] of op::joined_chain
   index_t* faults_ = nullptr;
+  /// Decisions beside what follows them.
+  struct {
+    Ctx* ctx = nullptr;  ///< null: there are none
+    std::byte* scratch = nullptr;
+    std::size_t bytes = 0;
+    Ctx* measured = nullptr;  ///< whose scratch is being measured into `bytes`
+    std::vector<std::uint8_t> open;  ///< [managed layer] 1: nobody has waited for its last decision
+    bool any = false;                ///< ... of some layer
+  } aside_;
   std::size_t state_bytes_ = 0;
   std::size_t scratch_bytes_ = 0;
   std::byte* scratch_ = nullptr;

@@ -42,4 +42,11 @@ status run(Ctx& ctx, Op const& op, workspace& ws) {
   return enqueue(ctx, op, ws);
 }
 
+/// A context can wait for what has been enqueued in another one: `follow(later, earlier) -> status`, found through
+/// their namespace. It only enqueues.
+template <class Ctx>
+concept orders = backend<Ctx> && requires(Ctx& c) {
+  { follow(c, c) } -> std::same_as<status>;
+};
+
 }  // namespace kvkeep

@@ -125,7 +125,7 @@ void wait_copy_groups(int pending);
 struct calls {
   long launches = 0;  ///< of kernels, and recordings of them
   long settings = 0;  ///< cudaFuncSetAttribute, cudaFuncGetAttributes
-  long others = 0;    ///< memory, streams, devices, graphs
+  long others = 0;    ///< memory, streams, devices, graphs; not what makes streams wait for each other
 };
 calls& count() noexcept;
 
@@ -268,6 +268,8 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorStreamCaptureUnjoined = 904,
+  cudaErrorStreamCaptureIsolation = 905,
   cudaErrorStreamCaptureImplicit = 906
 };
 enum cudaDeviceAttr {
@@ -279,6 +281,11 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct emulated_stream*;
+using cudaEvent_t = struct emulated_event*;
+namespace emulation {
+/// The stream puts its work off, mostly until somebody waits for it.
+void dawdle(cudaStream_t stream);
+}  // namespace emulation
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 using cudaGraph_t = struct emulated_graph*;
 using cudaGraphExec_t = struct emulated_graph_exec*;
@@ -310,10 +317,17 @@ cudaError_t cudaFree(void* p);
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+enum { cudaEventDisableTiming = 2 };
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaGetLastError();
 cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t stream);
 /// Kernels launched from here on are recorded with copies of their arguments instead of run. Any other
-/// call but cudaFuncSetAttribute spoils the recording: stricter than a device, which allows some.
+/// call but cudaFuncSetAttribute and those of events spoils the recording: stricter than a device, which allows some.
+/// A stream that waits for the captured one is captured with it, and has to be waited for before the end. Replays run
+/// what streams have recorded in any order that events allow.
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,
@@ -322,7 +336,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 cudaError_t emulated_check(cudaLaunchConfig_t const& c);
-/// Runs `work`, or records it where the stream is being captured.
+/// Runs `work`, or records it where the stream is being captured, or puts it off where the stream dawdles.
 cudaError_t emulated_launch(cudaStream_t stream, std::function<void()> work);
 
 template <class K>

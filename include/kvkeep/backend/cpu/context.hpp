@@ -112,6 +112,9 @@ struct context {
   }
 };
 
+/// Nothing to wait for: a call's work is done when it returns.
+inline status follow(context&, context&) noexcept { return status::ok; }
+
 /// f(entry, kv_head, worker) for all heads of a batch.
 template <class F>
 void for_heads(context const& c, index_t n_entries, index_t n_heads, F const& f) noexcept {

@@ -142,10 +142,16 @@ inline planned<attend_stage> plan(context const& c, op::attend<device_space> con
   planned<attend_stage> p;
   p.result = make_task(o, p.stage.t);
   if (p.result != status::ok) return p;
+  bool const asks = asked(o.out) || asked(o.lse) || asked(o.weights) || asked(o.weight_sum) ||
+                    asked(o.weight_max) || asked(o.fold.out);
+  if (!asks) {
+    p.stage.merge = merge_by::nobody;
+    return p;
+  }
   attend_plan const plan(o.layer.kv.shape, o.batch.n, 1);
   take_scratch(p.stage.t, plan, ws);
   bool const by_block = plan.one_block_merges(o.layer.kv.shape.max_slots, c.n_sm);
-  p.stage.merge = !o.asks() ? merge_by::nobody : by_block ? merge_by::block : merge_by::kernels;
+  p.stage.merge = by_block ? merge_by::block : merge_by::kernels;
   return p;
 }
 inline status begin(context const& c, attend_stage& s) noexcept {

@@ -14,7 +14,8 @@ namespace kvkeep::cuda {
 /// launches, and to let a kernel have more than 48 KiB of shared memory: neither hinders the capture of a
 /// graph.
 struct context {
-  explicit context(cudaStream_t s) : stream(s) {
+  /// @param m  an event of the caller's, without timing, where others shall wait for this context (`follow`)
+  explicit context(cudaStream_t s, cudaEvent_t m = nullptr) : stream(s), mark(m) {
     int device = 0;
     bool good = cudaGetDevice(&device) == cudaSuccess;
     auto const read = [&](cudaDeviceAttr what, int& value) {
@@ -31,11 +32,22 @@ struct context {
   }
 
   cudaStream_t stream;
+  cudaEvent_t mark;
   int n_sm = 0;          ///< multiprocessors
   int shared_bytes = 0;  ///< shared memory that one block may use
   int capability = 0;    ///< 80, 90, ...
   bool overlap = false;  ///< kernels may be placed before those in front end (allow_overlap)
 };
+
+/// What is enqueued in `later` from now on waits for all that has been in `earlier`. Not on the host, and in a graph
+/// that is being captured it is an edge: the capture of one stream goes on in the other.
+/// @return bad_argument if `earlier` has no mark
+inline status follow(context& later, context& earlier) noexcept {
+  if (earlier.mark == nullptr) return status::bad_argument;
+  bool const good = cudaEventRecord(earlier.mark, earlier.stream) == cudaSuccess &&
+                    cudaStreamWaitEvent(later.stream, earlier.mark, 0) == cudaSuccess;
+  return good ? status::ok : status::backend_error;
+}
 
 }  // namespace kvkeep::cuda
 

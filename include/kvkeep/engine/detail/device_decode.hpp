@@ -3,6 +3,9 @@
 /// Device session: decoding. Nothing here depends on what only the backend knows.
 #pragma once
 
+#include <algorithm>
+#include <utility>
+
 #include "../device_session.hpp"
 
 namespace kvkeep {
@@ -13,6 +16,7 @@ status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& 
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0 || slots == nullptr || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
+  KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
   return give_slots(layers_[static_cast<std::size_t>(m)], b, slots, w);
 }
@@ -53,6 +57,7 @@ status device_session<Ctx, P, D>::show_token(index_t layer, batch_ref<space> con
   if (m == -1) return out != nullptr ? status::unsupported : status::ok;
   if (m < 0 || q.data == nullptr || q.n_rows != 1 || b.n < 1 || b.n > limits_.max_batch)
     return status::bad_argument;
+  KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
   return weigh(layers_[static_cast<std::size_t>(m)], b, q, out, lse, w);
 }
@@ -63,13 +68,12 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
                                         float* out, float* lse, workspace& w) noexcept {
   bool const measuring = w.measuring();
   index_t const hq = shape_.cache.n_q_heads, ring = shape_.rows.weight_ring;
-  index_t* const rows = w.take<index_t>(static_cast<std::size_t>(b.n));
-  if (!measuring && !w.ok()) return status::workspace_too_small;
+  index_t* const rows = newest_rows_ + (ring > 1 ? l.number * limits_.max_batch : 0);
   if (ring > 1) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, rows}, w));
   auto in = input(l, b, false);
   in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
   // Without a ring, and while measuring, any pointer says that there is a newest token.
-  in.newest_row = measuring ? &shape_.n_sequences : ring > 1 ? rows : first_rows_;
+  in.newest_row = measuring ? &shape_.n_sequences : rows;
   op::attend<space> a{b, {l.kv, l.slots}};
   a.raw = q;
   if (out != nullptr || measuring) a.out = row_major<space>(out, b.n, hq, shape_.cache.dim_v);
@@ -91,12 +95,12 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
 
 /// Scores of all slots in use, joined over heads where one set serves a layer.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::score_tokens(score_input<space> const& in, score_map<space> out,
-                                               workspace& w) noexcept {
-  workspace::frame const frame(w);
-  KVKEEP_TRY(decode_.score.score(*ctx_, in, out, w));
+status device_session<Ctx, P, D>::score_tokens(runner const& by, score_input<space> const& in,
+                                               score_map<space> out) noexcept {
+  workspace::frame const frame(by.w);
+  KVKEEP_TRY(decode_.score.score(by.ctx, in, out, by.w));
   if (decode_.width() == scope::head || !decode_.score.traits().comparable) return status::ok;
-  return run(*ctx_, op::mean_heads<space>{in.batch, in.layer.slots, out}, w);
+  return by(op::mean_heads<space>{in.batch, in.layer.slots, out});
 }
 
 /// Attention of the newest tokens and the decision after it, for the next ones.
@@ -107,17 +111,98 @@ status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const
   if (!detail::cuts_while_decoding(decode_.score))
     return detail::run_heads(*ctx_, in, w, t.attend, t.push, settle);
   if (detail::decides_late(decode_.when)) return attend_special(l, in, t, w);
-  if (one_leaves_) return evict(l, in, t, w);
+  if (aside_.ctx != nullptr) return decide_aside(l, in, t, w);
+  if (w.measuring() && aside_.measured != nullptr) KVKEEP_TRY(measure_aside(l, in, t));
+  return decide_by({*ctx_, w}, l, in, t);
+}
+
+/// Scratch of a decision that another context makes.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::measure_aside(layer_data& l, score_input<space> const& in,
+                                                detail::token_steps<space> t) noexcept {
+  workspace count;
+  t.without_attention(in);
+  status const s = decide_by({*aside_.measured, count}, l, in, t);
+  aside_.bytes = std::max(aside_.bytes, count.peak());
+  return s;
+}
+
+/// Attention in the session's context; the decision follows it in the other one.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::decide_aside(layer_data& l, score_input<space> const& in,
+                                               detail::token_steps<space>& t,
+                                               workspace& w) noexcept {
   KVKEEP_TRY(detail::run_heads(*ctx_, in, w, t.attend, t.push));
-  if (!bound_.attention_folds) KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
-  KVKEEP_TRY(cut(l, in, w));
-  return each(settle.n, settle.fn, w);
+  t.without_attention(in);
+  if constexpr (orders<Ctx>) KVKEEP_TRY(follow(*aside_.ctx, *ctx_));
+  aside_.open[static_cast<std::size_t>(l.number)] = 1;
+  aside_.any = true;
+  workspace there({aside_.scratch, aside_.bytes});
+  return decide_by({*aside_.ctx, there}, l, in, t);
+}
+
+/// What is left of attention, and the decision after it.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::decide_by(runner const& by, layer_data& l,
+                                            score_input<space> const& in,
+                                            detail::token_steps<space>& t) noexcept {
+  if (one_leaves_) return evict(by, l, in, t);
+  auto const settle = detail::each_head(in, t.settle);
+  if (!t.attended) KVKEEP_TRY(detail::run_heads(by.ctx, in, by.w, t.attend, t.push));
+  if (!bound_.attention_folds) KVKEEP_TRY(decode_.score.fold(by.ctx, in, by.w));
+  KVKEEP_TRY(cut(by, l, in));
+  return by.each(settle.n, settle.fn);
+}
+
+template <backend Ctx, class P, class D>
+std::size_t device_session<Ctx, P, D>::aside_bytes(Ctx& other) noexcept {
+  Ctx* const used = std::exchange(aside_.ctx, nullptr);
+  std::size_t const had = std::exchange(aside_.bytes, 0);
+  aside_.measured = &other;
+  queries q;
+  q.n_rows = q.tokens = 1;
+  batch_ref<space> batch;
+  batch.n = limits_.max_batch;
+  for (auto& l : layers_) {
+    workspace w;
+    if (weigh(l, batch, q, nullptr, nullptr, w) != status::ok) break;  // it could when it was bound
+  }
+  std::size_t const bytes = std::exchange(aside_.bytes, had);
+  aside_.ctx = used;
+  aside_.measured = nullptr;
+  return bytes > 0 ? detail::padded_scratch(bytes) : 0;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::decide_in(Ctx& other, std::span<std::byte> memory) noexcept
+  requires orders<Ctx>
+{
+  std::size_t const bytes = aside_bytes(other);
+  if (memory.size() < bytes) return status::workspace_too_small;
+  KVKEEP_TRY(join());
+  KVKEEP_TRY(follow(other, *ctx_));  // whatever has been enqueued so far; and it tells whether contexts can wait
+  KVKEEP_TRY(follow(*ctx_, other));
+  aside_.ctx = &other;
+  aside_.scratch = memory.data();
+  aside_.bytes = bytes;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::join() noexcept {
+  if (!aside_.any) return status::ok;
+  if constexpr (orders<Ctx>) KVKEEP_TRY(follow(*ctx_, *aside_.ctx));
+  std::fill(aside_.open.begin(), aside_.open.end(), std::uint8_t{0});
+  aside_.any = false;
+  return status::ok;
 }
 
 /// One victim per head over its budget.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const& in,
-                                        detail::token_steps<space>& t, workspace& w) noexcept {
+status device_session<Ctx, P, D>::evict(runner const& by, layer_data& l,
+                                        score_input<space> const& in,
+                                        detail::token_steps<space>& t) noexcept {
+  workspace& w = by.w;
   workspace::frame const frame(w);
   index_t const heads = shape_.cache.n_kv_heads, n_ids = shape_.n_sequences;
   auto const size = product(n_ids, heads);
@@ -132,7 +217,7 @@ status device_session<Ctx, P, D>::evict(layer_data& l, score_input<space> const&
   t.tickets = tickets_;
   t.joins = decode_.score.traits().comparable;
   t.folds = !bound_.attention_folds;
-  return detail::decide_token(*ctx_, decode_.score, in, t, w);
+  return detail::decide_token(by.ctx, decode_.score, in, t, w);
 }
 
 /// Takes the memory of a cut from the scratch.
@@ -154,9 +239,9 @@ auto device_session<Ctx, P, D>::take_cut(index_t n, workspace& w) const noexcept
 /// Lists the heads of a batch for which a cut is due, and what all of them keep.
 /// @param extra  slots beyond the budget that stay
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::list_cut(layer_data const& l, batch_ref<space> const& b,
-                                           index_t extra, detail::cut_memory<space> const& c,
-                                           workspace& w) const noexcept {
+status device_session<Ctx, P, D>::list_cut(runner const& by, layer_data const& l,
+                                           batch_ref<space> const& b, index_t extra,
+                                           detail::cut_memory<space> const& c) const noexcept {
   index_t const heads = shape_.cache.n_kv_heads;
   detail::resolve_keep<space> const resolve{l.k,
                                             l.slots,
@@ -169,34 +254,40 @@ status device_session<Ctx, P, D>::list_cut(layer_data const& l, batch_ref<space>
                                             decode_.select.traits().block,
                                             0,
                                             c.keep};
-  return each(b.n * heads, detail::list_due<space>{resolve, c.due}, w);
+  return by.each(b.n * heads, detail::list_due<space>{resolve, c.due});
 }
 
 /// Cuts the heads that are listed, by `c.scores`.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::apply_cut(layer_data& l, score_input<space> in,
-                                            detail::cut_memory<space> const& c,
-                                            workspace& w) noexcept {
+status device_session<Ctx, P, D>::apply_cut(runner const& by, layer_data& l,
+                                            score_input<space> in,
+                                            detail::cut_memory<space> const& c) noexcept {
   batch_ref<space> const b = in.batch;
   index_t const heads = shape_.cache.n_kv_heads;
   in.layer.slots.lengths = c.due;
   KVKEEP_TRY(
-      decode_.select.select(*ctx_, b, in.layer.slots, c.scores, c.keep, in.guard, c.plan, w));
-  KVKEEP_TRY(run(
-      *ctx_, op::compact<space>{b, in.layer, b, in.layer, c.plan, op::move_kind::fill_holes}, w));
-  return each(b.n * heads, detail::adopt_lengths<space>{l.slots, c.keep, c.due, b, heads}, w);
+      decode_.select.select(by.ctx, b, in.layer.slots, c.scores, c.keep, in.guard, c.plan, by.w));
+  KVKEEP_TRY(by(op::compact<space>{b, in.layer, b, in.layer, c.plan, op::move_kind::fill_holes}));
+  return by.each(b.n * heads, detail::adopt_lengths<space>{l.slots, c.keep, c.due, b, heads});
+}
+
+/// Before the state of a layer is changed or read again.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::wait_for_decision(index_t m) noexcept {
+  return aside_.open[static_cast<std::size_t>(m)] != 0 ? join() : status::ok;
 }
 
 /// A cut of the heads for which one is due.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::cut(layer_data& l, score_input<space> in, workspace& w) noexcept {
-  workspace::frame const frame(w);
-  auto const c = take_cut(in.batch.n, w);
-  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  KVKEEP_TRY(list_cut(l, in.batch, 0, c, w));
+status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l,
+                                      score_input<space> in) noexcept {
+  workspace::frame const frame(by.w);
+  auto const c = take_cut(in.batch.n, by.w);
+  if (!by.w.measuring() && !by.w.ok()) return status::workspace_too_small;
+  KVKEEP_TRY(list_cut(by, l, in.batch, 0, c));
   in.layer.slots.lengths = c.due;
-  KVKEEP_TRY(score_tokens(in, c.scores, w));
-  return apply_cut(l, in, c, w);
+  KVKEEP_TRY(score_tokens(by, in, c.scores));
+  return apply_cut(by, l, in, c);
 }
 
 }  // namespace kvkeep

@@ -37,6 +37,7 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries con
   if (all && q.n_rows != n) return status::bad_argument;
   index_t const p0 = prompt_of(l, id).tokens;
   if (n > l.kv.shape.max_slots - p0) return status::capacity_exceeded;
+  KVKEEP_TRY(join());
   workspace w = scratch();
   KVKEEP_TRY(each(shape_.cache.n_kv_heads,
                   detail::extend_head<space>{l.slots, id, p0, n, shape_.rows.weights_at}, w));
@@ -96,6 +97,7 @@ status device_session<Ctx, P, D>::end_prompt(index_t layer, index_t id, index_t 
     return status::bad_order;
   bool const together = prompt_.budget.traits().couples_layers;
   if (together && (m > 0 ? prompt_owner_ != id : prompt_owner_ >= 0)) return status::bad_order;
+  KVKEEP_TRY(join());
   workspace w = scratch();
   KVKEEP_TRY(decide_prompt(l, id, one(id, row), w));
   s.ended_layers = m + 1;
@@ -188,7 +190,7 @@ status device_session<Ctx, P, D>::cut_once(layer_data& l, batch_ref<space> const
   KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, newest}, w));
   auto in = input(l, b, false);
   in.newest_row = w.measuring() ? &shape_.n_sequences : newest;  // measuring: any pointer
-  return cut(l, in, w);
+  return cut({*ctx_, w}, l, in);
 }
 
 /// Applies the budgets of `prompt_k` to one layer, in place; without excess everything stays.

@@ -97,6 +97,7 @@ device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
   n_numbers_ = std::max({limits_.max_sequences, cache.n_seq, n, shape_.rows.total + 1});
   sequences_.resize(static_cast<std::size_t>(limits_.max_sequences));
   prompts_.resize(product(n, limits_.max_sequences));
+  aside_.open.resize(static_cast<std::size_t>(n));
   workspace counting;
   carve(counting);
   state_bytes_ = counting.peak() + workspace::alignment;
@@ -114,10 +115,17 @@ void device_session<Ctx, P, D>::carve(workspace& w) {
   bool const scores = prompt_.budget.traits().needs_scores;
   detail::carve_shared(w, shared_, shape_, n, scores ? n : 0, 0);
   numbers_ = w.take<index_t>(static_cast<std::size_t>(n_numbers_));
-  first_rows_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_batch));
+  newest_rows_ = w.take<index_t>(product(shape_.rows.weight_ring > 1 ? n : 1, limits_.max_batch));
   tickets_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_batch));
   faults_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_sequences));
 }
+
+namespace detail {
+/// Bytes of an arena that begins anywhere.
+constexpr std::size_t padded_scratch(std::size_t n) noexcept {
+  return (n + 2 * workspace::alignment) / workspace::alignment * workspace::alignment;
+}
+}  // namespace detail
 
 /// Runs every step with a measuring workspace and the largest arguments.
 template <backend Ctx, class P, class D>
@@ -143,7 +151,7 @@ void device_session<Ctx, P, D>::measure() {
     take([&](workspace& w) { return give_slots(l, batch, nullptr, w); });
     take([&](workspace& w) { return weigh(l, batch, q, nullptr, nullptr, w); });
   }
-  scratch_bytes_ = (most + 2 * workspace::alignment) / workspace::alignment * workspace::alignment;
+  scratch_bytes_ = detail::padded_scratch(most);
 }
 
 template <backend Ctx, class P, class D>
@@ -154,7 +162,7 @@ void device_session<Ctx, P, D>::place(std::span<std::byte> memory) {
   carve(w);
   scratch_ = memory.data() + state_bytes_;
   if (each(n_numbers_, detail::count_up{numbers_}, w) != status::ok ||
-      each(limits_.max_batch, detail::count_none{first_rows_}, w) != status::ok ||
+      each(limits_.max_batch, detail::count_none{newest_rows_}, w) != status::ok ||
       each(limits_.max_batch, detail::count_none{tickets_}, w) != status::ok)
     fail_setup("the backend cannot write the session's memory");
 }
@@ -188,6 +196,7 @@ status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) 
     return status::unsupported;
   for (auto const& l : layers_)
     if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
+  KVKEEP_TRY(join());
   workspace w = scratch();
   index_t const heads = shape_.cache.n_kv_heads;
   KVKEEP_TRY(each(1, detail::set_sequence{shared_.frozen, faults_, at, o.frozen}, w));
@@ -212,6 +221,7 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
   if (prompt_owner_ == from) return status::bad_order;
   index_t to = -1;
   KVKEEP_TRY(find_place(o.id, to));
+  KVKEEP_TRY(join());
   workspace w = scratch();
   host_state s = sequences_[static_cast<std::size_t>(from)];
   s.frozen = std::max(s.frozen, o.frozen);

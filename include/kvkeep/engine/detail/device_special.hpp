@@ -30,19 +30,20 @@ status device_session<Ctx, P, D>::attend_special(layer_data& l, score_input<spac
     // include_current counts this token's query among the rows.
     in.seen = decode_.when.before_attention ? l.appended : l.seen;
     in.guard.recent += 1;
+    runner const here{*ctx_, w};
     auto const settle = detail::each_head(in, t.settle);
     KVKEEP_TRY(each(t.push.n, t.push.fn, w));
-    KVKEEP_TRY(list_cut(l, in.batch, 1, c, w));
+    KVKEEP_TRY(list_cut(here, l, in.batch, 1, c));
     KVKEEP_TRY(decode_.score.score_direct(*ctx_, in, c.scores, own, w));
     if (!masks) {
-      KVKEEP_TRY(apply_cut(l, in, c, w));
+      KVKEEP_TRY(apply_cut(here, l, in, c));
       return detail::run_heads(*ctx_, in, w, t.attend, settle);
     }
     // The published attention still sees the cache as it was: attend first, then let go.
     KVKEEP_TRY(mask_heads(in, own, visible, c, w));
     t.attend.visible = visible;
     KVKEEP_TRY(detail::run_heads(*ctx_, in, w, t.attend));
-    KVKEEP_TRY(apply_cut(l, in, c, w));
+    KVKEEP_TRY(apply_cut(here, l, in, c));
     return each(settle.n, settle.fn, w);
   } else {
     (void)l, (void)in, (void)t, (void)w;

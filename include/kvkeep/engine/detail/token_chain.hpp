@@ -24,6 +24,16 @@ struct token_steps {
   bool folds = false;                     ///< the scorer's `fold` is due: attention has not done it
   bool one_set = false;                   ///< one kept set for all heads
   bool joins = false;                     ///< ... by the mean of their scores
+  bool attended = false;                  ///< `attend` and `push` have nothing to do
+
+  /// Attention has been enqueued already.
+  void without_attention(score_input<Space> const& in) noexcept {
+    attend = {};
+    attend.batch = in.batch;
+    attend.layer = in.layer;
+    push.n = 0;
+    attended = true;
+  }
 };
 
 /// Chains over the heads of a batch, and over its entries.
