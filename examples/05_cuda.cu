@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // An engine on CUDA: cache, batch and the session's state are memory of the device, and a decode step of all layers
-// is recorded as a graph once, then replayed for every token. The host reads nothing until the end.
+// is recorded as a graph once, then replayed for every token. The session writes new keys and values itself, and what
+// it decides about a layer runs in a second stream, beside the next layers. The host reads nothing until the end.
 // Exits with 77 where there is no device.
 #include <kvkeep/cuda.cuh>
 #include <kvkeep/engine/device_session.hpp>
@@ -46,7 +47,6 @@ class managed_memory {
 /// One layer's cache `[kv_head, slot, dim]`, and what a token brings and gets.
 struct layer_memory {
   float *k, *v, *new_k, *new_v, *q, *out;
-  index_t* slot;
 
   explicit layer_memory(managed_memory& m)
       : k(m.take<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim))),
@@ -54,21 +54,7 @@ struct layer_memory {
         new_k(m.take<float>(product(toy::n_kv_heads, toy::dim))),
         new_v(m.take<float>(product(toy::n_kv_heads, toy::dim))),
         q(m.take<float>(product(toy::n_q_heads, toy::dim))),
-        out(m.take<float>(product(toy::n_q_heads, toy::dim))),
-        slot(m.take<index_t>(product(toy::n_kv_heads))) {}
-};
-
-/// The engine's kernel between `append` and `attend`: the new token's rows go to the slots it has been given.
-struct write_token {
-  layer_memory l;
-
-  KVKEEP_HD void operator()(index_t i) const {
-    index_t const head = i / toy::dim, slot = l.slot[head];
-    if (slot < 0) return;  // the sequence has a fault
-    offset_t const at = (offset_t{head} * shape.max_slots + slot) * toy::dim + i % toy::dim;
-    l.k[at] = l.new_k[i];
-    l.v[at] = l.new_v[i];
-  }
+        out(m.take<float>(product(toy::n_q_heads, toy::dim))) {}
 };
 
 /// Keys and values lie in slots 0, 1, ...; then the queries are shown, and the first cut is enqueued.
@@ -95,16 +81,14 @@ void run_prompt(Session& s, index_t id, std::vector<layer_memory> const& layers,
 
 /// Enqueues one token in every layer: nothing here depends on lengths or positions.
 template <class Session>
-void enqueue_step(Session& s, cuda::context& ctx, batch_ref<device_space> const& b,
+void enqueue_step(Session& s, batch_ref<device_space> const& b,
                   std::vector<layer_memory> const& layers) {
-  workspace none{std::span<std::byte>{}};
   for (index_t l = 0; l < toy::n_layers; ++l) {
     layer_memory const& m = layers[static_cast<std::size_t>(l)];
-    toy::expect(s.append(l, b, m.slot), "append");
-    op::for_each<write_token, device_space> const write{toy::n_kv_heads * toy::dim, {m}};
-    toy::expect(run(ctx, write, none), "write");
+    toy::expect(s.append(l, b, make_token_kv(m.new_k, m.new_v, shape)), "append");
     toy::expect(s.attend(l, b, make_queries(m.q, toy::n_q_heads, 1, toy::dim), m.out), "attend");
   }
+  toy::expect(s.join(), "join");  // the step ends when its last decision has been made
 }
 
 /// What the model computes for the next token, where the recorded step finds it.
@@ -116,6 +100,20 @@ void bring_token(std::vector<layer_memory> const& layers, index_t position) {
     std::vector<float> const q = toy::make_queries(l, position, 1);
     std::copy(q.begin(), q.end(), m.q);
   }
+}
+
+/// A stream of the caller's, and an event by which another one can wait for it.
+cuda::context new_context() {
+  cudaStream_t stream = nullptr;
+  cudaEvent_t mark = nullptr;
+  expect(cudaStreamCreate(&stream) == cudaSuccess, "cudaStreamCreate");
+  expect(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming) == cudaSuccess,
+         "cudaEventCreateWithFlags");
+  return cuda::context(stream, mark);
+}
+void destroy(cuda::context const& c) {
+  cudaEventDestroy(c.mark);
+  cudaStreamDestroy(c.stream);
 }
 
 cudaGraphExec_t end_recording(cudaStream_t stream) {
@@ -135,9 +133,8 @@ int main() {
     std::puts("SKIPPED: no CUDA device");
     return 77;
   }
-  cudaStream_t stream = nullptr;
-  expect(cudaStreamCreate(&stream) == cudaSuccess, "cudaStreamCreate");
-  cuda::context ctx(stream);
+  cuda::context ctx = new_context(), beside = new_context();
+  cudaStream_t const stream = ctx.stream;
 
   managed_memory memory;
   std::vector<layer_memory> layers;
@@ -152,6 +149,8 @@ int main() {
   std::size_t const bytes = device_session_bytes(ctx, policy, policy, views, limits{});
   auto s = bind_device_session(ctx, policy, policy, views, limits{},
                                std::span(memory.take<std::byte>(bytes), bytes));
+  std::size_t const aside = s.aside_bytes(beside);
+  toy::expect(s.decide_in(beside, std::span(memory.take<std::byte>(aside), aside)), "decide_in");
 
   index_t id = 0;
   toy::expect(s.begin(id), "begin");
@@ -163,7 +162,7 @@ int main() {
   *row = 0, *ids = id;
   expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess,
          "cudaStreamBeginCapture");
-  enqueue_step(s, ctx, {1, row, ids}, layers);
+  enqueue_step(s, {1, row, ids}, layers);
   cudaGraphExec_t const step = end_recording(stream);
 
   for (index_t p = prompt_tokens; p < prompt_tokens + new_tokens; ++p) {
@@ -176,8 +175,9 @@ int main() {
   index_t const slots = s.lengths(0)(id, 0);  // managed memory too, and nothing runs
   std::printf(
       "%d tokens seen, %d slots in use per head, faults %d, %zu bytes of state and scratch\n",
-      s.tokens(0)[id], slots, s.faults()[id], s.bytes());
+      s.tokens(0)[id], slots, s.faults()[id], bytes + aside);
   bool const good = slots == capacity + 1 && s.faults()[id] == 0;
-  cudaStreamDestroy(stream);
+  destroy(beside);
+  destroy(ctx);
   return good ? 0 : 1;
 }

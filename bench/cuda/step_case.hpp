@@ -12,16 +12,15 @@
 
 namespace bench {
 
-/// What the engine does with the slots it is given. Index: entry, KV head, feature.
+/// What an engine without a session does with new rows. Index: entry, KV head, feature.
 struct write_token {
   bf16 *k, *v;
   bf16 const *new_k, *new_v;  ///< [entry, kv_head, dim]
   index_t const* slots;       ///< [entry, kv_head]
-  index_t max_slots, dim;
+  index_t dim;
   KVKEEP_HD void operator()(index_t i) const {
-    index_t const head = i / dim, slot = slots[head];
-    if (slot < 0) return;
-    offset_t const at = (static_cast<offset_t>(head) * max_slots + slot) * dim + i % dim;
+    index_t const head = i / dim;
+    offset_t const at = static_cast<offset_t>(head + slots[head]) * dim + i % dim;
     k[at] = new_k[i];
     v[at] = new_v[i];
   }
@@ -41,7 +40,6 @@ class step_case {
     plain_out_ = {layers, rows};
     new_k_ = {tokens * layers, heads * product(p.dim)};
     new_v_ = {tokens * layers, heads * product(p.dim)};
-    slot_ = {layers, heads};
     plain_slot_ = {1, heads};
     plain_k_ = {layers, heads * product(p.dim)};
     plain_v_ = {layers, heads * product(p.dim)};
@@ -99,8 +97,9 @@ class step_case {
   void step(std::size_t token) {
     for (std::size_t l = 0; l < layers_; ++l) {
       auto const layer = static_cast<index_t>(l);
-      expect(session_->append(layer, entries(), slot_.at(l)), "append");
-      write({cached(k_, l), cached(v_, l), {}, {}, slot_.at(l), slots_, p_.dim}, token, l);
+      auto const at = token * layers_ + l;
+      token_kv const rows = make_token_kv(new_k_.at(at), new_v_.at(at), specs_[l].kv.shape);
+      expect(session_->append(layer, entries(), rows), "append");
       expect(session_->attend(layer, entries(), shown(token, l), out_.at(l)), "attend");
     }
     expect(session_->join(), "join");
@@ -108,7 +107,13 @@ class step_case {
   /// The same without a session, which owns the caches: new rows go to slots beside them.
   void plain_step(std::size_t token) {
     for (std::size_t l = 0; l < layers_; ++l) {
-      write({plain_k_.at(l), plain_v_.at(l), {}, {}, plain_slot_.data(), 1, p_.dim}, token, l);
+      auto const at = token * layers_ + l;
+      workspace none(std::span<std::byte>{});
+      op::for_each<write_token, device_space> const write{
+          static_cast<index_t>(new_k_.per_set()),
+          {plain_k_.at(l), plain_v_.at(l), new_k_.at(at), new_v_.at(at), plain_slot_.data(),
+           p_.dim}};
+      expect(run(s_.ctx, write, none), "write");
       auto o = plain(l);
       o.q.data = q_.at(token * layers_ + l);
       workspace ws = placed_in(memory_plain_);
@@ -181,16 +186,6 @@ class step_case {
     float const* const q = q_.at(token * layers_ + l);
     return make_queries(q, p_.kv_heads * p_.group, 1, p_.dim);
   }
-  static bf16* cached(rotated<std::byte> const& plane, std::size_t l) {
-    return reinterpret_cast<bf16*>(plane.at(l));
-  }
-  void write(write_token f, std::size_t token, std::size_t l) {
-    f.new_k = new_k_.at(token * layers_ + l);
-    f.new_v = new_v_.at(token * layers_ + l);
-    workspace none(std::span<std::byte>{});
-    op::for_each<write_token, device_space> const o{static_cast<index_t>(new_k_.per_set()), f};
-    expect(run(s_.ctx, o, none), "write");
-  }
   op::attend<device_space> plain(std::size_t l) const {
     index_t const q_heads = p_.kv_heads * p_.group;
     op::attend<device_space> o;
@@ -209,7 +204,7 @@ class step_case {
   rotated<std::byte> k_, v_, memory_, memory_aside_, memory_plain_;
   rotated<float> q_, out_, plain_out_;
   rotated<bf16> new_k_, new_v_, plain_k_, plain_v_;
-  rotated<index_t> slot_, plain_slot_, lengths_, numbers_;
+  rotated<index_t> plain_slot_, lengths_, numbers_;
   std::vector<layer_spec<device_space>> specs_;
   std::optional<session_type> session_;
   std::uint64_t draws_ = 0;

@@ -98,6 +98,7 @@ void compare(pairing const& p, test::world w, std::uint64_t seed) {
     device.show_bf16();
   }
   if (g.chance(0.5F)) device.decide_aside();
+  if (g.chance(0.5F)) device.append_rows();
   auto const start = [&](test::text const& t, index_t n) {
     test::stream h = host.begin(t), d = device.begin(t);
     REQUIRE(h.id == d.id);
@@ -171,6 +172,7 @@ TEST_CASE("a sequence that finds no slot says so, and the others go on") {
 }
 
 TEST_CASE("a slot that one KV head cannot have is taken by none") {
+  bool const rows = GENERATE(false, true);
   policy_options const o = small(64);
   test::world w;
   w.layout = test::layout_id::ragged;
@@ -181,6 +183,7 @@ TEST_CASE("a slot that one KV head cannot have is taken by none") {
   e.cache.capacities.back() = 5;
   auto const policy = make_policy<test::op_context>("fullkv", o);
   test::device_engine device(e, policy, policy);
+  if (rows) device.append_rows();
   auto const a = w.words(1), b = w.words(2);
   test::stream x = device.begin(a), y = device.begin(b);
   REQUIRE(x.row == shape.n_seq - 1);
@@ -248,6 +251,34 @@ TEST_CASE("a query head is shown what a plan keeps, and nothing else") {
     test::settle_device();
     REQUIRE(visible == expected);
   });
+}
+
+TEST_CASE("rows that cannot become the cache's are refused before anything is enqueued") {
+  policy_options const o = small(16);
+  test::world w;
+  auto const p = make_policy<test::op_context>("streamingllm", o);
+  test::device_engine device(w.options(test::make("streamingllm", o), 60), p, p);
+  auto const a = w.words(1);
+  test::stream x = device.begin(a);
+  device.prompt(x, 9, {9});
+  index_t const row = x.row;
+  batch_ref<test::device_memory> const b{1, &row, &x.id};
+  std::vector<float> const numbers(uz(w.shape.n_kv_heads * (w.shape.dim_k + w.shape.dim_v)));
+  token_kv kv = make_token_kv(numbers.data(), numbers.data(), w.shape);
+  auto& s = device.session();
+  auto const before = device.kept(0, x);
+  CHECK(s.append(7, b, kv) == status::bad_argument);
+  CHECK(s.append(0, {}, kv) == status::bad_argument);
+  kv.v.type = dtype::opaque;
+  CHECK(s.append(0, b, kv) == status::unsupported);
+  kv.v.data = nullptr;
+  CHECK(s.append(0, b, kv) == status::bad_argument);
+  test::settle_device();
+  CHECK(device.kept(0, x) == before);
+  kv = make_token_kv(numbers.data(), numbers.data(), w.shape);
+  CHECK(s.append(0, b, kv) == status::ok);  // and nobody asks for the slots
+  test::settle_device();
+  CHECK(device.kept(0, x)[0].back() == 9);
 }
 
 TEST_CASE("a decision before attention needs the session's attention") {

@@ -50,6 +50,8 @@ class device_engine {
   }
 
   auto& session() { return *session_; }
+  /// The session writes keys and values itself.
+  void append_rows() { appends_rows_ = true; }
   /// Decisions run beside what follows them.
   void decide_aside() {
     aside_ = std::make_unique<aligned_block>(session_->aside_bytes(other_context()));
@@ -95,12 +97,11 @@ class device_engine {
     for (index_t l = 0; l < options_.n_layers; ++l) {
       std::vector<index_t> slots(uz(n) * uz(heads), -7);
       std::vector<float> q, out(uz(n) * uz(shape_.n_q_heads) * uz(shape_.dim_v));
-      REQUIRE(session_->append(l, b, slots.data()) == status::ok);
-      settle_device();
+      append(l, b, who, slots);
       for (index_t i = 0; i < n; ++i) {
         stream const& s = *who[uz(i)];
         for (index_t h = 0; h < heads; ++h)
-          if (slots[uz(i * heads + h)] >= 0) write(s, l, h, slots[uz(i * heads + h)], s.tokens);
+          if (index_t const slot = slots[uz(i * heads + h)]; slot >= 0) bring(s, l, h, slot);
         token_record t;
         t.appended = kept(l, s);
         auto const mine = rows(s, l, s.tokens, 1);
@@ -157,6 +158,33 @@ class device_engine {
   }
 
  private:
+  void append(index_t l, batch_ref<device_memory> const& b, std::vector<stream*> const& who,
+              std::vector<index_t>& slots) {
+    std::vector<float> k, v;
+    if (appends_rows_)
+      for (stream const* s : who)
+        for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
+          auto const& words = s->words->layer[uz(l)];
+          for (double x : words.k.row(h, s->tokens)) k.push_back(static_cast<float>(x));
+          for (double x : words.v.row(h, s->tokens)) v.push_back(static_cast<float>(x));
+        }
+    status const result =
+        appends_rows_
+            ? session_->append(l, b, make_token_kv(k.data(), v.data(), shape_), slots.data())
+            : session_->append(l, b, slots.data());
+    REQUIRE(result == status::ok);
+    settle_device();
+  }
+  /// The newest token's rows lie in their slot: by now, or because the session has put them there.
+  void bring(stream const& s, index_t l, index_t h, index_t slot) {
+    auto const stored = [&] {
+      return std::pair{caches_[uz(l)].k().raw(s.row, h, slot),
+                       caches_[uz(l)].v().raw(s.row, h, slot)};
+    };
+    auto const before = stored();
+    write(s, l, h, slot, s.tokens);
+    if (appends_rows_) REQUIRE(stored() == before);
+  }
   std::vector<float> rows(stream const& s, index_t l, index_t first, index_t n) const {
     std::vector<float> q;
     for (index_t h = 0; h < shape_.n_q_heads; ++h)
@@ -178,7 +206,7 @@ class device_engine {
 
   engine_options options_;
   cache_shape shape_;
-  bool brain_ = false;
+  bool brain_ = false, appends_rows_ = false;
   std::vector<test_cache> caches_;
   std::vector<layer_spec<device_memory>> specs_;
   std::unique_ptr<aligned_block> memory_, aside_;

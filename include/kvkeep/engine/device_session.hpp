@@ -9,6 +9,7 @@
 #include "../budget/inherit.hpp"
 #include "../op/attend.hpp"
 #include "../op/reduce.hpp"
+#include "detail/device_rows.hpp"
 #include "detail/device_steps.hpp"
 #include "detail/offers.hpp"
 #include "detail/prompt_steps.hpp"
@@ -63,6 +64,11 @@ class device_session {
   /// A slot per sequence and KV head for the next token, `slots` `[entry, kv_head]`; -1 where the
   /// sequence has a fault: nothing shall be written there.
   status append(index_t layer, batch_ref<space> const& b, index_t* slots) noexcept;
+  /// The same, and writes the token's keys and values there, in the launch that finds the slots. `kv` lies in the
+  /// backend's memory, in any element type (rounded to the cache's; opaque rows from opaque ones); `slots` may be null.
+  /// @return unsupported, and nothing is enqueued, if the types do not fit or a layout is behind host functions
+  status append(index_t layer, batch_ref<space> const& b, token_kv const& kv,
+                index_t* slots = nullptr) noexcept;
   /// Attention of the newest token over all slots in use, with evidence and the next decision.
   /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
   status attend(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
@@ -77,8 +83,7 @@ class device_session {
   /// the same. Decisions that come before attention stay there too. Set-up.
   /// @param memory  `aside_bytes(other)` bytes of the backend's memory
   /// @return workspace_too_small, and nothing changes, if there are fewer
-  status decide_in(Ctx& other, std::span<std::byte> memory) noexcept
-    requires orders<Ctx>;
+  status decide_in(Ctx& other, std::span<std::byte> memory) noexcept requires orders<Ctx>;
   /// Bytes of memory that `decide_in` needs with this context.
   std::size_t aside_bytes(Ctx& other) noexcept;
   /// The session's context waits for all decisions so far. For the end of a step, and so of a captured one: before
@@ -196,11 +201,13 @@ class device_session {
                                      shared_.prompt_k, w);
   }
 
+  // device_append.hpp
+  status give_slots(layer_data& l, batch_ref<space> const& b, token_kv const* kv, index_t* slots,
+                    workspace& w) noexcept;
+
   // device_decode.hpp
   status show_token(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
                     float* lse) noexcept;
-  status give_slots(layer_data& l, batch_ref<space> const& b, index_t* slots,
-                    workspace& w) noexcept;
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, float* out, float* lse,
                workspace& w) noexcept;
   status decide(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
@@ -246,8 +253,9 @@ class device_session {
   detail::shared_state<space> shared_{};
   index_t* numbers_ = nullptr;
   index_t n_numbers_ = 0;
-  index_t* newest_rows_ = nullptr;  ///< [managed layer, entry] ring rows of tokens; one list of 0 for small rings
-  index_t* tickets_ = nullptr;     ///< [max_batch] of op::joined_chain
+  index_t* newest_rows_ =
+      nullptr;  ///< [managed layer, entry] ring rows of tokens; one list of 0 for small rings
+  index_t* tickets_ = nullptr;  ///< [max_batch] of op::joined_chain
   index_t* faults_ = nullptr;
   /// Decisions beside what follows them.
   struct {

@@ -47,13 +47,17 @@ struct queries {
   index_t n_tokens() const noexcept { return tokens > 0 ? tokens : n_rows; }
 };
 
+/// Element `at` of numbers that are not opaque, as fp32.
+KVKEEP_HD inline float number_at(void const* data, dtype type, offset_t at) noexcept {
+  switch (type) {
+    case dtype::f16: return to_float(static_cast<fp16 const*>(data)[at]);
+    case dtype::bf16: return to_float(static_cast<bf16 const*>(data)[at]);
+    default: return static_cast<float const*>(data)[at];
+  }
+}
 /// One element of queries as fp32.
 KVKEEP_HD inline float query_feature(queries const& q, offset_t at) noexcept {
-  switch (q.type) {
-    case dtype::f16: return to_float(static_cast<fp16 const*>(q.data)[at]);
-    case dtype::bf16: return to_float(static_cast<bf16 const*>(q.data)[at]);
-    default: return static_cast<float const*>(q.data)[at];
-  }
+  return number_at(q.data, q.type, at);
 }
 
 /// Contiguous queries `[entry, q_head, row, dim]`, with an optional contiguous log-sum-exp.
@@ -79,6 +83,29 @@ inline queries tokens_only(index_t n) {
   queries r;
   r.tokens = n;
   return r;
+}
+
+/// A row per entry and KV head, features side by side (of opaque rows: their bytes).
+struct head_vectors {
+  void const* data = nullptr;
+  dtype type = dtype::f32;
+  offset_t entry_stride = 0;  ///< elements (opaque: bytes) between batch entries
+  offset_t head_stride = 0;   ///< ... between KV heads
+};
+
+/// Keys and values of one new token per entry, `[entry, kv_head, dim]` each.
+struct token_kv {
+  head_vectors k{};
+  head_vectors v{};
+};
+
+/// Contiguous ones.
+template <class T>
+token_kv make_token_kv(T const* k, T const* v, cache_shape const& s) {
+  auto const rows = [&](T const* data, index_t dim) {
+    return head_vectors{data, dtype_of<T>::value, static_cast<offset_t>(s.n_kv_heads) * dim, dim};
+  };
+  return {rows(k, s.dim_k), rows(v, s.dim_v)};
 }
 
 /// Attention probabilities of the newest token, `[entry, q_head, slot]`: one float per slot in use.

@@ -11,32 +11,6 @@
 namespace kvkeep {
 
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& b,
-                                         index_t* slots) noexcept {
-  index_t const m = managed(layer);
-  if (m == -1) return status::ok;
-  if (m < 0 || slots == nullptr || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
-  KVKEEP_TRY(wait_for_decision(m));
-  workspace w = scratch();
-  return give_slots(layers_[static_cast<std::size_t>(m)], b, slots, w);
-}
-
-/// A block per entry: a head has a slot only if all have.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> const& b,
-                                             index_t* slots, workspace& w) noexcept {
-  index_t const heads = shape_.cache.n_kv_heads, n = b.n * heads;
-  auto* const found = w.take<index_t>(static_cast<std::size_t>(n));
-  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  using find = detail::find_faults<space>;
-  using take = detail::take_slots<space>;
-  op::for_each<find, space> const look{n, find{l, b, faults_, found}};
-  op::for_each<take, space> const give{n, take{l, shape_.rows, b, found, faults_, slots}};
-  // A block has as much to do as it has heads, not slots.
-  return run(*ctx_, op::make_chain<space>(b.n, 1, heads, look, give), w);
-}
-
-template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::attend(index_t layer, batch_ref<space> const& b, queries const& q,
                                          float* out, float* lse) noexcept {
   if (out == nullptr) return status::bad_argument;
@@ -174,13 +148,13 @@ std::size_t device_session<Ctx, P, D>::aside_bytes(Ctx& other) noexcept {
 }
 
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::decide_in(Ctx& other, std::span<std::byte> memory) noexcept
-  requires orders<Ctx>
-{
+status device_session<Ctx, P, D>::decide_in(
+    Ctx& other, std::span<std::byte> memory) noexcept requires orders<Ctx> {
   std::size_t const bytes = aside_bytes(other);
   if (memory.size() < bytes) return status::workspace_too_small;
   KVKEEP_TRY(join());
-  KVKEEP_TRY(follow(other, *ctx_));  // whatever has been enqueued so far; and it tells whether contexts can wait
+  KVKEEP_TRY(follow(
+      other, *ctx_));  // whatever has been enqueued so far; and it tells whether contexts can wait
   KVKEEP_TRY(follow(*ctx_, other));
   aside_.ctx = &other;
   aside_.scratch = memory.data();
@@ -259,8 +233,7 @@ status device_session<Ctx, P, D>::list_cut(runner const& by, layer_data const& l
 
 /// Cuts the heads that are listed, by `c.scores`.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::apply_cut(runner const& by, layer_data& l,
-                                            score_input<space> in,
+status device_session<Ctx, P, D>::apply_cut(runner const& by, layer_data& l, score_input<space> in,
                                             detail::cut_memory<space> const& c) noexcept {
   batch_ref<space> const b = in.batch;
   index_t const heads = shape_.cache.n_kv_heads;

@@ -232,4 +232,4 @@ status device_session<Ctx, P, D>::cut_prompt(layer_data& l, index_t id, batch_re
 
 }  // namespace kvkeep
 
-#include "device_decode.hpp"
+#include "device_append.hpp"

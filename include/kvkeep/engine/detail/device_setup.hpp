@@ -148,7 +148,7 @@ void device_session<Ctx, P, D>::measure() {
   batch.n = limits_.max_batch;
   q.n_rows = 1;
   for (auto& l : layers_) {
-    take([&](workspace& w) { return give_slots(l, batch, nullptr, w); });
+    take([&](workspace& w) { return give_slots(l, batch, nullptr, nullptr, w); });
     take([&](workspace& w) { return weigh(l, batch, q, nullptr, nullptr, w); });
   }
   scratch_bytes_ = detail::padded_scratch(most);
