@@ -20,7 +20,7 @@ struct attend_run {
   padded<float, 4> weights;  // [id, kv_head, ring * group, slot]: a ring of weight rows
   padded<float, 4> weight_sum;
   padded<std::uint8_t, 3> visible;
-  std::vector<index_t> ring_row;
+  std::vector<index_t> ring_row, tickets;
   index_t ring;
   op::attend<> op;
 
@@ -46,8 +46,13 @@ struct attend_run {
     op.ring_stride = l.shape().group() * op.weights.stride[2];
     op.weight_sum = weight_sum.ref();
     op.weight_row = ring_row.data();
+    tickets.resize(uz(l.n() * l.shape().n_q_heads));
+    if (g.chance(0.5F)) op.tickets = tickets.data();
   }
-  void run() { test::run_op(op, out, lse, weights, weight_sum); }
+  void run() {
+    test::run_op(op, out, lse, weights, weight_sum);
+    REQUIRE(std::count(tickets.begin(), tickets.end(), 0) == static_cast<long>(tickets.size()));
+  }
 };
 
 /// Compares with the oracle. `mask` says whether the op had one.
@@ -303,6 +308,38 @@ TEST_CASE("outputs may be left out one by one") {
       CHECK(test::same_bits(a.weight_sum.data(), whole.weight_sum.data()));
     }
   }
+}
+
+TEST_CASE("tickets change no bit") {
+  test::for_seeds(12, [](generator& g) {
+    test::layer_options o;
+    index_t const heads = g.integer(1, 2), dim = g.one_of(std::array<index_t, 3>{23, 64, 128});
+    index_t const slots = g.one_of(std::array<index_t, 3>{40, 700, 2600});
+    o.cache.shape = {2, heads * g.integer(1, 11), heads, dim, dim, slots};
+    o.cache.seed = g.next();
+    o.cache.layout = g.one_of(test::all_layouts());
+    o.cache.type = g.one_of(test::readable_dtypes());
+    o.cache.aligned = true;
+    INFO(o.cache.layout << " " << o.cache.type << " dim " << dim << " group "
+                        << o.cache.shape.group() << " slots " << slots);
+    test::test_layer const l(o);
+    attend_run a(l, g, 1);
+    bool const mask = g.chance(0.3F);
+    if (mask) a.op.visible = a.visible.cref();
+    padded<float, 4> sums({l.n(), heads, 1, slots}, 0);
+    a.op.fold.out = sums.ref();
+    a.op.fold.clear = true;
+    std::vector<std::vector<float>> results[2];
+    for (bool const with : {false, true}) {
+      a.op.tickets = with ? a.tickets.data() : nullptr;
+      a.run();
+      results[with] = {a.out.data(), a.lse.data(), a.weights.data(), a.weight_sum.data(),
+                       sums.data()};
+    }
+    for (std::size_t i = 0; i < results[0].size(); ++i)
+      CHECK(test::same_bits(results[0][i], results[1][i]));
+    check(l, a, mask);
+  });
 }
 
 TEST_CASE("attention folds its weights to the bits of op::accumulate") {

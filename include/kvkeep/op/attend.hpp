@@ -40,6 +40,10 @@ struct attend {
   /// weights are unaffected).
   tensor_ref<std::uint8_t const, 3, Space> visible{};
 
+  /// Optional, `[entry, q_head]`: 0, and so again afterwards. With them a backend whose blocks do not wait for each
+  /// other tells which of a row's is last, and needs fewer launches; no result depends on it. The CPU has no need.
+  index_t* tickets = nullptr;
+
   /// Whether there is anything to write.
   constexpr bool asks() const noexcept {
     return out.data != nullptr || lse.data != nullptr || weights.data != nullptr ||

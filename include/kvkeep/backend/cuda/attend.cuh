@@ -3,7 +3,6 @@
 /// CUDA: decode attention, and attention weights of query rows.
 #pragma once
 
-#include "kernels/attend_merge.cuh"
 #include "kernels/attend_rows.cuh"
 #include "launch.cuh"
 
@@ -82,12 +81,13 @@ inline void take_scratch(attend_task& t, attend_plan const& plan, workspace& ws)
   if (t.fold.out.data != nullptr && t.weights.data == nullptr) t.logits = logits;
 }
 
-/// After the splits: their merge, and the weights if somebody wants them.
+/// After the splits: what their last blocks have not done of their merge, and of the weights if somebody wants them.
 inline status launch_merge(context const& c, attend_plan const& plan,
                            attend_task const& t) noexcept {
-  KVKEEP_TRY(
-      launch(c, plan.merge_grid(), attend_merge_kernel::shared_bytes(), attend_merge_kernel{t}));
-  if (t.weights.data == nullptr && t.fold.out.data == nullptr) return status::ok;
+  if (t.tickets == nullptr)
+    KVKEEP_TRY(
+        launch(c, plan.merge_grid(), attend_merge_kernel::shared_bytes(), attend_merge_kernel{t}));
+  if (!t.weighs() || (t.tickets != nullptr && plan.tiles == 1)) return status::ok;
   return launch(c, plan.weights_grid(t.kv.shape.max_slots, weight_threads), 0,
                 attend_weights_kernel{{}, t});
 }
@@ -125,10 +125,12 @@ inline status make_task(op::attend<device_space> const& o, attend_task& t) noexc
   t.ring_stride = o.ring_stride;
   t.fold = o.fold;
   t.visible = o.visible;
+  if (attend_plan(kv.shape, o.batch.n, 1).last_merges(kv.shape.max_slots))
+    t.tickets = reinterpret_cast<unsigned*>(o.tickets);
   return status::ok;
 }
 
-/// Attention of every entry and KV head. Scratch: 16 bytes per query head and split of 256 slots, 4 per
+/// Attention of every entry and KV head. One launch with tickets and up to 4096 slots; else two, or three with weights. Scratch: 16 bytes per query head and split of 256 slots, 4 per
 /// value feature of those, and 4 per query head and slot if weights are folded and not kept.
 inline status enqueue(context& c, op::attend<device_space> const& o, workspace& ws) noexcept {
   attend_task t;
@@ -136,7 +138,8 @@ inline status enqueue(context& c, op::attend<device_space> const& o, workspace& 
   return run_attention(c, t, o.batch.n, o.asks(), ws);
 }
 
-/// In a chain: the splits by a kernel of their own, the rest by the block of a head, if that is not too much.
+/// In a chain: the splits by a kernel of their own, the rest by their last blocks, or by the block of a head, if that is
+/// not too much.
 inline planned<attend_stage> plan(context const& c, op::attend<device_space> const& o,
                                   workspace& ws) noexcept {
   planned<attend_stage> p;
@@ -150,8 +153,9 @@ inline planned<attend_stage> plan(context const& c, op::attend<device_space> con
   }
   attend_plan const plan(o.layer.kv.shape, o.batch.n, 1);
   take_scratch(p.stage.t, plan, ws);
+  bool const by_last = p.stage.t.tickets != nullptr;
   bool const by_block = plan.one_block_merges(o.layer.kv.shape.max_slots, c.n_sm);
-  p.stage.merge = by_block ? merge_by::block : merge_by::kernels;
+  p.stage.merge = by_last ? merge_by::last : by_block ? merge_by::block : merge_by::kernels;
   return p;
 }
 inline status begin(context const& c, attend_stage& s) noexcept {

@@ -21,6 +21,10 @@ inline constexpr index_t merge_parts = 8;
 /// there are for; and however many, where there is such a block for every multiprocessor. To be measured.
 inline constexpr index_t one_block_slots = 8192;
 
+/// Slots of a head up to which the block of a row's last split does all that follows, where tickets are given: a launch
+/// less, but few threads. To be measured.
+inline constexpr index_t last_merges_slots = 4096;
+
 /// Query heads that a block has registers for, of which a group may leave some unused.
 KVKEEP_HD constexpr index_t tile_heads(index_t group) noexcept {
   return group <= 1 ? 1 : group <= 4 ? 4 : most_tile_heads;
@@ -54,6 +58,10 @@ struct attend_plan {
   constexpr grid split_grid() const noexcept {
     return {static_cast<offset_t>(product(n_entries, n_heads, n_rows, tiles)), splits,
             split_threads};
+  }
+  /// Whether the block of a row's last split shall do what follows.
+  constexpr bool last_merges(index_t slots) const noexcept {
+    return n_rows == 1 && slots <= last_merges_slots;
   }
   /// Whether a block per KV head shall do what follows the splits.
   constexpr bool one_block_merges(index_t slots, int n_sm) const noexcept {

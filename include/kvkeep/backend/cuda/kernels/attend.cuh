@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Decode attention: a block takes the slots of one split, for the query heads that share them. It leaves
-/// maximum, sum and weighted values of the split, and the logits if somebody asks for weights
-/// (attend_merge.cuh goes on from there). What differs by type and layout is a `Path`: the plain one here,
-/// a fast one in attend_rows.cuh. Both add in the same order, so that a layout does not change bits.
+/// Decode attention, what its kernels share: the task, a split's place and memory, logits into weights. A block
+/// takes the slots of one split, for the query heads that share them (attend_split.cuh), and leaves maximum, sum and
+/// weighted values of the split, and the logits if somebody asks for weights; attend_merge.cuh goes on from there.
 #pragma once
 
 #include "../../../op/attend.hpp"
@@ -44,7 +43,9 @@ struct attend_task {
   softmax_part* shown = nullptr;  ///< [entry, q_head, row, split] of the visible slots
   softmax_part* all = nullptr;    ///< the same of all slots
   row_scale* totals = nullptr;    ///< [entry, q_head, row] of all slots
-  float* logits = nullptr;        ///< [entry, q_head, slot], where `weights` cannot hold them
+  unsigned* tickets =
+      nullptr;  ///< [entry, KV head, tile] if the last split of a row merges; one row, always present
+  float* logits = nullptr;  ///< [entry, q_head, slot], where `weights` cannot hold them
   index_t splits = 0, tile = 1, tiles = 1;
 
   /// Index of a query row in the scratch.
@@ -58,6 +59,8 @@ struct attend_task {
   __device__ offset_t query_at(index_t entry, index_t q_head, index_t row) const {
     return source_of(entry) * q.entry_stride + q_head * q.head_stride + row * q.row_stride;
   }
+  /// Whether logits become weights that are kept, or folded.
+  KVKEEP_HD bool weighs() const { return weights.data != nullptr || fold.out.data != nullptr; }
   __device__ bool present(index_t entry, index_t row) const {
     return position.data == nullptr || position(source_of(entry), row) >= 0;
   }
@@ -80,6 +83,7 @@ struct split_place {
   index_t g;      ///< first query head of the tile in its group
   index_t count;  ///< query heads of the tile
   index_t split, n;
+  index_t splits;  ///< of the rows
 
   __device__ explicit split_place(attend_task const& t) {
     index_t x = static_cast<index_t>(blockIdx.x);
@@ -91,8 +95,20 @@ struct split_place {
     entry = x / t.kv.shape.n_kv_heads;
     count = min(t.tile, t.kv.shape.group() - g);
     split = static_cast<index_t>(blockIdx.y);
-    n = min(t.lengths(t.batch.id_of(entry), head) - split * split_slots, split_slots);
+    index_t const length = t.lengths(t.batch.id_of(entry), head);
+    n = min(length - split * split_slots, split_slots);
+    splits = (length + split_slots - 1) / split_slots;
     if (!t.present(entry, row)) n = 0;
+  }
+  /// Whether the block has nothing to do. Where the last one merges, somebody does so for a head without slots.
+  __device__ bool idle(attend_task const& t) const {
+    return n <= 0 && (t.tickets == nullptr || split > 0);
+  }
+  /// Whether it is the last one of its rows.
+  __device__ bool last(attend_task const& t) const {
+    index_t const tile = g / t.tile;
+    offset_t const rows = (static_cast<offset_t>(entry) * t.kv.shape.n_kv_heads + head) * t.tiles;
+    return last_to_come(t.tickets + rows + tile, max(splits, 1));
   }
   __device__ index_t q_head(attend_task const& t) const { return head * t.kv.shape.group() + g; }
   /// Index of a split of query head g + i in the scratch.
@@ -168,115 +184,5 @@ __device__ inline void weigh_split(attend_task const& t, split_place const& at, 
     if (lane == 0) t.shown[at.piece(t, i)] = part;
   }
 }
-
-/// Heads that a kernel works on: all, those whose rows are 16-byte aligned, or the others.
-enum class rows_taken : std::uint8_t { all, aligned, others };
-
-/// One block's split.
-template <class Path>
-__device__ void attend_split(attend_task const& t, rows_taken which) {
-  split_place const at(t);
-  if (at.n <= 0) return;
-  split_box const box(t.tile);
-  index_t const seq = t.batch.row_of(at.entry), first = at.split * split_slots;
-  bool const wants_values = t.out.data != nullptr;
-  bool aligned = true;
-  {
-    head_rows const rows(t.kv.k, seq, at.head);
-    aligned = rows.alignment(t.kv.k.dim * dtype_bytes(t.kv.k.type)) == 16;
-    for (index_t j = thread_of_block(); j < at.n; j += split_threads)
-      box.keys[j] = rows.bytes(first + j);
-  }
-  if (wants_values) {
-    head_rows const rows(t.kv.v, seq, at.head);
-    aligned = aligned && rows.alignment(t.kv.v.dim * dtype_bytes(t.kv.v.type)) == 16;
-    for (index_t j = thread_of_block(); j < at.n; j += split_threads)
-      box.values[j] = rows.bytes(first + j);
-  }
-  if (which != rows_taken::all && aligned != (which == rows_taken::aligned)) return;
-  __syncthreads();
-  Path::dot_products(t, at, box);
-  typename Path::first_rows ahead(at, box, wants_values);
-  __syncthreads();
-  weigh_split(t, at, box.z);
-  if (!wants_values) return;
-  __syncthreads();
-  Path::add_values(t, at, box, ahead);
-}
-
-/// Rows of any type, dimension and feature order.
-struct plain_path {
-  /// Values that are loaded before they are needed: none.
-  struct first_rows {
-    __device__ first_rows(split_place const&, split_box const&, bool) {}
-  };
-
-  /// Lane l of a row takes pieces l, l + lanes, ... of 16 bytes, as the fast path does.
-  __device__ static void dot_products(attend_task const& t, split_place const& at,
-                                      split_box const& box) {
-    index_t const dim = t.kv.shape.dim_k, lanes = row_lanes(dim), groups = split_threads / lanes;
-    index_t const group = thread_of_block() / lanes, lane = thread_of_block() % lanes;
-    index_t const each = 16 / dtype_bytes(t.kv.k.type);
-    offset_t const q = t.query_at(at.entry, at.q_head(t), at.row);
-    for (index_t base = 0; base < at.n; base += groups) {
-      index_t const slot = base + group;
-      std::byte const* const row = box.keys[min(slot, at.n - 1)];
-      float x[most_tile_heads] = {};
-      for (index_t first = lane * each; first < dim; first += lanes * each)
-        for (index_t d = first; d < min(first + each, dim); ++d) {
-          float const k = feature(t.kv.k, row, d);
-          for (index_t i = 0; i < most_tile_heads; ++i)
-            if (i < at.count)
-              x[i] = __fmaf_rn(query_feature(t.q, q + i * t.q.head_stride + d), k, x[i]);
-        }
-      for (index_t i = 0; i < most_tile_heads; ++i) {
-        for (index_t step = lanes / 2; step > 0; step /= 2)
-          x[i] += __shfl_xor_sync(all_lanes, x[i], step);
-        if (i < at.count && lane == 0 && slot < at.n) box.z[i * split_slots + slot] = x[i];
-      }
-    }
-  }
-
-  /// A group of lanes adds every `groups`th slot; then groups of a warp, then warps are added.
-  __device__ static void add_values(attend_task const& t, split_place const& at,
-                                    split_box const& box, first_rows const&) {
-    index_t const dim = t.kv.shape.dim_v, lanes = row_lanes(dim), groups = split_threads / lanes;
-    index_t const group = thread_of_block() / lanes, lane = thread_of_block() % lanes;
-    for (index_t first = 0; first < dim; first += lanes) {
-      index_t const d = first + lane;
-      float x[most_tile_heads] = {};
-      for (index_t j = group; j < at.n && d < dim; j += groups) {
-        float const v = feature(t.kv.v, box.values[j], d);
-        for (index_t i = 0; i < most_tile_heads; ++i)
-          if (i < at.count) x[i] = __fmaf_rn(box.z[i * split_slots + j], v, x[i]);
-      }
-      __syncthreads();  // the sums may still be read for earlier features
-      for (index_t i = 0; i < most_tile_heads; ++i) {
-        for (index_t step = warp_size / 2; step >= lanes; step /= 2)
-          x[i] += __shfl_xor_sync(all_lanes, x[i], step);
-        if (lane_of_warp() < lanes)
-          box.sums[(warp_of_block() * most_tile_heads + i) * lanes + lane] = x[i];
-      }
-      __syncthreads();
-      for (index_t i = thread_of_block(); i < at.count * lanes; i += split_threads) {
-        float sum = box.sums[i];
-        for (index_t w = 1; w < warps_of_block(); ++w)
-          sum += box.sums[w * most_tile_heads * lanes + i];
-        if (first + i % lanes < dim)
-          t.values[at.piece(t, i / lanes) * dim + first + i % lanes] = sum;
-      }
-    }
-  }
-  static constexpr index_t sums_floats = split_threads * most_tile_heads;
-};
-
-struct attend_plain_kernel {
-  static constexpr int most_threads = split_threads, blocks_per_sm = 4;
-  attend_task t;
-  rows_taken which;
-
-  __device__ void operator()() const { attend_split<plain_path>(t, which); }
-  std::size_t shared_bytes() const { return split_box::bytes(t.tile, plain_path::sums_floats); }
-};
 
 }  // namespace kvkeep::cuda

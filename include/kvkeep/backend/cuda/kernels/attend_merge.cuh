@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
 /// Decode attention after its splits: their sums are merged in order, then logits become weights, which
-/// are folded on the way. By kernels of their own, or as a stage.
+/// are folded on the way. By the block of a row's last split, by kernels of their own, or as a stage.
 #pragma once
 
-#include "attend.cuh"
-#include "slots.cuh"
+#include "attend_weights.cuh"
 
 namespace kvkeep::cuda {
 
@@ -27,9 +26,11 @@ __device__ inline float log_sum_exp(softmax_part const& s, float const* sink) {
 /// One part of the splits' softmax; all lanes get it.
 __device__ inline softmax_part merge_parts_of(softmax_part const* parts, index_t n) {
   softmax_part r{-largest_float, 0};
+  KVKEEP_UNROLL(4)
   for (index_t s = lane_of_warp(); s < n; s += warp_size) r.max = larger{}(r.max, parts[s].max);
   r.max = warp_reduce(r.max, larger{});
   double sum = 0;
+  KVKEEP_UNROLL(4)
   for (index_t s = lane_of_warp(); s < n; s += warp_size)
     sum += static_cast<double>(parts[s].sum) * static_cast<double>(weight_of(parts[s].max - r.max));
   r.sum = static_cast<float>(warp_reduce(sum, add{}));
@@ -159,47 +160,9 @@ struct attend_merge_kernel {
   }
 };
 
-/// A slot's logits of one query row per head become weights, which are kept, or folded, or both.
-__device__ inline void weigh_slot(attend_task const& t, index_t entry, index_t head, index_t row,
-                                  index_t j) {
-  struct loaded {
-    float logit;
-    row_scale scale;
-  };
-  index_t const id = t.batch.id_of(entry), group = t.kv.shape.group();
-  row_scale const* const scales = t.totals + t.row_index(entry, head * group, row);
-  float* const z = t.weight_slots(entry, head, 0, row) + j;
-  bool const kept = t.weights.data != nullptr, folds = t.fold.out.data != nullptr;
-  offset_t const step =
-      kept ? t.weights.stride[2] : static_cast<offset_t>(t.n_rows) * t.kv.shape.max_slots;
-  auto const load = [&](index_t g) { return loaded{z[g * step], scales[g * t.n_rows]}; };
-  auto const weight = [&](index_t g, loaded const& x) {
-    float const e = weight_of(x.logit - x.scale.max);
-    if (kept) z[g * step] = e;
-    return e;
-  };
-  if (!folds) return each_query_head(group, load, weight);
-  slot_fold fold(t.fold, t.fold.out_by_id ? id : entry, id, head, j, group);
-  each_query_head(group, load,
-                  [&](index_t g, loaded const& x) { fold.add(g, weight(g, x), x.scale.inverse); });
-}
-
-struct attend_weights_kernel : slot_kernel {
-  attend_task t;
-
-  __device__ void operator()() const {
-    index_t x = static_cast<index_t>(blockIdx.x);
-    index_t const row = x % t.n_rows;
-    x /= t.n_rows;
-    index_t const head = x % t.kv.shape.n_kv_heads, entry = x / t.kv.shape.n_kv_heads;
-    index_t const j = slot();
-    if (j < t.lengths(t.batch.id_of(entry), head) && t.present(entry, row))
-      weigh_slot(t, entry, head, row, j);
-  }
-};
-
-/// What follows the splits: nothing, this block's stage, or kernels that have done it before.
-enum class merge_by : std::uint8_t { nobody, block, kernels };
+/// What follows the splits: nothing, this block's stage, kernels that have done it before, or what the blocks of last
+/// splits have left.
+enum class merge_by : std::uint8_t { nobody, block, kernels, last };
 
 /// All of it, of one query row per head: where that is work for one block, and other stages follow. No stage
 /// reads the output, so a block beside the head's own one merges the values meanwhile.
@@ -216,16 +179,15 @@ struct attend_stage {
     merge_rows(t, place(at), merge_part::values);
   }
   __device__ void operator()(block_head const& at) const {
-    bool const weighs = t.weights.data != nullptr || t.fold.out.data != nullptr;
+    bool const weighs = t.weighs();
     bool const sums =
         t.lse.data != nullptr || t.weight_sum.data != nullptr || t.weight_max.data != nullptr;
-    if (merge != merge_by::block || !(weighs || sums)) return;
-    merge_rows(t, place(at), merge_part::sums);
-    if (!weighs) return;
-    __syncthreads();
-    index_t const n = t.lengths(t.batch.id_of(at.entry), at.head);
-    for (index_t j = thread_of_block(); j < n; j += threads_of_block())
-      weigh_slot(t, at.entry, at.head, 0, j);
+    if (merge == merge_by::block && (weighs || sums)) {
+      merge_rows(t, place(at), merge_part::sums);
+      __syncthreads();
+    }
+    if (!weighs || !(merge == merge_by::block || (merge == merge_by::last && t.tiles > 1))) return;
+    weigh_head<2>(t, at.entry, at.head, 0);
   }
 
  private:

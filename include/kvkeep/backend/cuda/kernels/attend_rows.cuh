@@ -8,7 +8,7 @@
 
 #include <kvkeep/backend/cuda/kernels/ptx.cuh>
 
-#include "attend.cuh"
+#include "attend_split.cuh"
 
 namespace kvkeep::cuda {
 
@@ -202,7 +202,7 @@ struct attend_rows_kernel {
   attend_task t;
 
   __device__ void operator()() const { attend_split<path>(t, rows_taken::aligned); }
-  static std::size_t shared_bytes() { return split_box::bytes(G, path::sums_floats); }
+  std::size_t shared_bytes() const { return split_bytes(t, path::sums_floats); }
 };
 
 }  // namespace kvkeep::cuda

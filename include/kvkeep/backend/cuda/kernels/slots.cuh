@@ -45,33 +45,55 @@ struct mean_layers_slots {
 /// Factor that turns weights into probabilities.
 __device__ inline float inverse_of(float sum) { return sum > 0 ? __fdiv_rn(1.0f, sum) : 0.0f; }
 
-/// Folds one slot's weights, as in attention: of every query head of a group, in order.
+/// Some slots of a thread, `step` apart. Those from `end` on are none: the first one stands for them where they are read.
+template <int N>
+struct some_slots {
+  index_t first, step, end;
+
+  __device__ bool has(int i) const { return first + i * step < end; }
+  __device__ index_t operator[](int i) const { return has(i) ? first + i * step : first; }
+};
+
+/// Folds the weights of some slots, as in attention: of every query head of a group, in order. What was there is read
+/// for all of them at once.
+template <int N>
 class slot_fold {
  public:
   /// @param at row of `fold.out`: entry or id
   __device__ slot_fold(weight_fold<device_space> const& fold, index_t at, index_t id, index_t h,
-                       index_t j, index_t group)
-      : fold_(fold), out_(fold.out.at(at, h, 0, j)), last_(group - 1) {
-    adds_ = !fold.clear && !(fold.fresh_slot.data != nullptr && fold.fresh_slot(id, h) == j);
-    if (!fold.per_query_head) was_ = adds_ ? *out_ : 0.0f;
+                       some_slots<N> const& slots, index_t group)
+      : fold_(fold), slots_(slots), out_(fold.out.at(at, h, 0, 0)), last_(group - 1) {
+    if (!fold.clear && fold.fresh_slot.data != nullptr) fresh_ = fold.fresh_slot(id, h);
+    if (!fold.per_query_head) read(out_);
   }
   /// @param inverse of the row's sum
-  __device__ void add(index_t g, float weight, float inverse) {
+  __device__ void add(index_t g, float const (&weight)[N], float inverse) {
     bool const alone = fold_.per_query_head;
-    sum_ = alone || g == 0 ? __fmul_rn(weight, inverse) : __fmaf_rn(weight, inverse, sum_);
+    unrolled<N>([&](int i) {
+      sum_[i] =
+          alone || g == 0 ? __fmul_rn(weight[i], inverse) : __fmaf_rn(weight[i], inverse, sum_[i]);
+    });
     if (!alone && g < last_) return;
     float* const out = out_ + (alone ? g * fold_.out.stride[2] : 0);
-    float const term = __fmul_rn(sum_, fold_.scale);
-    if (alone) was_ = adds_ ? *out : 0.0f;
-    *out = fold_.clear ? term : __fadd_rn(was_, term);
+    if (alone) read(out);
+    unrolled<N>([&](int i) {
+      float const term = __fmul_rn(sum_[i], fold_.scale);
+      if (slots_.has(i)) out[slots_[i]] = fold_.clear ? term : __fadd_rn(was_[i], term);
+    });
   }
 
  private:
+  __device__ void read(float const* out) {
+    if (fold_.clear) return;
+    unrolled<N>([&](int i) { was_[i] = slots_[i] == fresh_ ? 0.0f : out[slots_[i]]; });
+  }
+
   weight_fold<device_space> const& fold_;
+  some_slots<N> slots_;
   float* out_;
   index_t last_;
-  bool adds_;
-  float was_ = 0, sum_ = 0;
+  index_t fresh_ = -1;
+  float was_[N], sum_[N];
 };
 
 struct accumulate_slots {
@@ -86,14 +108,14 @@ struct accumulate_slots {
   __device__ void operator()(block_head const& at, index_t j) const {
     index_t const id = o.batch.id_of(at.entry), group = o.weights.extent[2];
     index_t const ring = o.ring_row != nullptr ? o.ring_row[at.entry] : 0;
-    slot_fold fold(o.fold, o.fold.out_by_id ? id : at.entry, id, at.head, j, group);
+    slot_fold<1> fold(o.fold, o.fold.out_by_id ? id : at.entry, id, at.head, {j, 1, j + 1}, group);
     each_query_head(
         group,
         [&](index_t g) {
           return loaded{o.weights.at(id, at.head, g, 0)[ring * o.ring_stride + j],
                         o.weight_sum(id, at.head, g, ring)};
         },
-        [&](index_t g, loaded const& x) { fold.add(g, x.weight, inverse_of(x.sum)); });
+        [&](index_t g, loaded const& x) { fold.add(g, {x.weight}, inverse_of(x.sum)); });
   }
 };
 
