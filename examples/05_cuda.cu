@@ -85,8 +85,9 @@ void enqueue_step(Session& s, batch_ref<device_space> const& b,
                   std::vector<layer_memory> const& layers) {
   for (index_t l = 0; l < toy::n_layers; ++l) {
     layer_memory const& m = layers[static_cast<std::size_t>(l)];
-    toy::expect(s.append(l, b, make_token_kv(m.new_k, m.new_v, shape)), "append");
-    toy::expect(s.attend(l, b, make_queries(m.q, toy::n_q_heads, 1, toy::dim), m.out), "attend");
+    token_io const token{make_token_kv(m.new_k, m.new_v, shape),
+                         make_queries(m.q, toy::n_q_heads, 1, toy::dim), m.out};
+    toy::expect(s.decode(l, b, token), "decode");
   }
   toy::expect(s.join(), "join");  // the step ends when its last decision has been made
 }

@@ -53,6 +53,8 @@ class step_case {
     out_.poison();
     plain_out_.poison();
     bind(policy);
+    tickets_ = {1, rows};
+    fill(s.ctx, rows, counted{tickets_.data(), 0, 1});
     memory_plain_ = scratch_for(s.ctx, plain(0));
   }
 
@@ -99,8 +101,8 @@ class step_case {
       auto const layer = static_cast<index_t>(l);
       auto const at = token * layers_ + l;
       token_kv const rows = make_token_kv(new_k_.at(at), new_v_.at(at), specs_[l].kv.shape);
-      expect(session_->append(layer, entries(), rows), "append");
-      expect(session_->attend(layer, entries(), shown(token, l), out_.at(l)), "attend");
+      token_io const t{rows, shown(token, l), out_.at(l)};
+      expect(session_->decode(layer, entries(), t), "decode");
     }
     expect(session_->join(), "join");
   }
@@ -194,6 +196,7 @@ class step_case {
     o.layer.slots.lengths = row_major<device_space>(lengths_.data(), p_.batch, p_.kv_heads);
     o.q = row_major<device_space>(static_cast<float const*>(q_.data()), p_.batch, q_heads, p_.dim);
     o.out = row_major<device_space>(plain_out_.at(l), p_.batch, q_heads, p_.dim);
+    o.tickets = tickets_.data();
     return o;
   }
 
@@ -204,7 +207,7 @@ class step_case {
   rotated<std::byte> k_, v_, memory_, memory_aside_, memory_plain_;
   rotated<float> q_, out_, plain_out_;
   rotated<bf16> new_k_, new_v_, plain_k_, plain_v_;
-  rotated<index_t> plain_slot_, lengths_, numbers_;
+  rotated<index_t> plain_slot_, tickets_, lengths_, numbers_;
   std::vector<layer_spec<device_space>> specs_;
   std::optional<session_type> session_;
   std::uint64_t draws_ = 0;

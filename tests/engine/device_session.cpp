@@ -275,7 +275,14 @@ TEST_CASE("rows that cannot become the cache's are refused before anything is en
   CHECK(s.append(0, b, kv) == status::bad_argument);
   test::settle_device();
   CHECK(device.kept(0, x) == before);
+  std::vector<float> out(uz(w.shape.n_q_heads * w.shape.dim_v));
+  queries const q = make_queries(numbers.data(), 1, 1, 1);
+  CHECK(s.decode(0, b, {kv, q, out.data()}) == status::bad_argument);
   kv = make_token_kv(numbers.data(), numbers.data(), w.shape);
+  CHECK(s.decode(0, b, {kv, q, nullptr}) == status::bad_argument);
+  CHECK(s.decode(0, b, {kv, {}, out.data()}) == status::bad_argument);
+  test::settle_device();
+  CHECK(device.kept(0, x) == before);
   CHECK(s.append(0, b, kv) == status::ok);  // and nobody asks for the slots
   test::settle_device();
   CHECK(device.kept(0, x)[0].back() == 9);

@@ -18,6 +18,14 @@
 
 namespace kvkeep {
 
+/// What a token of every entry brings in one layer, and where its attention goes; all in the backend's memory.
+struct token_io {
+  token_kv kv{};
+  queries q{};           ///< one row per entry and query head
+  float* out = nullptr;  ///< [entry, q_head, dim_v] fp32
+  float* lse = nullptr;  ///< [entry, q_head], or null
+};
+
 /// Made by `bind_device_session`. The same policies and the same kept sets as `session`; what differs is who
 /// knows: here lengths, positions, budgets and victims are read by the backend's ops alone. A call only
 /// enqueues. While decoding it depends on nothing but the addresses and the size of the batch, so that a
@@ -69,6 +77,9 @@ class device_session {
   /// @return unsupported, and nothing is enqueued, if the types do not fit or a layout is behind host functions
   status append(index_t layer, batch_ref<space> const& b, token_kv const& kv,
                 index_t* slots = nullptr) noexcept;
+  /// Both in one call: the token's queries are stored with its rows, so that attention is all that follows.
+  /// Up to 4096 slots that makes two launches on CUDA, before the decision. @see append, attend
+  status decode(index_t layer, batch_ref<space> const& b, token_io const& t) noexcept;
   /// Attention of the newest token over all slots in use, with evidence and the next decision.
   /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
   status attend(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
@@ -202,21 +213,21 @@ class device_session {
   }
 
   // device_append.hpp
-  status give_slots(layer_data& l, batch_ref<space> const& b, token_kv const* kv, index_t* slots,
-                    workspace& w) noexcept;
+  status append_rows(index_t layer, batch_ref<space> const& b, token_kv const& kv, queries const* q,
+                     index_t* slots) noexcept;
+  status give_slots(layer_data& l, batch_ref<space> const& b, token_kv const* kv, queries const* q,
+                    index_t* slots, workspace& w) noexcept;
 
   // device_decode.hpp
-  status show_token(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
-                    float* lse) noexcept;
-  status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, float* out, float* lse,
-               workspace& w) noexcept;
+  status show_token(index_t layer, batch_ref<space> const& b, queries const& q, bool pushed,
+                    float* out, float* lse) noexcept;
+  status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, bool pushed, float* out,
+               float* lse, workspace& w) noexcept;
+  op::for_each<detail::push_token<space>, space> pushing(layer_data const& l,
+                                                         batch_ref<space> const& b,
+                                                         queries const& q) const noexcept;
   status decide(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
                 workspace& w) noexcept;
-  status decide_aside(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
-                      workspace& w) noexcept;
-  status measure_aside(layer_data& l, score_input<space> const& in,
-                       detail::token_steps<space> t) noexcept;
-  status wait_for_decision(index_t m) noexcept;
   status decide_by(runner const& by, layer_data& l, score_input<space> const& in,
                    detail::token_steps<space>& t) noexcept;
   status score_tokens(runner const& by, score_input<space> const& in,
@@ -229,6 +240,13 @@ class device_session {
   status apply_cut(runner const& by, layer_data& l, score_input<space> in,
                    detail::cut_memory<space> const& c) noexcept;
   status cut(runner const& by, layer_data& l, score_input<space> in) noexcept;
+
+  // device_aside.hpp
+  status decide_aside(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
+                      workspace& w) noexcept;
+  status measure_aside(layer_data& l, score_input<space> const& in,
+                       detail::token_steps<space> t) noexcept;
+  status wait_for_decision(index_t m) noexcept;
 
   // device_special.hpp
   status attend_special(layer_data& l, score_input<space> in, detail::token_steps<space>& t,
@@ -255,14 +273,15 @@ class device_session {
   index_t n_numbers_ = 0;
   index_t* newest_rows_ =
       nullptr;  ///< [managed layer, entry] ring rows of tokens; one list of 0 for small rings
-  index_t* tickets_ = nullptr;  ///< [max_batch] of op::joined_chain
+  index_t* tickets_ = nullptr;      ///< [max_batch] of op::joined_chain
+  index_t* row_tickets_ = nullptr;  ///< [max_batch, q_head] of op::attend
   index_t* faults_ = nullptr;
   /// Decisions beside what follows them.
   struct {
     Ctx* ctx = nullptr;  ///< null: there are none
     std::byte* scratch = nullptr;
     std::size_t bytes = 0;
-    Ctx* measured = nullptr;  ///< whose scratch is being measured into `bytes`
+    Ctx* measured = nullptr;         ///< whose scratch is being measured into `bytes`
     std::vector<std::uint8_t> open;  ///< [managed layer] 1: nobody has waited for its last decision
     bool any = false;                ///< ... of some layer
   } aside_;

@@ -15,12 +15,29 @@ status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& 
   if (m < 0 || slots == nullptr || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
   KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
-  return give_slots(layers_[static_cast<std::size_t>(m)], b, nullptr, slots, w);
+  return give_slots(layers_[static_cast<std::size_t>(m)], b, nullptr, nullptr, slots, w);
 }
 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& b,
                                          token_kv const& kv, index_t* slots) noexcept {
+  return append_rows(layer, b, kv, nullptr, slots);
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::decode(index_t layer, batch_ref<space> const& b,
+                                         token_io const& t) noexcept {
+  if (managed(layer) == -1) return status::unsupported;
+  if (t.q.data == nullptr || t.q.n_rows != 1 || t.out == nullptr) return status::bad_argument;
+  KVKEEP_TRY(append_rows(layer, b, t.kv, &t.q, nullptr));
+  return show_token(layer, b, t.q, true, t.out, t.lse);
+}
+
+/// @param q  queries to be stored too, or null
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::append_rows(index_t layer, batch_ref<space> const& b,
+                                              token_kv const& kv, queries const* q,
+                                              index_t* slots) noexcept {
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0 || kv.k.data == nullptr || kv.v.data == nullptr || b.n < 1 || b.n > limits_.max_batch)
@@ -30,13 +47,13 @@ status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& 
     return status::unsupported;
   KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
-  return give_slots(l, b, &kv, slots, w);
+  return give_slots(l, b, &kv, q, slots, w);
 }
 
 /// A block per entry: a head has a slot only if all have.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> const& b,
-                                             token_kv const* kv, index_t* slots,
+                                             token_kv const* kv, queries const* q, index_t* slots,
                                              workspace& w) noexcept {
   index_t const heads = shape_.cache.n_kv_heads, n = b.n * heads;
   auto* const found = w.take<index_t>(static_cast<std::size_t>(n));
@@ -53,7 +70,10 @@ status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> con
   detail::write_token_kv<space> const write{l.kv, b, *kv, slots};
   index_t const each_entry = heads * write.elements();
   op::for_each<detail::write_token_kv<space>, space> const put{b.n * each_entry, write};
-  return run(*ctx_, op::make_chain<space>(b.n, 1, each_entry, look, give, put), w);
+  if (q == nullptr || !bound_.rings_tokens)
+    return run(*ctx_, op::make_chain<space>(b.n, 1, each_entry, look, give, put), w);
+  return run(*ctx_, op::make_chain<space>(b.n, 1, each_entry, look, give, put, pushing(l, b, *q)),
+             w);
 }
 
 }  // namespace kvkeep

@@ -3,9 +3,6 @@
 /// Device session: decoding. Nothing here depends on what only the backend knows.
 #pragma once
 
-#include <algorithm>
-#include <utility>
-
 #include "../device_session.hpp"
 
 namespace kvkeep {
@@ -14,32 +11,43 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::attend(index_t layer, batch_ref<space> const& b, queries const& q,
                                          float* out, float* lse) noexcept {
   if (out == nullptr) return status::bad_argument;
-  return show_token(layer, b, q, out, lse);
+  return show_token(layer, b, q, false, out, lse);
 }
 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::observe(index_t layer, batch_ref<space> const& b,
                                           queries const& q) noexcept {
   if (detail::decides_late(decode_.when)) return status::unsupported;
-  return show_token(layer, b, q, nullptr, nullptr);
+  return show_token(layer, b, q, false, nullptr, nullptr);
 }
 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::show_token(index_t layer, batch_ref<space> const& b,
-                                             queries const& q, float* out, float* lse) noexcept {
+                                             queries const& q, bool pushed, float* out,
+                                             float* lse) noexcept {
   index_t const m = managed(layer);
   if (m == -1) return out != nullptr ? status::unsupported : status::ok;
   if (m < 0 || q.data == nullptr || q.n_rows != 1 || b.n < 1 || b.n > limits_.max_batch)
     return status::bad_argument;
   KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
-  return weigh(layers_[static_cast<std::size_t>(m)], b, q, out, lse, w);
+  return weigh(layers_[static_cast<std::size_t>(m)], b, q, pushed, out, lse, w);
 }
 
-/// Attention (or, without `out`, weights alone), the query ring, and what follows a token.
+/// Storing the newest token's queries, where there is a ring for them.
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::pushing(layer_data const& l, batch_ref<space> const& b,
+                                        queries const& q) const noexcept
+    -> op::for_each<detail::push_token<space>, space> {
+  return {bound_.rings_tokens ? b.n * shape_.cache.n_q_heads * shape_.cache.dim_k : 0,
+          {l.ring_q, l.appended, b, q}};
+}
+
+/// Attention (or, without `out`, weights alone), the query ring if nobody has done so, and what follows a token.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b, queries const& q,
-                                        float* out, float* lse, workspace& w) noexcept {
+                                        bool pushed, float* out, float* lse,
+                                        workspace& w) noexcept {
   bool const measuring = w.measuring();
   index_t const hq = shape_.cache.n_q_heads, ring = shape_.rows.weight_ring;
   index_t* const rows = newest_rows_ + (ring > 1 ? l.number * limits_.max_batch : 0);
@@ -52,6 +60,7 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   a.raw = q;
   if (out != nullptr || measuring) a.out = row_major<space>(out, b.n, hq, shape_.cache.dim_v);
   if (lse != nullptr) a.lse = row_major<space>(lse, b.n, hq);
+  a.tickets = row_tickets_;
   if (ring > 0) {
     a.weights = detail::weight_rows(l.slots.rows, shape_.rows, shape_.cache.group());
     a.weight_sum = l.weight_sum;
@@ -62,7 +71,8 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   if (bound_.attention_folds) a.fold = decode_.score.attention_fold(in);
   detail::token_steps<space> t;
   t.attend = a;
-  t.push = {bound_.rings_tokens ? b.n * hq * shape_.cache.dim_k : 0, {l.ring_q, l.appended, b, q}};
+  t.push = pushing(l, b, q);
+  if (pushed) t.push.n = 0;
   t.settle = settling(l, b);
   return decide(l, in, t, w);
 }
@@ -90,31 +100,6 @@ status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const
   return decide_by({*ctx_, w}, l, in, t);
 }
 
-/// Scratch of a decision that another context makes.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::measure_aside(layer_data& l, score_input<space> const& in,
-                                                detail::token_steps<space> t) noexcept {
-  workspace count;
-  t.without_attention(in);
-  status const s = decide_by({*aside_.measured, count}, l, in, t);
-  aside_.bytes = std::max(aside_.bytes, count.peak());
-  return s;
-}
-
-/// Attention in the session's context; the decision follows it in the other one.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::decide_aside(layer_data& l, score_input<space> const& in,
-                                               detail::token_steps<space>& t,
-                                               workspace& w) noexcept {
-  KVKEEP_TRY(detail::run_heads(*ctx_, in, w, t.attend, t.push));
-  t.without_attention(in);
-  if constexpr (orders<Ctx>) KVKEEP_TRY(follow(*aside_.ctx, *ctx_));
-  aside_.open[static_cast<std::size_t>(l.number)] = 1;
-  aside_.any = true;
-  workspace there({aside_.scratch, aside_.bytes});
-  return decide_by({*aside_.ctx, there}, l, in, t);
-}
-
 /// What is left of attention, and the decision after it.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::decide_by(runner const& by, layer_data& l,
@@ -126,49 +111,6 @@ status device_session<Ctx, P, D>::decide_by(runner const& by, layer_data& l,
   if (!bound_.attention_folds) KVKEEP_TRY(decode_.score.fold(by.ctx, in, by.w));
   KVKEEP_TRY(cut(by, l, in));
   return by.each(settle.n, settle.fn);
-}
-
-template <backend Ctx, class P, class D>
-std::size_t device_session<Ctx, P, D>::aside_bytes(Ctx& other) noexcept {
-  Ctx* const used = std::exchange(aside_.ctx, nullptr);
-  std::size_t const had = std::exchange(aside_.bytes, 0);
-  aside_.measured = &other;
-  queries q;
-  q.n_rows = q.tokens = 1;
-  batch_ref<space> batch;
-  batch.n = limits_.max_batch;
-  for (auto& l : layers_) {
-    workspace w;
-    if (weigh(l, batch, q, nullptr, nullptr, w) != status::ok) break;  // it could when it was bound
-  }
-  std::size_t const bytes = std::exchange(aside_.bytes, had);
-  aside_.ctx = used;
-  aside_.measured = nullptr;
-  return bytes > 0 ? detail::padded_scratch(bytes) : 0;
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::decide_in(
-    Ctx& other, std::span<std::byte> memory) noexcept requires orders<Ctx> {
-  std::size_t const bytes = aside_bytes(other);
-  if (memory.size() < bytes) return status::workspace_too_small;
-  KVKEEP_TRY(join());
-  KVKEEP_TRY(follow(
-      other, *ctx_));  // whatever has been enqueued so far; and it tells whether contexts can wait
-  KVKEEP_TRY(follow(*ctx_, other));
-  aside_.ctx = &other;
-  aside_.scratch = memory.data();
-  aside_.bytes = bytes;
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::join() noexcept {
-  if (!aside_.any) return status::ok;
-  if constexpr (orders<Ctx>) KVKEEP_TRY(follow(*ctx_, *aside_.ctx));
-  std::fill(aside_.open.begin(), aside_.open.end(), std::uint8_t{0});
-  aside_.any = false;
-  return status::ok;
 }
 
 /// One victim per head over its budget.
@@ -244,12 +186,6 @@ status device_session<Ctx, P, D>::apply_cut(runner const& by, layer_data& l, sco
   return by.each(b.n * heads, detail::adopt_lengths<space>{l.slots, c.keep, c.due, b, heads});
 }
 
-/// Before the state of a layer is changed or read again.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::wait_for_decision(index_t m) noexcept {
-  return aside_.open[static_cast<std::size_t>(m)] != 0 ? join() : status::ok;
-}
-
 /// A cut of the heads for which one is due.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l,
@@ -265,4 +201,5 @@ status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l,
 
 }  // namespace kvkeep
 
+#include "device_aside.hpp"
 #include "device_special.hpp"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Device session: set-up, memory, begin and end of sequences.
+/// Device session: set-up and memory.
 #pragma once
 
 #include <algorithm>
@@ -117,6 +117,7 @@ void device_session<Ctx, P, D>::carve(workspace& w) {
   numbers_ = w.take<index_t>(static_cast<std::size_t>(n_numbers_));
   newest_rows_ = w.take<index_t>(product(shape_.rows.weight_ring > 1 ? n : 1, limits_.max_batch));
   tickets_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_batch));
+  row_tickets_ = w.take<index_t>(product(limits_.max_batch, shape_.cache.n_q_heads));
   faults_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_sequences));
 }
 
@@ -148,8 +149,8 @@ void device_session<Ctx, P, D>::measure() {
   batch.n = limits_.max_batch;
   q.n_rows = 1;
   for (auto& l : layers_) {
-    take([&](workspace& w) { return give_slots(l, batch, nullptr, nullptr, w); });
-    take([&](workspace& w) { return weigh(l, batch, q, nullptr, nullptr, w); });
+    take([&](workspace& w) { return give_slots(l, batch, nullptr, nullptr, nullptr, w); });
+    take([&](workspace& w) { return weigh(l, batch, q, false, nullptr, nullptr, w); });
   }
   scratch_bytes_ = detail::padded_scratch(most);
 }
@@ -163,7 +164,9 @@ void device_session<Ctx, P, D>::place(std::span<std::byte> memory) {
   scratch_ = memory.data() + state_bytes_;
   if (each(n_numbers_, detail::count_up{numbers_}, w) != status::ok ||
       each(limits_.max_batch, detail::count_none{newest_rows_}, w) != status::ok ||
-      each(limits_.max_batch, detail::count_none{tickets_}, w) != status::ok)
+      each(limits_.max_batch, detail::count_none{tickets_}, w) != status::ok ||
+      each(limits_.max_batch * shape_.cache.n_q_heads, detail::count_none{row_tickets_}, w) !=
+          status::ok)
     fail_setup("the backend cannot write the session's memory");
 }
 
@@ -174,77 +177,6 @@ auto device_session<Ctx, P, D>::input(layer_data const& l, batch_ref<space> cons
   guard const g = prompt ? prompt_.keep : decode_.keep;
   in.guard = {g.sinks, g.recent, shared_.frozen};
   return in;
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::find_place(index_t wanted, index_t& id) const noexcept {
-  id = wanted;
-  if (id < 0)
-    for (id = 0; id < limits_.max_sequences && alive(id); ++id) {
-    }
-  if (id >= limits_.max_sequences)
-    return wanted < 0 ? status::capacity_exceeded : status::bad_sequence;
-  return alive(id) ? status::bad_sequence : status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
-  index_t at = -1;
-  KVKEEP_TRY(find_place(o.id, at));
-  if (o.frozen < 0) return status::bad_argument;
-  if (o.frozen > 0 && !(prompt_.score.traits().prefix_safe && decode_.score.traits().prefix_safe))
-    return status::unsupported;
-  for (auto const& l : layers_)
-    if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
-  KVKEEP_TRY(join());
-  workspace w = scratch();
-  index_t const heads = shape_.cache.n_kv_heads;
-  KVKEEP_TRY(each(1, detail::set_sequence{shared_.frozen, faults_, at, o.frozen}, w));
-  for (auto& l : layers_) {
-    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
-    KVKEEP_TRY(each(heads, detail::clear_fresh<space>{l, at}, w));
-    KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
-    KVKEEP_TRY(each(1, detail::set_counters<space>{l, at, o.frozen, o.frozen}, w));
-    KVKEEP_TRY(fix_budget(l, at, 0, w));
-    prompt_of(l, at) = {o.frozen, true};
-  }
-  sequences_[static_cast<std::size_t>(at)] = {true, o.frozen, 0};
-  id = at;
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
-                                       sequence_options const& o) noexcept {
-  if (!alive(from)) return status::bad_sequence;
-  if (o.frozen < 0) return status::bad_argument;
-  if (prompt_owner_ == from) return status::bad_order;
-  index_t to = -1;
-  KVKEEP_TRY(find_place(o.id, to));
-  KVKEEP_TRY(join());
-  workspace w = scratch();
-  host_state s = sequences_[static_cast<std::size_t>(from)];
-  s.frozen = std::max(s.frozen, o.frozen);
-  KVKEEP_TRY(each(1, detail::fork_sequence{shared_.frozen, faults_, from, to, s.frozen}, w));
-  for (auto& l : layers_) {
-    constexpr offset_t most = offset_t{1} << 30;  // indices have 31 bits
-    detail::copy_sequence<space> copy(l, from, to);
-    if (!copy.whole()) return status::unsupported;
-    for (; copy.first < copy.total; copy.first += most)
-      KVKEEP_TRY(each(static_cast<index_t>(std::min(most, copy.total - copy.first)), copy, w));
-    prompt_of(l, to) = prompt_of(l, from);
-  }
-  sequences_[static_cast<std::size_t>(to)] = s;
-  id = to;
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::end(index_t id) noexcept {
-  if (!alive(id)) return status::bad_sequence;
-  sequences_[static_cast<std::size_t>(id)].alive = false;
-  if (prompt_owner_ == id) prompt_owner_ = -1;
-  return status::ok;
 }
 
 template <backend Ctx, class P, class D>
@@ -296,4 +228,5 @@ std::size_t device_session_bytes(Ctx& ctx, P const& prompt, D const& decode,
 
 }  // namespace kvkeep
 
+#include "device_life_cycle.hpp"
 #include "device_prompt.hpp"

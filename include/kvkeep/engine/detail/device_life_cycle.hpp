@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Device session: begin, copy and end of sequences.
+#pragma once
+
+#include <algorithm>
+
+#include "../device_session.hpp"
+
+namespace kvkeep {
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::find_place(index_t wanted, index_t& id) const noexcept {
+  id = wanted;
+  if (id < 0)
+    for (id = 0; id < limits_.max_sequences && alive(id); ++id) {
+    }
+  if (id >= limits_.max_sequences)
+    return wanted < 0 ? status::capacity_exceeded : status::bad_sequence;
+  return alive(id) ? status::bad_sequence : status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
+  index_t at = -1;
+  KVKEEP_TRY(find_place(o.id, at));
+  if (o.frozen < 0) return status::bad_argument;
+  if (o.frozen > 0 && !(prompt_.score.traits().prefix_safe && decode_.score.traits().prefix_safe))
+    return status::unsupported;
+  for (auto const& l : layers_)
+    if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
+  KVKEEP_TRY(join());
+  workspace w = scratch();
+  index_t const heads = shape_.cache.n_kv_heads;
+  KVKEEP_TRY(each(1, detail::set_sequence{shared_.frozen, faults_, at, o.frozen}, w));
+  for (auto& l : layers_) {
+    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
+    KVKEEP_TRY(each(heads, detail::clear_fresh<space>{l, at}, w));
+    KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
+    KVKEEP_TRY(each(1, detail::set_counters<space>{l, at, o.frozen, o.frozen}, w));
+    KVKEEP_TRY(fix_budget(l, at, 0, w));
+    prompt_of(l, at) = {o.frozen, true};
+  }
+  sequences_[static_cast<std::size_t>(at)] = {true, o.frozen, 0};
+  id = at;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
+                                       sequence_options const& o) noexcept {
+  if (!alive(from)) return status::bad_sequence;
+  if (o.frozen < 0) return status::bad_argument;
+  if (prompt_owner_ == from) return status::bad_order;
+  index_t to = -1;
+  KVKEEP_TRY(find_place(o.id, to));
+  KVKEEP_TRY(join());
+  workspace w = scratch();
+  host_state s = sequences_[static_cast<std::size_t>(from)];
+  s.frozen = std::max(s.frozen, o.frozen);
+  KVKEEP_TRY(each(1, detail::fork_sequence{shared_.frozen, faults_, from, to, s.frozen}, w));
+  for (auto& l : layers_) {
+    constexpr offset_t most = offset_t{1} << 30;  // indices have 31 bits
+    detail::copy_sequence<space> copy(l, from, to);
+    if (!copy.whole()) return status::unsupported;
+    for (; copy.first < copy.total; copy.first += most)
+      KVKEEP_TRY(each(static_cast<index_t>(std::min(most, copy.total - copy.first)), copy, w));
+    prompt_of(l, to) = prompt_of(l, from);
+  }
+  sequences_[static_cast<std::size_t>(to)] = s;
+  id = to;
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::end(index_t id) noexcept {
+  if (!alive(id)) return status::bad_sequence;
+  sequences_[static_cast<std::size_t>(id)].alive = false;
+  if (prompt_owner_ == id) prompt_owner_ = -1;
+  return status::ok;
+}
+
+}  // namespace kvkeep
