@@ -40,14 +40,14 @@ std::vector<pairing> pairings() {
           {"h2o", "h2o", o, 3},
           {"tova", "tova", o, 3},
           {"knorm", "knorm", o, 3},
-          {"knorm", "knorm", burst, 10},
-          {"keydiff", "keydiff", o, 9},
+          {"knorm", "knorm", burst, 8},
+          {"keydiff", "keydiff", o, 8},
           {"morphkv", "morphkv", lazy, 3},
-          {"morphkv", "morphkv", cached, 12},
-          {"morphkv", "morphkv", direct, 9},
-          {"morphkv", "morphkv", burst, 16},
+          {"morphkv", "morphkv", cached, 11},
+          {"morphkv", "morphkv", direct, 8},
+          {"morphkv", "morphkv", burst, 14},
           {"morphkv", "morphkv", current, 12},
-          {"morphkv", "morphkv", masks, 17},
+          {"morphkv", "morphkv", masks, 16},
           {"snapkv", "morphkv", lazy, 3}};
 }
 
@@ -237,11 +237,12 @@ TEST_CASE("a recorded decode step, replayed, keeps and computes what enqueued st
 
 TEST_CASE("decisions beside what follows them are the same, enqueued or recorded") {
   for (pairing const& p : pairings()) {
+    if (std::string(p.decode) == "fullkv") continue;  // decides nothing
     INFO(describe(p));
     stepper plain(p, test::layout_id::paged), direct(p, test::layout_id::paged, true),
         replayed(p, test::layout_id::paged, true);
     std::optional<test::recording> graph;
-    for (int step = 0; step < 18; ++step) {
+    for (int step = 0; step < 10; ++step) {
       for (stepper* const s : {&plain, &direct, &replayed}) s->show_next();
       plain.enqueue_step();
       direct.enqueue_step(step % 3 == 0);  // waits for its own decisions where it must

@@ -237,9 +237,12 @@ class device_session {
   detail::cut_memory<space> take_cut(index_t n, workspace& w) const noexcept;
   status list_cut(runner const& by, layer_data const& l, batch_ref<space> const& b, index_t extra,
                   detail::cut_memory<space> const& c) const noexcept;
+  template <class... After>
   status apply_cut(runner const& by, layer_data& l, score_input<space> in,
-                   detail::cut_memory<space> const& c) noexcept;
-  status cut(runner const& by, layer_data& l, score_input<space> in) noexcept;
+                   detail::cut_memory<space> const& c, After const&... after) noexcept;
+  template <class... After>
+  status cut(runner const& by, layer_data& l, score_input<space> in,
+             After const&... after) noexcept;
 
   // device_aside.hpp
   status decide_aside(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,

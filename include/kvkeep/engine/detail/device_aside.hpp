@@ -26,10 +26,7 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::decide_aside(layer_data& l, score_input<space> const& in,
                                                detail::token_steps<space>& t,
                                                workspace& w) noexcept {
-  if (t.push.n > 0)
-    KVKEEP_TRY(detail::run_heads(*ctx_, in, w, t.attend, t.push));
-  else
-    KVKEEP_TRY(run(*ctx_, t.attend, w));
+  KVKEEP_TRY(detail::attend_alone(*ctx_, in, t, w));
   t.without_attention(in);
   if constexpr (orders<Ctx>) KVKEEP_TRY(follow(*aside_.ctx, *ctx_));
   aside_.open[static_cast<std::size_t>(l.number)] = 1;

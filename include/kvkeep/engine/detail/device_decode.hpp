@@ -107,10 +107,9 @@ status device_session<Ctx, P, D>::decide_by(runner const& by, layer_data& l,
                                             detail::token_steps<space>& t) noexcept {
   if (one_leaves_) return evict(by, l, in, t);
   auto const settle = detail::each_head(in, t.settle);
-  if (!t.attended) KVKEEP_TRY(detail::run_heads(by.ctx, in, by.w, t.attend, t.push));
+  KVKEEP_TRY(detail::attend_alone(by.ctx, in, t, by.w));
   if (!bound_.attention_folds) KVKEEP_TRY(decode_.score.fold(by.ctx, in, by.w));
-  KVKEEP_TRY(cut(by, l, in));
-  return by.each(settle.n, settle.fn);
+  return cut(by, l, in, settle);
 }
 
 /// One victim per head over its budget.
@@ -173,30 +172,33 @@ status device_session<Ctx, P, D>::list_cut(runner const& by, layer_data const& l
   return by.each(b.n * heads, detail::list_due<space>{resolve, c.due});
 }
 
-/// Cuts the heads that are listed, by `c.scores`.
+/// Cuts the heads that are listed, by `c.scores`. @param after  steps per head that come last
 template <backend Ctx, class P, class D>
+template <class... After>
 status device_session<Ctx, P, D>::apply_cut(runner const& by, layer_data& l, score_input<space> in,
-                                            detail::cut_memory<space> const& c) noexcept {
+                                            detail::cut_memory<space> const& c,
+                                            After const&... after) noexcept {
   batch_ref<space> const b = in.batch;
-  index_t const heads = shape_.cache.n_kv_heads;
+  detail::adopt_lengths<space> const adopt{l.slots, c.keep, c.due, b, shape_.cache.n_kv_heads};
   in.layer.slots.lengths = c.due;
   KVKEEP_TRY(
       decode_.select.select(by.ctx, b, in.layer.slots, c.scores, c.keep, in.guard, c.plan, by.w));
   KVKEEP_TRY(by(op::compact<space>{b, in.layer, b, in.layer, c.plan, op::move_kind::fill_holes}));
-  return by.each(b.n * heads, detail::adopt_lengths<space>{l.slots, c.keep, c.due, b, heads});
+  return detail::run_heads(by.ctx, in, by.w, detail::each_head(in, adopt), after...);
 }
 
 /// A cut of the heads for which one is due.
 template <backend Ctx, class P, class D>
+template <class... After>
 status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l,
-                                      score_input<space> in) noexcept {
+                                      score_input<space> in, After const&... after) noexcept {
   workspace::frame const frame(by.w);
   auto const c = take_cut(in.batch.n, by.w);
   if (!by.w.measuring() && !by.w.ok()) return status::workspace_too_small;
   KVKEEP_TRY(list_cut(by, l, in.batch, 0, c));
   in.layer.slots.lengths = c.due;
   KVKEEP_TRY(score_tokens(by, in, c.scores));
-  return apply_cut(by, l, in, c);
+  return apply_cut(by, l, in, c, after...);
 }
 
 }  // namespace kvkeep

@@ -43,8 +43,7 @@ status device_session<Ctx, P, D>::attend_special(layer_data& l, score_input<spac
     KVKEEP_TRY(mask_heads(in, own, visible, c, w));
     t.attend.visible = visible;
     KVKEEP_TRY(detail::run_heads(*ctx_, in, w, t.attend));
-    KVKEEP_TRY(apply_cut(here, l, in, c));
-    return each(settle.n, settle.fn, w);
+    return apply_cut(here, l, in, c, settle);
   } else {
     (void)l, (void)in, (void)t, (void)w;
     return status::unsupported;

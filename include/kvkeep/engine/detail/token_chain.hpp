@@ -62,6 +62,15 @@ op::for_each<F, Space> each_head(score_input<Space> const& in, F const& f) {
   return {in.batch.n * in.layer.kv.shape.n_kv_heads, f};
 }
 
+/// Attention and the query ring, where nothing else shall be part of the same chain.
+template <class Ctx>
+status attend_alone(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                    token_steps<space_of<Ctx>> const& t, workspace& ws) {
+  if (t.attended) return status::ok;
+  if (t.push.n == 0 && !ws.measuring()) return run(ctx, t.attend, ws);
+  return run_heads(ctx, in, ws, t.attend, t.push);
+}
+
 /// Attention, scores and the victims that follow from them, of a scorer that hands out its ops or does not.
 template <class Ctx, class S>
 status evict_by_score(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in,
@@ -89,12 +98,12 @@ status evict_by_score(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in
                  ws);
     });
   } else {
-    KVKEEP_TRY(run_heads(ctx, in, ws, resolve, t.attend, t.push));
+    KVKEEP_TRY(attend_alone(ctx, in, t, ws));
     if (t.folds) KVKEEP_TRY(s.fold(ctx, in, ws));
     KVKEEP_TRY(s.score(ctx, in, scores, ws));
-    if (!t.one_set) return run_heads(ctx, in, ws, evict, settle);
-    if (!t.joins) return run(ctx, entries_chain(in, evict, settle), ws);
-    return run(ctx, entries_chain(in, mean, evict, settle), ws);
+    if (!t.one_set) return run_heads(ctx, in, ws, evict, resolve, settle);
+    if (!t.joins) return run(ctx, entries_chain(in, evict, resolve, settle), ws);
+    return run(ctx, entries_chain(in, mean, evict, resolve, settle), ws);
   }
 }
 
