@@ -284,6 +284,22 @@ TEST_CASE("a decode step launches kernels and does nothing else, as many as it s
   }
 }
 
+TEST_CASE("two launches come before a decision that runs aside") {
+  for (pairing const& p : pairings()) {
+    if (p.launches != 3 || std::string(p.decode) == "fullkv") continue;
+    INFO(describe(p));
+    stepper s(p, test::layout_id::hnd, true);
+    s.show_next();
+    cudaStream_t const main = stepper::ctx().stream, aside = test::other_context().stream;
+    long const in_main = emulation::launches(main), in_aside = emulation::launches(aside);
+    s.enqueue_step();
+    CHECK(emulation::launches(main) - in_main == 2 * n_layers);
+    CHECK(emulation::launches(aside) - in_aside == n_layers);
+    s.join();
+    test::settle_device();
+  }
+}
+
 TEST_CASE("a recording is spoilt by what a graph must not hold") {
   auto& ctx = stepper::ctx();
   cuda::context null(nullptr);

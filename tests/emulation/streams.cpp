@@ -33,6 +33,7 @@ std::minstd_rand& order() {
 struct emulated_stream {
   std::deque<item<cudaStream_t>> items;  ///< still to be done
   std::size_t given = 0;                 ///< things, those that are done included
+  long launches = 0;
   bool dawdles = false;
 
   std::size_t done() const { return given - items.size(); }
@@ -131,6 +132,7 @@ void run_parts(std::vector<part> const& parts) {
 }  // namespace
 
 void emulation::dawdle(cudaStream_t stream) { stream->dawdles = true; }
+long emulation::launches(cudaStream_t stream) noexcept { return stream->launches; }
 
 char const* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : "refused"; }
 cudaError_t cudaGetDevice(int* device) {
@@ -227,6 +229,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t emulated_launch(cudaStream_t stream, std::function<void()> work) {
   ++emulation::count().launches;
+  ++or_default(stream)->launches;
   capture& c = captured();
   if (!c.active()) {
     or_default(stream)->give({std::move(work)});

@@ -285,6 +285,8 @@ using cudaEvent_t = struct emulated_event*;
 namespace emulation {
 /// The stream puts its work off, mostly until somebody waits for it.
 void dawdle(cudaStream_t stream);
+/// Kernels that it has been given.
+long launches(cudaStream_t stream) noexcept;
 }  // namespace emulation
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 using cudaGraph_t = struct emulated_graph*;
