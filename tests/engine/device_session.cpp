@@ -146,6 +146,126 @@ TEST_CASE("a device session keeps and computes what a session does, under every 
     });
 }
 
+/// What an engine of its own exports: probabilities of the newest token over a sequence's slots in use.
+std::vector<float> exported(test::device_engine& device, test::world const& w,
+                            test::stream const& s, index_t slots) {
+  std::vector<float> a(uz(w.shape.n_q_heads * slots), -1);
+  auto const live = device.kept(0, s);
+  auto const& words = s.words->layer[0];
+  for (index_t h = 0; h < w.shape.n_q_heads; ++h) {
+    auto const& mine = live[uz(h / w.shape.group())];
+    auto const p = oracle::row_probs(words.q, h, s.tokens, words.k, mine, device.rule());
+    for (index_t t = 0; t < device.session().lengths(0)(s.id, h / w.shape.group()); ++t) {
+      index_t const at = device.session().positions(0)(s.id, h / w.shape.group(), t);
+      auto const it = std::find(mine.begin(), mine.end(), at);
+      if (it != mine.end()) a[uz(h * slots + t)] = static_cast<float>(p[uz(it - mine.begin())]);
+    }
+  }
+  return a;
+}
+
+TEST_CASE("an engine that attends itself brings its probabilities, or nothing where nobody looks") {
+  for (char const* name : {"h2o", "tova", "streamingllm", "knorm"})
+    for (bool const aside : {false, true}) {
+      INFO(name << (aside ? ", aside" : ""));
+      bool const rows = name[0] == 'h' || name[0] == 't';
+      policy_options const o = small(16);
+      test::world w;
+      w.n_layers = 1;
+      auto const p = make_policy<test::op_context>(name, o);
+      auto e = w.options(test::make(name, o), 60);
+      test::device_engine attends(e, p, p);
+      e.lim.decode = rows ? decode_offer::attention_rows : decode_offer::nothing;
+      test::device_engine shows(e, p, p);
+      if (aside) shows.decide_aside();
+      auto const words = w.words(1);
+      test::stream x = attends.begin(words), y = shows.begin(words);
+      for (auto* const s : {&x, &y}) (s == &x ? attends : shows).prompt(*s, 12, {12});
+      index_t const row = y.row, slots = 60;
+      batch_ref<test::device_memory> const b{1, &row, &y.id};
+      for (int step = 0; step < 12; ++step) {
+        auto const done = attends.step({&x})[0].done;
+        shows.append(y);
+        std::vector<float> const a = exported(shows, w, y, slots);
+        auto& session = shows.session();
+        REQUIRE((rows ? session.observe(0, b, attention_rows{a.data(), 0, slots})
+                      : session.observe(0, b, tokens_only(1))) == status::ok);
+        REQUIRE(session.join() == status::ok);
+        test::settle_device();
+        ++y.tokens;
+        INFO("step " << step);
+        REQUIRE(shows.kept(0, y) == done);
+      }
+      CHECK(shows.session().observe(0, b, own_scores{}) == status::unsupported);
+      if (rows) {
+        CHECK(shows.session().observe(0, b, attention_rows{}) == status::bad_argument);
+        CHECK(shows.session().observe(0, b, tokens_only(1)) == status::bad_argument);
+      }
+      CHECK(attends.session().observe(0, b, attention_rows{}) == status::unsupported);
+    }
+}
+
+TEST_CASE("scores of the engine's own decide") {
+  policy<engine_score> typed;
+  typed.name = "engine";
+  typed.budget.tokens = 12;
+  typed.keep = {1, 2};
+  auto const policy = erase_policy<test::op_context>(typed);
+  test::for_seeds(4, [&](generator& g) {
+    test::world w;
+    w.n_layers = 1;
+    auto e = w.options(test::make("streamingllm", small(12)), 60);
+    e.lim.prompt = prompt_offer::scores;
+    e.lim.decode = decode_offer::scores;
+    test::device_engine device(e, policy, policy);
+    auto const words = w.words(1);
+    test::stream s = device.begin(words);
+    index_t const row = s.row, slots = 60, heads = w.shape.n_kv_heads;
+    REQUIRE(device.session().observe(0, s.id, tokens_only(20), row) == status::ok);
+    std::vector<float> const first = g.normals(uz(heads * slots));
+    CHECK(device.session().observe(0, s.id + 1, own_scores{first.data(), 0, slots}) ==
+          status::bad_sequence);
+    REQUIRE(device.session().observe(0, s.id, own_scores{first.data(), 0, slots}) == status::ok);
+    REQUIRE(device.session().end_prompt(0, s.id, row) == status::ok);
+    test::settle_device();
+    s.tokens = 20;
+    for (index_t h = 0; h < heads; ++h) {
+      std::vector<std::pair<float, index_t>> ranked;  // the first and the last two stay anyway
+      for (index_t t = 1; t < 18; ++t) ranked.emplace_back(-first[uz(h * slots + t)], t);
+      std::sort(ranked.begin(), ranked.end());
+      oracle::kept_set want{0, 18, 19};
+      for (std::size_t i = 0; i < 9; ++i) want.push_back(ranked[i].second);
+      std::sort(want.begin(), want.end());
+      REQUIRE(device.kept(0, s)[uz(h)] == want);
+    }
+    batch_ref<test::device_memory> const b{1, &row, &s.id};
+    for (int step = 0; step < 10; ++step) {
+      device.append(s);
+      auto want = device.kept(0, s);
+      std::vector<float> const x = g.normals(uz(heads * slots));
+      for (index_t h = 0; h < heads; ++h) {
+        auto& mine = want[uz(h)];
+        if (mine.size() <= 12) continue;
+        auto lowest = mine.end();  // neither the first nor the last two positions
+        float least = 0;
+        for (index_t t = 0; t < device.session().lengths(0)(s.id, h); ++t) {
+          index_t const at = device.session().positions(0)(s.id, h, t);
+          auto const it = std::find(mine.begin() + 1, mine.end() - 2, at);
+          if (it == mine.end() - 2 || (lowest != mine.end() && x[uz(h * slots + t)] >= least))
+            continue;
+          lowest = it;
+          least = x[uz(h * slots + t)];
+        }
+        mine.erase(lowest);
+      }
+      REQUIRE(device.session().observe(0, b, own_scores{x.data(), 0, slots}) == status::ok);
+      test::settle_device();
+      ++s.tokens;
+      REQUIRE(device.kept(0, s) == want);
+    }
+  });
+}
+
 TEST_CASE("a sequence that finds no slot says so, and the others go on") {
   policy_options o = small(64);
   test::world w;

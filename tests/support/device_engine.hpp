@@ -127,6 +127,15 @@ class device_engine {
     for (stream* s : who) ++s->tokens;
     return r;
   }
+  /// A slot for a stream's next token in the first layer, and its rows.
+  void append(stream const& s) {
+    batch_ref<device_memory> const b{1, &s.row, &s.id};
+    std::vector<index_t> slots(uz(shape_.n_kv_heads), -7);
+    REQUIRE(session_->append(0, b, slots.data()) == status::ok);
+    settle_device();
+    for (index_t h = 0; h < shape_.n_kv_heads; ++h) write(s, 0, h, slots[uz(h)], s.tokens);
+  }
+  oracle::attention_rule rule() const { return rule_of(caches_[0].ref()); }
   /// A copy of a sequence, keys and values too.
   stream fork(stream const& from) {
     stream s = from;

@@ -18,14 +18,6 @@
 
 namespace kvkeep {
 
-/// What a token of every entry brings in one layer, and where its attention goes; all in the backend's memory.
-struct token_io {
-  token_kv kv{};
-  queries q{};           ///< one row per entry and query head
-  float* out = nullptr;  ///< [entry, q_head, dim_v] fp32
-  float* lse = nullptr;  ///< [entry, q_head], or null
-};
-
 /// Made by `bind_device_session`. The same policies and the same kept sets as `session`; what differs is who
 /// knows: here lengths, positions, budgets and victims are read by the backend's ops alone. A call only
 /// enqueues. While decoding it depends on nothing but the addresses and the size of the batch, so that a
@@ -33,7 +25,7 @@ struct token_io {
 ///
 /// - The host says how long prompts are; after their end only the backend counts.
 /// - Batches of decode calls (`batch_ref`: rows and ids) lie in the backend's memory.
-/// - A token is confirmed by its attention. No drafts, no transient prompts, no plans for engines that commit
+/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts, no transient prompts, no plans for engines that commit
 ///   themselves, one kept set per head or layer: `session` has these.
 /// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
 ///
@@ -63,6 +55,8 @@ class device_session {
   /// A chunk of the prompt in one layer, keys and values already written at the tail. `row` is the
   /// sequence row in the views (-1: the id).
   status observe(index_t layer, index_t id, queries const& q, index_t row = -1) noexcept;
+  /// Own scores for the slots in use, `[1, kv_head, slot]` (engine_score), after the prompt's tokens were observed.
+  status observe(index_t layer, index_t id, own_scores const& s) noexcept;
   /// The first cut of a layer, in place. Layers end in ascending order.
   status end_prompt(index_t layer, index_t id, index_t row = -1) noexcept;
   /// The first cut of all layers.
@@ -84,9 +78,13 @@ class device_session {
   /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
   status attend(index_t layer, batch_ref<space> const& b, queries const& q, float* out,
                 float* lse = nullptr) noexcept;
-  /// The engine has attended itself: the newest token's queries (K is read once more). Unsupported where
-  /// a decision comes before attention.
+  /// The engine has attended itself: the newest token's queries (K is read once more), or, for policies that look at
+  /// none, `tokens_only(1)`. Unsupported where a decision comes before attention.
   status observe(index_t layer, batch_ref<space> const& b, queries const& q) noexcept;
+  /// The same with the attention probabilities it has exported (limits.decode = attention_rows): no key is read.
+  status observe(index_t layer, batch_ref<space> const& b, attention_rows const& a) noexcept;
+  /// The same with scores of its own for the slots in use (limits.decode = scores).
+  status observe(index_t layer, batch_ref<space> const& b, own_scores const& s) noexcept;
 
   // -- decisions beside what follows them -----------------------------------------------------------
   /// From now on decisions run in `other` (on CUDA: a second stream, both contexts with a mark), each after its own
@@ -163,20 +161,7 @@ class device_session {
   batch_ref<space> one(index_t id, index_t row) const noexcept {
     return {1, numbers_ + row, numbers_ + id};
   }
-  /// Where ops run, and their scratch.
-  struct runner {
-    Ctx& ctx;
-    workspace& w;
-
-    template <class Op>
-    status operator()(Op const& op) const noexcept {
-      return run(ctx, op, w);
-    }
-    template <class F>
-    status each(index_t n, F const& f) const noexcept {
-      return w.measuring() ? status::ok : (*this)(op::for_each<F, space>{n, f});
-    }
-  };
+  using runner = detail::runner<Ctx>;
   template <class F>
   status each(index_t n, F const& f, workspace& w) const noexcept {
     return runner{*ctx_, w}.each(n, f);
@@ -218,9 +203,20 @@ class device_session {
   status give_slots(layer_data& l, batch_ref<space> const& b, token_kv const* kv, queries const* q,
                     index_t* slots, workspace& w) noexcept;
 
-  // device_decode.hpp
+  // device_evidence.hpp
+  using row_evidence = detail::row_evidence;
   status show_token(index_t layer, batch_ref<space> const& b, queries const& q, bool pushed,
                     float* out, float* lse) noexcept;
+  status take_evidence(index_t layer, batch_ref<space> const& b, row_evidence const* e) noexcept;
+  status decide_by_rows(layer_data& l, batch_ref<space> const& b, row_evidence const* e,
+                        workspace& w) noexcept;
+  status newest(layer_data const& l, batch_ref<space> const& b, score_input<space>& in,
+                workspace& w) const noexcept;
+  index_t* newest_rows_of(layer_data const& l) const noexcept {
+    return newest_rows_ + (shape_.rows.weight_ring > 1 ? l.number * limits_.max_batch : 0);
+  }
+
+  // device_decode.hpp
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, bool pushed, float* out,
                float* lse, workspace& w) noexcept;
   op::for_each<detail::push_token<space>, space> pushing(layer_data const& l,

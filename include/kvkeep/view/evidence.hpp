@@ -108,6 +108,14 @@ token_kv make_token_kv(T const* k, T const* v, cache_shape const& s) {
   return {rows(k, s.dim_k), rows(v, s.dim_v)};
 }
 
+/// What a token of every entry brings in one layer, and where its attention goes; all in the backend's memory.
+struct token_io {
+  token_kv kv{};
+  queries q{};           ///< one row per entry and query head
+  float* out = nullptr;  ///< [entry, q_head, dim_v] fp32
+  float* lse = nullptr;  ///< [entry, q_head], or null
+};
+
 /// Attention probabilities of the newest token, `[entry, q_head, slot]`: one float per slot in use.
 struct attention_rows {
   float const* data = nullptr;

@@ -78,4 +78,4 @@ status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> con
 
 }  // namespace kvkeep
 
-#include "device_decode.hpp"
+#include "device_evidence.hpp"

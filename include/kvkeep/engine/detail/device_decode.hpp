@@ -7,33 +7,6 @@
 
 namespace kvkeep {
 
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::attend(index_t layer, batch_ref<space> const& b, queries const& q,
-                                         float* out, float* lse) noexcept {
-  if (out == nullptr) return status::bad_argument;
-  return show_token(layer, b, q, false, out, lse);
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::observe(index_t layer, batch_ref<space> const& b,
-                                          queries const& q) noexcept {
-  if (detail::decides_late(decode_.when)) return status::unsupported;
-  return show_token(layer, b, q, false, nullptr, nullptr);
-}
-
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::show_token(index_t layer, batch_ref<space> const& b,
-                                             queries const& q, bool pushed, float* out,
-                                             float* lse) noexcept {
-  index_t const m = managed(layer);
-  if (m == -1) return out != nullptr ? status::unsupported : status::ok;
-  if (m < 0 || q.data == nullptr || q.n_rows != 1 || b.n < 1 || b.n > limits_.max_batch)
-    return status::bad_argument;
-  KVKEEP_TRY(wait_for_decision(m));
-  workspace w = scratch();
-  return weigh(layers_[static_cast<std::size_t>(m)], b, q, pushed, out, lse, w);
-}
-
 /// Storing the newest token's queries, where there is a ring for them.
 template <backend Ctx, class P, class D>
 auto device_session<Ctx, P, D>::pushing(layer_data const& l, batch_ref<space> const& b,
@@ -50,12 +23,8 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
                                         workspace& w) noexcept {
   bool const measuring = w.measuring();
   index_t const hq = shape_.cache.n_q_heads, ring = shape_.rows.weight_ring;
-  index_t* const rows = newest_rows_ + (ring > 1 ? l.number * limits_.max_batch : 0);
-  if (ring > 1) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, rows}, w));
-  auto in = input(l, b, false);
-  in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
-  // Without a ring, and while measuring, any pointer says that there is a newest token.
-  in.newest_row = measuring ? &shape_.n_sequences : rows;
+  score_input<space> in;
+  KVKEEP_TRY(newest(l, b, in, w));
   op::attend<space> a{b, {l.kv, l.slots}};
   a.raw = q;
   if (out != nullptr || measuring) a.out = row_major<space>(out, b.n, hq, shape_.cache.dim_v);
@@ -65,7 +34,7 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
     a.weights = detail::weight_rows(l.slots.rows, shape_.rows, shape_.cache.group());
     a.weight_sum = l.weight_sum;
     if (shape_.rows.head_floats > 0) a.weight_max = l.weight_max;
-    if (ring > 1) a.weight_row = rows;
+    if (ring > 1) a.weight_row = newest_rows_of(l);
     a.ring_stride = l.slots.rows.stride[2];
   }
   if (bound_.attention_folds) a.fold = decode_.score.attention_fold(in);
@@ -190,8 +159,8 @@ status device_session<Ctx, P, D>::apply_cut(runner const& by, layer_data& l, sco
 /// A cut of the heads for which one is due.
 template <backend Ctx, class P, class D>
 template <class... After>
-status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l,
-                                      score_input<space> in, After const&... after) noexcept {
+status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l, score_input<space> in,
+                                      After const&... after) noexcept {
   workspace::frame const frame(by.w);
   auto const c = take_cut(in.batch.n, by.w);
   if (!by.w.measuring() && !by.w.ok()) return status::workspace_too_small;

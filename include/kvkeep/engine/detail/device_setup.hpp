@@ -37,10 +37,12 @@ void device_session<Ctx, P, D>::check_setup() const {
                  "0 in a device session");
   KVKEEP_EXPECTS(!limits_.engine_commits, "limits.engine_commits", "true",
                  "false in a device session");
-  KVKEEP_EXPECTS(limits_.decode == decode_offer::attend, "limits.decode", to_string(limits_.decode),
-                 "attend in a device session");
-  KVKEEP_EXPECTS(limits_.prompt != prompt_offer::scores, "limits.prompt", to_string(limits_.prompt),
-                 "queries or nothing in a device session");
+  bool const rows =
+      limits_.decode == decode_offer::attention_rows || limits_.decode == decode_offer::scores;
+  offset_t const floats = static_cast<offset_t>(limits_.max_batch) * first.n_q_heads;
+  for (auto const& l : layers_)  // indices have 31 bits
+    KVKEEP_EXPECTS(!rows || floats * l.kv.shape.max_slots < (offset_t{1} << 31), "limits.max_batch",
+                   limits_.max_batch, "less, by which query heads and max_slots are multiplied");
   for (auto const* policy_scope : {&prompt_.per, &decode_.per})
     KVKEEP_EXPECTS(*policy_scope != scope::sequence, "per", to_string(*policy_scope),
                    "head or layer in a device session");
@@ -151,6 +153,8 @@ void device_session<Ctx, P, D>::measure() {
   for (auto& l : layers_) {
     take([&](workspace& w) { return give_slots(l, batch, nullptr, nullptr, nullptr, w); });
     take([&](workspace& w) { return weigh(l, batch, q, false, nullptr, nullptr, w); });
+    if (!detail::decides_late(decode_.when))
+      take([&](workspace& w) { return decide_by_rows(l, batch, nullptr, w); });
   }
   scratch_bytes_ = detail::padded_scratch(most);
 }

@@ -11,6 +11,22 @@
 
 namespace kvkeep::detail {
 
+/// Where ops run, and their scratch.
+template <class Ctx>
+struct runner {
+  Ctx& ctx;
+  workspace& w;
+
+  template <class Op>
+  status operator()(Op const& op) const noexcept {
+    return run(ctx, op, w);
+  }
+  template <class F>
+  status each(index_t n, F const& f) const noexcept {
+    return w.measuring() ? status::ok : (*this)(op::for_each<F, space_of<Ctx>>{n, f});
+  }
+};
+
 /// What a session knows of one token in one layer, and wants done: attention, then one victim per head over
 /// its budget.
 template <class Space>
@@ -88,10 +104,16 @@ status evict_by_score(Ctx& ctx, S const& s, score_input<space_of<Ctx>> const& in
   if (t.one_set) evict.slots.lengths.extent[1] = 1;
   op::mean_heads<space> const mean{in.batch, in.layer.slots, scores};
   if constexpr (hands_out_scores<S, space>) {
+    token_steps<space> left = t;
+    if (t.folds && s.state(shape).folds_weights) {
+      KVKEEP_TRY(attend_alone(ctx, in, t, ws));
+      KVKEEP_TRY(s.fold(ctx, in, ws));
+      left.without_attention(in);
+    }
     return s.score_ops(in, scores, [&](auto const&... ops) {
       if (!t.one_set)
-        return run_heads(ctx, in, ws, resolve, t.attend, t.push, ops..., evict, settle);
-      auto const heads = heads_chain(in, resolve, t.attend, t.push, ops...);
+        return run_heads(ctx, in, ws, resolve, left.attend, left.push, ops..., evict, settle);
+      auto const heads = heads_chain(in, resolve, left.attend, left.push, ops...);
       if (!t.joins)
         return run(ctx, op::join_chains(heads, entries_chain(in, evict, settle), t.tickets), ws);
       return run(ctx, op::join_chains(heads, entries_chain(in, mean, evict, settle), t.tickets),
