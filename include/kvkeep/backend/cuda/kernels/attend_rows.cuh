@@ -60,7 +60,7 @@ struct row_path {
       for (int s = 0; s < N; ++s) {
         auto const* const row = reinterpret_cast<uint4 const*>(at[min(slot + s * groups, last)]);
         for (int p = 0; p < pieces; ++p)
-          piece[s][p] = __ldg(row + p * lanes + lane_of_warp() % lanes);
+          piece[s][p] = read_16(row + p * lanes + lane_of_warp() % lanes);
       }
     }
   };

@@ -48,6 +48,15 @@ __device__ inline float fast_inverse(float x) {
   return r;
 }
 
+/// 16 aligned bytes of device memory that nobody writes while the kernel runs, but perhaps the one before it, whose end
+/// this one has waited for: so not through the read-only path (__ldg), of which nothing promises that it sees them.
+__device__ inline uint4 read_16(void const* from) {
+  uint4 r;
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+      : "l"(from));
+  return r;
+}
 /// Starts copying 16 bytes from device to shared memory, both aligned, or zeros if not `wanted`.
 __device__ inline void copy_16(void* to, void const* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(

@@ -64,6 +64,11 @@ __attribute__((no_sanitize("thread"))) void mma(T, float (&c)[4], unsigned a0, u
 inline float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 inline float fast_inverse(float x) { return 1 / x; }
 
+inline uint4 read_16(void const* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0)
+    emulation::fail("reads 16 bytes that are not aligned");
+  return *static_cast<uint4 const*>(from);
+}
 inline void copy_16(void* to, void const* from, bool wanted) {
   emulation::start_copy(to, from, wanted ? 16 : 0, wanted ? 0 : 16);
   emulation::note_copy(to);
