@@ -204,8 +204,9 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return other_call();
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  stream = or_default(stream);
   capture const& c = captured();
+  if (stream == nullptr && c.active()) return cudaErrorStreamCaptureImplicit;
+  stream = or_default(stream);
   *event = c.has(stream) ? emulated_event{stream, c.parts[c.find(stream)].size(), c.number}
                          : emulated_event{stream, stream->given, 0};
   return cudaSuccess;

@@ -401,6 +401,9 @@ TEST_CASE("rows that cannot become the cache's are refused before anything is en
   kv = make_token_kv(numbers.data(), numbers.data(), w.shape);
   CHECK(s.decode(0, b, {kv, q, nullptr}) == status::bad_argument);
   CHECK(s.decode(0, b, {kv, {}, out.data()}) == status::bad_argument);
+  queries sealed = q;
+  sealed.type = dtype::opaque;
+  CHECK(s.decode(0, b, {kv, sealed, out.data()}) == status::unsupported);
   test::settle_device();
   CHECK(device.kept(0, x) == before);
   CHECK(s.append(0, b, kv) == status::ok);  // and nobody asks for the slots

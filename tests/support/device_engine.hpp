@@ -49,6 +49,15 @@ class device_engine {
         bind_device_session(one_thread(), prompt, decode, specs, options_.lim, memory_->span()));
   }
 
+  device_engine(device_engine const&) = delete;
+  device_engine& operator=(device_engine const&) = delete;
+  /// What has been enqueued is done before memory goes.
+  ~device_engine() {
+    if (!session_) return;
+    CHECK(session_->join() == status::ok);
+    settle_device();
+  }
+
   auto& session() { return *session_; }
   /// The session writes keys and values itself.
   void append_rows() { appends_rows_ = true; }

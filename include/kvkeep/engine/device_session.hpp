@@ -21,12 +21,14 @@ namespace kvkeep {
 /// Made by `bind_device_session`. The same policies and the same kept sets as `session`; what differs is who
 /// knows: here lengths, positions, budgets and victims are read by the backend's ops alone. A call only
 /// enqueues. While decoding it depends on nothing but the addresses and the size of the batch, so that a
-/// step (append, write K and V, attend, for every layer) can be captured in a graph and replayed.
+/// step (append, write K and V, attend, for every layer; join, where decisions run aside) can be captured in a graph
+/// and replayed.
 ///
 /// - The host says how long prompts are; after their end only the backend counts.
 /// - Batches of decode calls (`batch_ref`: rows and ids) lie in the backend's memory.
-/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts, no transient prompts, no plans for engines that commit
-///   themselves, one kept set per head or layer: `session` has these.
+/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts, no transient prompts, no
+///   plans for engines that commit themselves, one kept set per head or layer: `session` has these.
+/// - Slots that have been freed are written to: sequences share no pages but those of a frozen prefix.
 /// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
 ///
 /// Without bursts one token leaves per step, by its slot being given to the next one. With bursts
@@ -68,11 +70,13 @@ class device_session {
   status append(index_t layer, batch_ref<space> const& b, index_t* slots) noexcept;
   /// The same, and writes the token's keys and values there, in the launch that finds the slots. `kv` lies in the
   /// backend's memory, in any element type (rounded to the cache's; opaque rows from opaque ones); `slots` may be null.
-  /// @return unsupported, and nothing is enqueued, if the types do not fit or a layout is behind host functions
+  /// @return unsupported, and nothing is enqueued, if the types do not fit, a layout is behind host functions, or the
+  ///   layer is skipped
   status append(index_t layer, batch_ref<space> const& b, token_kv const& kv,
                 index_t* slots = nullptr) noexcept;
   /// Both in one call: the token's queries are stored with its rows, so that attention is all that follows.
-  /// Up to 4096 slots that makes two launches on CUDA, before the decision. @see append, attend
+  /// On CUDA, for policies that make one launch of a decision and up to 4096 slots, that is two launches before it.
+  /// Unsupported for skipped layers. A sequence with a fault has no output. @see append, attend
   status decode(index_t layer, batch_ref<space> const& b, token_io const& t) noexcept;
   /// Attention of the newest token over all slots in use, with evidence and the next decision.
   /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
@@ -90,14 +94,18 @@ class device_session {
   /// From now on decisions run in `other` (on CUDA: a second stream, both contexts with a mark), each after its own
   /// token's attention; only that, and what it leaves in the state, stays in the session's context. The kept sets are
   /// the same. Decisions that come before attention stay there too. Set-up.
+  /// On CUDA neither stream is the legacy default one, nor `other` one that waits for it; of a lower priority it stands
+  /// in nobody's way.
+  /// @param other   outlives the session
   /// @param memory  `aside_bytes(other)` bytes of the backend's memory
-  /// @return workspace_too_small, and nothing changes, if there are fewer
+  /// @return workspace_too_small if there are fewer, bad_argument if a context has no mark; nothing changes then
   status decide_in(Ctx& other, std::span<std::byte> memory) noexcept requires orders<Ctx>;
   /// Bytes of memory that `decide_in` needs with this context.
   std::size_t aside_bytes(Ctx& other) noexcept;
-  /// The session's context waits for all decisions so far. For the end of a step, and so of a captured one: before
-  /// others read the state, and before batches, block tables, keys or values change that those decisions may read. The
-  /// session's own calls do so where they have to.
+  /// The session's context waits for all decisions so far: the end of every step. The session's own calls do so where
+  /// they have to, but it sees neither that a capture begins or ends, nor that a graph is launched, nor who else reads
+  /// the state, reads or writes keys and values, changes batches or block tables, or takes back memory. To wait for the
+  /// session's context alone, on the host or in a stream, does not wait for decisions.
   status join() noexcept;
 
   // -- reading: all in the backend's memory ---------------------------------------------------------
@@ -213,7 +221,8 @@ class device_session {
   status newest(layer_data const& l, batch_ref<space> const& b, score_input<space>& in,
                 workspace& w) const noexcept;
   index_t* newest_rows_of(layer_data const& l) const noexcept {
-    return newest_rows_ + (shape_.rows.weight_ring > 1 ? l.number * limits_.max_batch : 0);
+    bool const rings = shape_.rows.weight_ring > 1 && newest_rows_ != nullptr;
+    return newest_rows_ + (rings ? l.number * limits_.max_batch : 0);
   }
 
   // device_decode.hpp
@@ -275,15 +284,7 @@ class device_session {
   index_t* tickets_ = nullptr;      ///< [max_batch] of op::joined_chain
   index_t* row_tickets_ = nullptr;  ///< [max_batch, q_head] of op::attend
   index_t* faults_ = nullptr;
-  /// Decisions beside what follows them.
-  struct {
-    Ctx* ctx = nullptr;  ///< null: there are none
-    std::byte* scratch = nullptr;
-    std::size_t bytes = 0;
-    Ctx* measured = nullptr;         ///< whose scratch is being measured into `bytes`
-    std::vector<std::uint8_t> open;  ///< [managed layer] 1: nobody has waited for its last decision
-    bool any = false;                ///< ... of some layer
-  } aside_;
+  detail::aside_state<Ctx> aside_;
   std::size_t state_bytes_ = 0;
   std::size_t scratch_bytes_ = 0;
   std::byte* scratch_ = nullptr;

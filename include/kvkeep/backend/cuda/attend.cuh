@@ -130,8 +130,10 @@ inline status make_task(op::attend<device_space> const& o, attend_task& t) noexc
   return status::ok;
 }
 
-/// Attention of every entry and KV head. One launch with tickets and up to 4096 slots; else two, or three with weights. Scratch: 16 bytes per query head and split of 256 slots, 4 per
-/// value feature of those, and 4 per query head and slot if weights are folded and not kept.
+/// Attention of every entry and KV head. With tickets and up to 4096 slots one launch (two where rows of some heads alone
+/// are aligned, one more for weights of groups above 8), else one more, or two with weights. Scratch: 16 bytes per query
+/// head and split of 256 slots, 4 per value feature of those, and 4 per query head and slot if weights are folded and
+/// not kept.
 inline status enqueue(context& c, op::attend<device_space> const& o, workspace& ws) noexcept {
   attend_task t;
   KVKEEP_TRY(make_task(o, t));

@@ -40,7 +40,7 @@ struct context {
 };
 
 /// What is enqueued in `later` from now on waits for all that has been in `earlier`. Not on the host, and in a graph
-/// that is being captured it is an edge: the capture of one stream goes on in the other.
+/// that is being captured it is an edge: the capture of `earlier` goes on in `later` (which may not be captured alone).
 /// @return bad_argument if `earlier` has no mark
 inline status follow(context& later, context& earlier) noexcept {
   if (earlier.mark == nullptr) return status::bad_argument;

@@ -29,6 +29,7 @@ status device_session<Ctx, P, D>::decode(index_t layer, batch_ref<space> const& 
                                          token_io const& t) noexcept {
   if (managed(layer) == -1) return status::unsupported;
   if (t.q.data == nullptr || t.q.n_rows != 1 || t.out == nullptr) return status::bad_argument;
+  if (t.q.type == dtype::opaque) return status::unsupported;
   KVKEEP_TRY(append_rows(layer, b, t.kv, &t.q, nullptr));
   return show_token(layer, b, t.q, true, t.out, t.lse);
 }
@@ -39,7 +40,7 @@ status device_session<Ctx, P, D>::append_rows(index_t layer, batch_ref<space> co
                                               token_kv const& kv, queries const* q,
                                               index_t* slots) noexcept {
   index_t const m = managed(layer);
-  if (m == -1) return status::ok;
+  if (m == -1) return status::unsupported;  // nobody would write them
   if (m < 0 || kv.k.data == nullptr || kv.v.data == nullptr || b.n < 1 || b.n > limits_.max_batch)
     return status::bad_argument;
   layer_data& l = layers_[static_cast<std::size_t>(m)];

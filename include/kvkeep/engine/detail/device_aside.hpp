@@ -82,7 +82,9 @@ status device_session<Ctx, P, D>::join() noexcept {
 /// Before the state of a layer is changed or read again.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::wait_for_decision(index_t m) noexcept {
-  return aside_.open[static_cast<std::size_t>(m)] != 0 ? join() : status::ok;
+  // A step begins with the first layer: what an incomplete one has left goes before it.
+  bool const waits = aside_.open[static_cast<std::size_t>(m)] != 0 || m == 0;
+  return waits ? join() : status::ok;
 }
 
 }  // namespace kvkeep

@@ -37,7 +37,7 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries con
   if (all && q.n_rows != n) return status::bad_argument;
   index_t const p0 = prompt_of(l, id).tokens;
   if (n > l.kv.shape.max_slots - p0) return status::capacity_exceeded;
-  KVKEEP_TRY(join());
+  KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
   KVKEEP_TRY(each(shape_.cache.n_kv_heads,
                   detail::extend_head<space>{l.slots, id, p0, n, shape_.rows.weights_at}, w));

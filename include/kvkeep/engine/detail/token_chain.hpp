@@ -3,6 +3,8 @@
 /// Device session: a token's attention and the decision after it, as few ops for the backend as its scorer allows.
 #pragma once
 
+#include <vector>
+
 #include "../../op/attend.hpp"
 #include "../../op/head_chain.hpp"
 #include "../../op/reduce.hpp"
@@ -25,6 +27,17 @@ struct runner {
   status each(index_t n, F const& f) const noexcept {
     return w.measuring() ? status::ok : (*this)(op::for_each<F, space_of<Ctx>>{n, f});
   }
+};
+
+/// Decisions beside what follows them.
+template <class Ctx>
+struct aside_state {
+  Ctx* ctx = nullptr;  ///< null: there are none
+  std::byte* scratch = nullptr;
+  std::size_t bytes = 0;
+  Ctx* measured = nullptr;         ///< whose scratch is being measured into `bytes`
+  std::vector<std::uint8_t> open;  ///< [managed layer] 1: nobody has waited for its last decision
+  bool any = false;                ///< ... of some layer
 };
 
 /// What a session knows of one token in one layer, and wants done: attention, then one victim per head over
