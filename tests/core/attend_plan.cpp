@@ -104,3 +104,16 @@ TEST_CASE("a head's block has a thread for eight slots, and for two where there 
   CHECK(head_threads(1000, 512, 132, 512) == 128);
   CHECK(head_threads(40, 1, 132) == 64);
 }
+
+TEST_CASE("last splits merge what few threads can, and weigh less than that") {
+  auto const plan = [](index_t group, index_t rows) {
+    return attend_plan(shape_of(2, group, 100000), 8, rows);
+  };
+  CHECK(plan(4, 1).last_merges(4096 + 1));
+  CHECK(!plan(4, 1).last_merges(8192));
+  CHECK(!plan(4, 2).last_merges(100));  // rows that may be absent
+  CHECK(plan(4, 1).last_weighs(1024 + 1));
+  CHECK(!plan(4, 1).last_weighs(2048));
+  CHECK(plan(8, 1).last_weighs(100));
+  CHECK(!plan(9, 1).last_weighs(100));  // the group takes two tiles
+}

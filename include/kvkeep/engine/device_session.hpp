@@ -75,7 +75,8 @@ class device_session {
   status append(index_t layer, batch_ref<space> const& b, token_kv const& kv,
                 index_t* slots = nullptr) noexcept;
   /// Both in one call: the token's queries are stored with its rows, so that attention is all that follows.
-  /// On CUDA, for policies that make one launch of a decision and up to 4096 slots, that is two launches before it.
+  /// On CUDA, for policies that make one launch of a decision and up to 4096 slots (1024 where its weights are folded or
+  /// kept), that is two launches before it.
   /// Unsupported for skipped layers. A sequence with a fault has no output. @see append, attend
   status decode(index_t layer, batch_ref<space> const& b, token_io const& t) noexcept;
   /// Attention of the newest token over all slots in use, with evidence and the next decision.

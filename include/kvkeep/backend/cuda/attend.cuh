@@ -87,7 +87,7 @@ inline status launch_merge(context const& c, attend_plan const& plan,
   if (t.tickets == nullptr)
     KVKEEP_TRY(
         launch(c, plan.merge_grid(), attend_merge_kernel::shared_bytes(), attend_merge_kernel{t}));
-  if (!t.weighs() || (t.tickets != nullptr && plan.tiles == 1)) return status::ok;
+  if (!t.weighs() || t.last_weighs) return status::ok;
   return launch(c, plan.weights_grid(t.kv.shape.max_slots, weight_threads), 0,
                 attend_weights_kernel{{}, t});
 }
@@ -125,15 +125,16 @@ inline status make_task(op::attend<device_space> const& o, attend_task& t) noexc
   t.ring_stride = o.ring_stride;
   t.fold = o.fold;
   t.visible = o.visible;
-  if (attend_plan(kv.shape, o.batch.n, 1).last_merges(kv.shape.max_slots))
-    t.tickets = reinterpret_cast<unsigned*>(o.tickets);
+  attend_plan const plan(kv.shape, o.batch.n, 1);
+  if (plan.last_merges(kv.shape.max_slots)) t.tickets = reinterpret_cast<unsigned*>(o.tickets);
+  t.last_weighs = t.tickets != nullptr && plan.last_weighs(kv.shape.max_slots);
   return status::ok;
 }
 
-/// Attention of every entry and KV head. With tickets and up to 4096 slots one launch (two where rows of some heads alone
-/// are aligned, one more for weights of groups above 8), else one more, or two with weights. Scratch: 16 bytes per query
-/// head and split of 256 slots, 4 per value feature of those, and 4 per query head and slot if weights are folded and
-/// not kept.
+/// Attention of every entry and KV head. With tickets and up to 4352 slots one launch (two where rows of some heads alone
+/// are aligned; one more for weights of more than 1280 slots or of groups above 8), else one more, or two with weights.
+/// Scratch: 16 bytes per query head and split of 256 slots, 4 per value feature of those, and 4 per query head and slot
+/// if weights are folded and not kept.
 inline status enqueue(context& c, op::attend<device_space> const& o, workspace& ws) noexcept {
   attend_task t;
   KVKEEP_TRY(make_task(o, t));

@@ -21,9 +21,11 @@ inline constexpr index_t merge_parts = 8;
 /// there are for; and however many, where there is such a block for every multiprocessor. To be measured.
 inline constexpr index_t one_block_slots = 8192;
 
-/// Slots of a head up to which the block of a row's last split does all that follows, where tickets are given: a launch
-/// less, but few threads. To be measured.
-inline constexpr index_t last_merges_slots = 4096;
+/// Slots of a head up to which the block of a row's last split merges them all, where tickets are given, and up to which it
+/// makes their weights too: a launch less, but few threads. A capacity of 4096 or 1024, and then the newest token's
+/// split. To be measured.
+inline constexpr index_t last_merges_slots = 4096 + split_slots;
+inline constexpr index_t last_weighs_slots = 1024 + split_slots;
 
 /// Query heads that a block has registers for, of which a group may leave some unused.
 KVKEEP_HD constexpr index_t tile_heads(index_t group) noexcept {
@@ -59,9 +61,13 @@ struct attend_plan {
     return {static_cast<offset_t>(product(n_entries, n_heads, n_rows, tiles)), splits,
             split_threads};
   }
-  /// Whether the block of a row's last split shall do what follows.
+  /// Whether the block of a row's last split shall merge them,
   constexpr bool last_merges(index_t slots) const noexcept {
     return n_rows == 1 && slots <= last_merges_slots;
+  }
+  /// and make weights, for which it needs the sums of a whole group.
+  constexpr bool last_weighs(index_t slots) const noexcept {
+    return last_merges(slots) && slots <= last_weighs_slots && tiles == 1;
   }
   /// Whether a block per KV head shall do what follows the splits.
   constexpr bool one_block_merges(index_t slots, int n_sm) const noexcept {

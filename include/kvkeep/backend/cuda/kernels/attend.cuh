@@ -46,6 +46,7 @@ struct attend_task {
   unsigned* tickets =
       nullptr;  ///< [entry, KV head, tile] if the last split of a row merges; one row, always present
   float* logits = nullptr;  ///< [entry, q_head, slot], where `weights` cannot hold them
+  bool last_weighs = false;       ///< ... and makes the weights
   index_t splits = 0, tile = 1, tiles = 1;
 
   /// Index of a query row in the scratch.

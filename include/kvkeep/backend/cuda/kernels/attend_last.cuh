@@ -49,7 +49,7 @@ struct merged_features {
   }
 };
 
-/// All that follows. The first features come while sums are merged. Weights need the sums of a whole group: of one tile.
+/// All that follows. The first features come while sums are merged.
 __device__ inline void merge_as_last(attend_task const& t, split_place const& at) {
   constexpr index_t each = merged_features::each;
   merge_place const rows{at.entry, at.head, at.row, at.g, at.count};
@@ -76,7 +76,7 @@ __device__ inline void merge_as_last(attend_task const& t, split_place const& at
     for (index_t k = 0; k < each; ++k)
       if (d + k < dim) out[k] = __fmul_rn(f.sum(k), box.inverse[r]);
   }
-  if (t.tiles == 1 && t.weighs()) weigh_head<4>(t, at.entry, at.head, at.row);
+  if (t.last_weighs && t.weighs()) weigh_head<4>(t, at.entry, at.head, at.row);
 }
 
 }  // namespace kvkeep::cuda

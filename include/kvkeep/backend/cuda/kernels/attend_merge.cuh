@@ -186,8 +186,8 @@ struct attend_stage {
       merge_rows(t, place(at), merge_part::sums);
       __syncthreads();
     }
-    if (!weighs || !(merge == merge_by::block || (merge == merge_by::last && t.tiles > 1))) return;
-    weigh_head<2>(t, at.entry, at.head, 0);
+    bool const mine = merge == merge_by::block || (merge == merge_by::last && !t.last_weighs);
+    if (weighs && mine) weigh_head<2>(t, at.entry, at.head, 0);
   }
 
  private:
