@@ -46,7 +46,7 @@ class device_session {
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
-  /// Starts a sequence as a copy of `from`: all state, faults too, not K and V (the engine shares or copies those).
+  /// Starts a sequence as a copy of `from`: all state, faults too, not K and V (the engine copies those).
   /// Not while the prompt's layers are being cut together. Cost: one launch per layer, the state's bytes read and
   /// written.
   status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;

@@ -61,8 +61,8 @@ status device_session<Ctx, P, D>::decide_in(
   std::size_t const bytes = aside_bytes(other);
   if (memory.size() < bytes) return status::workspace_too_small;
   KVKEEP_TRY(join());
-  KVKEEP_TRY(follow(
-      other, *ctx_));  // whatever has been enqueued so far; and it tells whether contexts can wait
+  // For what has been enqueued so far; and it tells whether they can.
+  KVKEEP_TRY(follow(other, *ctx_));
   KVKEEP_TRY(follow(*ctx_, other));
   aside_.ctx = &other;
   aside_.scratch = memory.data();
