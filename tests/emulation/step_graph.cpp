@@ -250,7 +250,7 @@ TEST_CASE("decisions beside what follows them are the same, enqueued or recorded
     stepper plain(p, test::layout_id::paged), direct(p, test::layout_id::paged, true),
         replayed(p, test::layout_id::paged, true);
     std::optional<test::recording> graph;
-    for (int step = 0; step < 12; ++step) {
+    for (int step = 0; step < 8; ++step) {
       for (stepper* const s : {&plain, &direct, &replayed}) s->show_next();
       plain.enqueue_step();
       direct.enqueue_step(step % 3 == 0);  // waits for its own decisions where it must
