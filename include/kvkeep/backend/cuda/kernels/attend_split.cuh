@@ -5,6 +5,8 @@
 /// change bits.
 #pragma once
 
+#include <algorithm>
+
 #include "attend_last.cuh"
 
 namespace kvkeep::cuda {
