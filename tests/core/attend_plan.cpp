@@ -71,7 +71,7 @@ TEST_CASE(
     "one block per head finishes attention where it has little to do, or there are enough of "
     "them") {
   auto const by_block = [](index_t entries, index_t slots) {
-    return attend_plan(shape_of(8, 4, slots), entries, 1).one_block_merges(slots, 132);
+    return attend_plan(shape_of(8, 4, slots), entries, 1).one_block_merges(132);
   };
   CHECK(by_block(1, 1));
   CHECK(by_block(1, cuda::one_block_slots));
@@ -106,14 +106,22 @@ TEST_CASE("a head's block has a thread for eight slots, and for two where there 
 }
 
 TEST_CASE("last splits merge what few threads can, and weigh less than that") {
-  auto const plan = [](index_t group, index_t rows) {
-    return attend_plan(shape_of(2, group, 100000), 8, rows);
+  auto const plan = [](index_t group, index_t rows, index_t usual) {
+    return attend_plan(shape_of(2, group, 100000), 8, rows, usual);
   };
-  CHECK(plan(4, 1).last_merges(4096 + 1));
-  CHECK(!plan(4, 1).last_merges(8192));
-  CHECK(!plan(4, 2).last_merges(100));  // rows that may be absent
-  CHECK(plan(4, 1).last_weighs(1024 + 1));
-  CHECK(!plan(4, 1).last_weighs(2048));
-  CHECK(plan(8, 1).last_weighs(100));
-  CHECK(!plan(9, 1).last_weighs(100));  // the group takes two tiles
+  CHECK(plan(4, 1, 4096 + 1).last_merges());
+  CHECK(!plan(4, 1, 8192).last_merges());
+  CHECK(!plan(4, 1, 0).last_merges());    // as many as there may be
+  CHECK(!plan(4, 2, 100).last_merges());  // rows that may be absent
+  CHECK(plan(4, 1, 1024 + 1).last_weighs());
+  CHECK(!plan(4, 1, 2048).last_weighs());
+  CHECK(plan(8, 1, 100).last_weighs());
+  CHECK(!plan(9, 1, 100).last_weighs());  // the group takes two tiles
+}
+
+TEST_CASE("as many blocks share a row's splits as it usually has") {
+  attend_plan const p(shape_of(2, 4, 100000), 8, 1, 1025);
+  CHECK(p.split_grid().y == 5);
+  CHECK(p.splits == 391);  // the scratch has room for all
+  CHECK(attend_plan(shape_of(2, 4, 300), 8, 1, 1025).split_grid().y == 2);
 }

@@ -148,7 +148,7 @@ class device_session {
 
   KVKEEP_COLD device_session(Ctx& ctx, Prompt const& p, Decode const& d,
                              std::span<layer_spec<space> const> layers, limits const& lim);
-  KVKEEP_COLD void check_setup() const;
+  KVKEEP_COLD index_t check_setup() const;
   KVKEEP_COLD void carve(workspace& w);
   KVKEEP_COLD void measure();
   KVKEEP_COLD void place(std::span<std::byte> memory);
@@ -268,7 +268,8 @@ class device_session {
   Prompt prompt_{};
   Decode decode_{};
   bool one_policy_ = false;
-  bool one_leaves_ = true;  ///< no bursts: victims alone once a prompt has ended
+  bool one_leaves_ = true;   ///< no bursts: victims alone once a prompt has ended
+  index_t usual_slots_ = 0;  ///< of a head while decoding; 0: nobody knows
   detail::bound_rows bound_{};
   limits limits_{};
   detail::state_shape shape_{};

@@ -45,6 +45,10 @@ struct attend {
   /// the same time have tickets of their own. The CPU has no need.
   index_t* tickets = nullptr;
 
+  /// Slots that heads seldom exceed, 0: max_slots. How work is cut up, no result: where prompts are cut in place a cache
+  /// is longer than what decoding attends to.
+  index_t usual_slots = 0;
+
   /// Whether there is anything to write.
   constexpr bool asks() const noexcept {
     return out.data != nullptr || lse.data != nullptr || weights.data != nullptr ||

@@ -95,7 +95,7 @@ inline status launch_merge(context const& c, attend_plan const& plan,
 /// All of it, by kernels of its own, if somebody asks for something.
 inline status run_attention(context const& c, attend_task& t, index_t n_entries, bool asks,
                             workspace& ws) noexcept {
-  attend_plan const plan(t.kv.shape, n_entries, t.n_rows);
+  attend_plan const plan(t.kv.shape, n_entries, t.n_rows, t.usual_slots);
   workspace::frame const frame(ws);
   take_scratch(t, plan, ws);
   if (!placed(ws)) return not_placed(ws);
@@ -125,9 +125,10 @@ inline status make_task(op::attend<device_space> const& o, attend_task& t) noexc
   t.ring_stride = o.ring_stride;
   t.fold = o.fold;
   t.visible = o.visible;
-  attend_plan const plan(kv.shape, o.batch.n, 1);
-  if (plan.last_merges(kv.shape.max_slots)) t.tickets = reinterpret_cast<unsigned*>(o.tickets);
-  t.last_weighs = t.tickets != nullptr && plan.last_weighs(kv.shape.max_slots);
+  t.usual_slots = o.usual_slots;
+  attend_plan const plan(kv.shape, o.batch.n, 1, o.usual_slots);
+  if (plan.last_merges()) t.tickets = reinterpret_cast<unsigned*>(o.tickets);
+  t.last_weighs = t.tickets != nullptr && plan.last_weighs();
   return status::ok;
 }
 
@@ -154,15 +155,15 @@ inline planned<attend_stage> plan(context const& c, op::attend<device_space> con
     p.stage.merge = merge_by::nobody;
     return p;
   }
-  attend_plan const plan(o.layer.kv.shape, o.batch.n, 1);
+  attend_plan const plan(o.layer.kv.shape, o.batch.n, 1, o.usual_slots);
   take_scratch(p.stage.t, plan, ws);
   bool const by_last = p.stage.t.tickets != nullptr;
-  bool const by_block = plan.one_block_merges(o.layer.kv.shape.max_slots, c.n_sm);
+  bool const by_block = plan.one_block_merges(c.n_sm);
   p.stage.merge = by_last ? merge_by::last : by_block ? merge_by::block : merge_by::kernels;
   return p;
 }
 inline status begin(context const& c, attend_stage& s) noexcept {
-  attend_plan const plan(s.t.kv.shape, s.t.batch.n, 1);
+  attend_plan const plan(s.t.kv.shape, s.t.batch.n, 1, s.t.usual_slots);
   if (s.merge == merge_by::nobody) return status::ok;
   KVKEEP_TRY(launch_splits(c, plan, s.t));
   return s.merge == merge_by::kernels ? launch_merge(c, plan, s.t) : status::ok;

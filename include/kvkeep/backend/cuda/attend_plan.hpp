@@ -41,12 +41,18 @@ KVKEEP_HD constexpr index_t row_lanes(index_t dim) noexcept {
 struct attend_plan {
   index_t n_entries = 0, n_heads = 0, n_q_heads = 0, n_rows = 1;
   index_t splits = 0;  ///< most per row
+  index_t blocks = 0;  ///< that share them
+  index_t usual = 0;   ///< slots of a head, where not more than expected
   index_t tile = 1;    ///< query heads of a block
   index_t tiles = 1;   ///< blocks that share a KV head's query heads
 
-  constexpr attend_plan(cache_shape const& s, index_t entries, index_t rows) noexcept
+  /// @param usual_slots  0: as many as there may be
+  constexpr attend_plan(cache_shape const& s, index_t entries, index_t rows,
+                        index_t usual_slots = 0) noexcept
       : n_entries(entries), n_heads(s.n_kv_heads), n_q_heads(s.n_q_heads), n_rows(rows) {
+    usual = usual_slots > 0 && usual_slots < s.max_slots ? usual_slots : s.max_slots;
     splits = static_cast<index_t>(ceil_div(s.max_slots, split_slots));
+    blocks = static_cast<index_t>(ceil_div(usual, split_slots));
     tile = tile_heads(s.group());
     tiles = static_cast<index_t>(ceil_div(s.group(), tile));
   }
@@ -56,22 +62,20 @@ struct attend_plan {
   /// Splits of all of them.
   constexpr std::size_t pieces() const noexcept { return rows() * product(splits); }
 
-  /// x: entry, KV head, row, tile (the fastest, for they read the same keys); y: split.
+  /// x: entry, KV head, row, tile (the fastest, for they read the same keys); y: splits y, y + blocks, ..
   constexpr grid split_grid() const noexcept {
-    return {static_cast<offset_t>(product(n_entries, n_heads, n_rows, tiles)), splits,
+    return {static_cast<offset_t>(product(n_entries, n_heads, n_rows, tiles)), blocks,
             split_threads};
   }
   /// Whether the block of a row's last split shall merge them,
-  constexpr bool last_merges(index_t slots) const noexcept {
-    return n_rows == 1 && slots <= last_merges_slots;
-  }
+  constexpr bool last_merges() const noexcept { return n_rows == 1 && usual <= last_merges_slots; }
   /// and make weights, for which it needs the sums of a whole group.
-  constexpr bool last_weighs(index_t slots) const noexcept {
-    return last_merges(slots) && slots <= last_weighs_slots && tiles == 1;
+  constexpr bool last_weighs() const noexcept {
+    return last_merges() && usual <= last_weighs_slots && tiles == 1;
   }
   /// Whether a block per KV head shall do what follows the splits.
-  constexpr bool one_block_merges(index_t slots, int n_sm) const noexcept {
-    return slots <= one_block_slots ||
+  constexpr bool one_block_merges(int n_sm) const noexcept {
+    return usual <= one_block_slots ||
            product(n_entries, n_heads) >= static_cast<std::size_t>(n_sm);
   }
   /// x: entry, query head, row. A warp for each part of the merge, as far as there are splits.

@@ -9,8 +9,9 @@
 
 namespace kvkeep {
 
+/// @return slots that decoding needs, 0 where that depends on the prompt
 template <backend Ctx, class P, class D>
-void device_session<Ctx, P, D>::check_setup() const {
+index_t device_session<Ctx, P, D>::check_setup() const {
   KVKEEP_EXPECTS(!layers_.empty(), "layers", layers_.size(), "at least one that is not skipped");
   cache_shape const& first = layers_[0].kv.shape;
   for (auto const& l : layers_) {
@@ -62,12 +63,13 @@ void device_session<Ctx, P, D>::check_setup() const {
   demand.lim = limits_;
   if (!detail::cuts_while_decoding(decode_.score) || db.varies_over_heads ||
       db.varies_over_layers || db.inherits)
-    return;
+    return 0;
   index_t const slots = slots_needed(prompt_, decode_, demand);
   for (auto const& l : layers_)
     KVKEEP_EXPECTS(l.kv.shape.max_slots >= slots,
                    ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
                    l.kv.shape.max_slots, ">= " + std::to_string(slots) + " (slots_needed)");
+  return slots;
 }
 
 template <backend Ctx, class P, class D>
@@ -87,7 +89,7 @@ device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
     l.number = number_of_.back();
     layers_.push_back(l);
   }
-  check_setup();
+  usual_slots_ = check_setup();
   cache_shape cache = layers_[0].kv.shape;
   for (auto const& l : layers_) cache.max_slots = std::max(cache.max_slots, l.kv.shape.max_slots);
   shape_.cache = cache;

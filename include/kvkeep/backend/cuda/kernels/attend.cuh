@@ -45,9 +45,10 @@ struct attend_task {
   row_scale* totals = nullptr;    ///< [entry, q_head, row] of all slots
   unsigned* tickets =
       nullptr;  ///< [entry, KV head, tile] if the last split of a row merges; one row, always present
-  float* logits = nullptr;  ///< [entry, q_head, slot], where `weights` cannot hold them
-  bool last_weighs = false;       ///< ... and makes the weights
+  float* logits = nullptr;   ///< [entry, q_head, slot], where `weights` cannot hold them
+  bool last_weighs = false;  ///< ... and makes the weights
   index_t splits = 0, tile = 1, tiles = 1;
+  index_t usual_slots = 0;  ///< for the plan alone
 
   /// Index of a query row in the scratch.
   __device__ offset_t row_index(index_t entry, index_t q_head, index_t row) const {
@@ -84,7 +85,7 @@ struct split_place {
   index_t g;      ///< first query head of the tile in its group
   index_t count;  ///< query heads of the tile
   index_t split, n;
-  index_t splits;  ///< of the rows
+  index_t length, splits;  ///< of the rows
 
   __device__ explicit split_place(attend_task const& t) {
     index_t x = static_cast<index_t>(blockIdx.x);
@@ -96,10 +97,15 @@ struct split_place {
     entry = x / t.kv.shape.n_kv_heads;
     count = min(t.tile, t.kv.shape.group() - g);
     split = static_cast<index_t>(blockIdx.y);
-    index_t const length = t.lengths(t.batch.id_of(entry), head);
+    length = t.present(entry, row) ? t.lengths(t.batch.id_of(entry), head) : 0;
     n = min(length - split * split_slots, split_slots);
     splits = (length + split_slots - 1) / split_slots;
-    if (!t.present(entry, row)) n = 0;
+  }
+  /// Goes on to the block's next split, if there is one.
+  __device__ bool next() {
+    split += static_cast<index_t>(gridDim.y);
+    n = min(length - split * split_slots, split_slots);
+    return n > 0;
   }
   /// Whether the block has nothing to do. Where the last one merges, somebody does so for a head without slots.
   __device__ bool idle(attend_task const& t) const {
@@ -109,7 +115,8 @@ struct split_place {
   __device__ bool last(attend_task const& t) const {
     index_t const tile = g / t.tile;
     offset_t const rows = (static_cast<offset_t>(entry) * t.kv.shape.n_kv_heads + head) * t.tiles;
-    return last_to_come(t.tickets + rows + tile, max(splits, 1));
+    return last_to_come(t.tickets + rows + tile,
+                        min(max(splits, 1), static_cast<index_t>(gridDim.y)));
   }
   __device__ index_t q_head(attend_task const& t) const { return head * t.kv.shape.group() + g; }
   /// Index of a split of query head g + i in the scratch.

@@ -27,12 +27,9 @@ __device__ void sum_split(attend_task const& t, split_place const& at, split_box
   Path::add_values(t, at, box, ahead);
 }
 
-/// One block's split, and what follows if it is the last one of its rows.
-template <class Path>
-__device__ void attend_split(attend_task const& t, rows_taken which) {
-  split_place const at(t);
-  if (at.idle(t)) return;
-  split_box const box(t.tile);
+/// Addresses of the split's rows. @return whether they are aligned
+__device__ inline bool find_rows(attend_task const& t, split_place const& at,
+                                 split_box const& box) {
   index_t const seq = t.batch.row_of(at.entry), first = at.split * split_slots;
   bool aligned = true;
   {
@@ -47,15 +44,7 @@ __device__ void attend_split(attend_task const& t, rows_taken which) {
     for (index_t j = thread_of_block(); j < at.n; j += split_threads)
       box.values[j] = rows.bytes(first + j);
   }
-  if (which != rows_taken::all && aligned != (which == rows_taken::aligned)) return;
-  __syncthreads();
-  if (at.n > 0) sum_split<Path>(t, at, box);
-  if (t.tickets != nullptr && at.last(t)) merge_as_last(t, at);
-}
-/// Shared memory of that.
-inline std::size_t split_bytes(attend_task const& t, index_t sums) {
-  constexpr index_t warps = split_threads / warp_size;
-  return std::max(split_box::bytes(t.tile, sums), merge_box::bytes(t.tile, warps));
+  return aligned;
 }
 
 /// Rows of any type, dimension and feature order.
@@ -123,6 +112,32 @@ struct plain_path {
   }
   static constexpr index_t sums_floats = split_threads * most_tile_heads;
 };
+
+/// One block's split, and what follows if it is the last one of its rows. Where there are more splits than expected, a
+/// block takes others too: by the plain path, so that the fast one stays as it is, without a loop's registers.
+template <class Path>
+__device__ void attend_split(attend_task const& t, rows_taken which) {
+  split_place at(t);
+  if (at.idle(t)) return;
+  split_box const box(t.tile);
+  bool const aligned = find_rows(t, at, box);
+  if (which != rows_taken::all && aligned != (which == rows_taken::aligned)) return;
+  __syncthreads();
+  if (at.n > 0) sum_split<Path>(t, at, box);
+  while (at.next()) {
+    __syncthreads();  // of whoever still reads the box
+    find_rows(t, at, box);
+    __syncthreads();
+    sum_split<plain_path>(t, at, box);
+  }
+  if (t.tickets != nullptr && at.last(t)) merge_as_last(t, at);
+}
+/// Shared memory of that.
+inline std::size_t split_bytes(attend_task const& t, index_t sums) {
+  constexpr index_t warps = split_threads / warp_size;
+  return std::max(split_box::bytes(t.tile, std::max(sums, plain_path::sums_floats)),
+                  merge_box::bytes(t.tile, warps));
+}
 
 struct attend_plain_kernel {
   static constexpr int most_threads = split_threads, blocks_per_sm = 3;
