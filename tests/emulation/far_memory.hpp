@@ -197,7 +197,7 @@ TEST_CASE("a step of 64 sequences of 128k slots fits every launch") {
     recording graph(last_of::ctx());
     all.enqueue_all();
     CHECK(graph.end());
-    CHECK(started_kernels() >= before + 4);
+    CHECK(started_kernels() >= before + 3);  // slots, attention, decision
     CHECK(all.bytes() > std::size_t{64} * 2 * 131072 * 4 * n_layers);  // positions alone
   }
 }
