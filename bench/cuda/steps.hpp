@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Decode steps of a device session: append, which writes K and V, attention with evidence and the next victim. A replay is one token of every layer; layers rotate through more than the last cache.
+/// Decode steps of a device session: a call that finds slots, writes K and V and attends, and the next victim. A replay
+/// is one token of every layer; layers rotate through more than the last cache.
 ///   plain_us  a write of K and V and attention over as many slots without a session, in the same samples
 ///   overhead  of the step over that; overhead_us in microseconds
 /// `aside` is `step` with decisions in a second stream: a layer's runs beside the next layers' attention.

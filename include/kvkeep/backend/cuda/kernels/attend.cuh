@@ -43,10 +43,9 @@ struct attend_task {
   softmax_part* shown = nullptr;  ///< [entry, q_head, row, split] of the visible slots
   softmax_part* all = nullptr;    ///< the same of all slots
   row_scale* totals = nullptr;    ///< [entry, q_head, row] of all slots
-  unsigned* tickets =
-      nullptr;  ///< [entry, KV head, tile] if the last split of a row merges; one row, always present
-  float* logits = nullptr;   ///< [entry, q_head, slot], where `weights` cannot hold them
-  bool last_weighs = false;  ///< ... and makes the weights
+  float* logits = nullptr;        ///< [entry, q_head, slot], where `weights` cannot hold them
+  unsigned* tickets = nullptr;    ///< [entry, KV head, tile] if a row's last split merges; or null
+  bool last_weighs = false;       ///< ... and makes the weights
   index_t splits = 0, tile = 1, tiles = 1;
   index_t usual_slots = 0;  ///< for the plan alone
 
