@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// An engine on CUDA: cache, batch and the session's state are memory of the device, and a decode step of all layers
-// is recorded as a graph once, then replayed for every token. The session writes new keys and values itself, and what
+// An engine on CUDA: cache, batch and the session's state are memory of the device. The prompt is longer than the cache
+// and passes through a buffer of one layer. A decode step of all layers is recorded as a graph once, then replayed for
+// every token. The session writes new keys and values itself, and what
 // it decides about a layer runs in a second stream, beside the next layers. The host reads nothing until the end.
 // Exits with 77 where there is no device.
 #include <kvkeep/cuda.cuh>
@@ -13,9 +14,10 @@ namespace {
 using namespace kvkeep;
 
 constexpr index_t capacity = 64, prompt_tokens = 200, new_tokens = 100;
-/// Prompts are cut in place, so the cache has room for them.
-constexpr cache_shape shape{1,        toy::n_q_heads, toy::n_kv_heads,
-                            toy::dim, toy::dim,       prompt_tokens + 1};
+constexpr cache_shape shape_of(index_t slots) {
+  return {1, toy::n_q_heads, toy::n_kv_heads, toy::dim, toy::dim, slots};
+}
+constexpr cache_shape shape = shape_of(capacity + 1), prompt_shape = shape_of(prompt_tokens);
 
 void expect(bool good, char const* what) {
   if (good) return;
@@ -57,24 +59,27 @@ struct layer_memory {
         out(m.take<float>(product(toy::n_q_heads, toy::dim))) {}
 };
 
-/// Keys and values lie in slots 0, 1, ...; then the queries are shown, and the first cut is enqueued.
+/// Layer after layer: keys and values lie in slots 0, 1, ... of the buffer, the queries are shown, and what survives the
+/// first cut comes into the cache.
 template <class Session>
-void run_prompt(Session& s, index_t id, std::vector<layer_memory> const& layers,
-                cudaStream_t stream) {
+void run_prompt(Session& s, index_t id, cudaStream_t stream) {
+  managed_memory memory;
+  std::size_t const rows = product(toy::n_kv_heads, prompt_tokens, toy::dim);
+  float* const k = memory.take<float>(rows);
+  float* const v = memory.take<float>(rows);
+  float* const q = memory.take<float>(product(toy::n_q_heads, prompt_tokens, toy::dim));
+  kv_ref<device_space> const prompt = contiguous_view<device_space>(k, v, prompt_shape);
   for (index_t l = 0; l < toy::n_layers; ++l) {
-    layer_memory const& m = layers[static_cast<std::size_t>(l)];
     for (index_t h = 0; h < toy::n_kv_heads; ++h)
       for (index_t p = 0; p < prompt_tokens; ++p) {
-        auto const at = (h * shape.max_slots + p) * toy::dim;
-        toy::write_token(m.k + at, m.v + at, l, h, p);
+        auto const at = (h * prompt_tokens + p) * toy::dim;
+        toy::write_token(k + at, v + at, l, h, p);
       }
-    std::vector<float> const q = toy::make_queries(l, 0, prompt_tokens);
-    managed_memory memory;
-    float* const shown = memory.take<float>(q.size());
-    std::copy(q.begin(), q.end(), shown);
-    toy::expect(s.observe(l, id, make_queries(shown, toy::n_q_heads, prompt_tokens, toy::dim)),
-                "observe");
-    toy::expect(s.end_prompt(l, id), "end_prompt");
+    std::vector<float> const made = toy::make_queries(l, 0, prompt_tokens);
+    std::copy(made.begin(), made.end(), q);
+    queries const shown = make_queries(q, toy::n_q_heads, prompt_tokens, toy::dim);
+    toy::expect(s.observe(l, id, shown, &prompt), "observe");
+    toy::expect(s.end_prompt(l, id, &prompt), "end_prompt");
     expect(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
   }
 }
@@ -147,15 +152,17 @@ int main() {
   }
   std::span<layer_spec<device_space> const> const views(specs);
   auto const policy = make_morphkv({.capacity = capacity, .window = 16});
-  std::size_t const bytes = device_session_bytes(ctx, policy, policy, views, limits{});
-  auto s = bind_device_session(ctx, policy, policy, views, limits{},
+  limits lim;
+  lim.max_prompt = prompt_tokens;
+  std::size_t const bytes = device_session_bytes(ctx, policy, policy, views, lim);
+  auto s = bind_device_session(ctx, policy, policy, views, lim,
                                std::span(memory.take<std::byte>(bytes), bytes));
   std::size_t const aside = s.aside_bytes(beside);
   toy::expect(s.decide_in(beside, std::span(memory.take<std::byte>(aside), aside)), "decide_in");
 
   index_t id = 0;
   toy::expect(s.begin(id), "begin");
-  run_prompt(s, id, layers, stream);
+  run_prompt(s, id, stream);
 
   // The batch: rows of the views and ids of sequences.
   index_t* const row = memory.take<index_t>(1);

@@ -182,9 +182,9 @@ class stepper {
           caches_[uz(l)].set_v(s, h, i, floats(t.v.row(h, i)));
         }
       REQUIRE(session_->observe(l, id, make_queries(q.data(), shape_.n_q_heads, n, shape_.dim_k),
-                                s) == status::ok);
+                                nullptr, s) == status::ok);
       test::settle_device();  // the queries die here
-      REQUIRE(session_->end_prompt(l, id, s) == status::ok);
+      REQUIRE(session_->end_prompt(l, id, nullptr, s) == status::ok);
       test::settle_device();
     }
     tokens_.push_back(n);

@@ -294,6 +294,36 @@ TEST_CASE("append_at checks the engine's slot mapping") {
     f.refused(status::bad_argument, [&] { return f.s().append_at(b.batch(), &right); });
 }
 
+TEST_CASE("no number of tokens is too large to be refused") {
+  limits lim;
+  lim.max_prompt = GENERATE(0, 30);
+  fixture f(layout_id::hnd, "knorm", 14, lim);
+  stream s = f.e->begin(f.words);
+  index_t const huge = std::numeric_limits<index_t>::max();
+  f.refused(status::capacity_exceeded, [&] { return f.s().observe(0, s.id, tokens_only(huge)); });
+  f.e->observe_prompt(s, 0, 5);
+  f.refused(status::capacity_exceeded, [&] { return f.s().observe(0, s.id, tokens_only(huge)); });
+}
+
+TEST_CASE("a transient prompt has a row of the cache to go to, and rows like those there") {
+  limits lim;
+  lim.max_prompt = 30;
+  lim.max_sequences = 9;
+  fixture f(layout_id::hnd, "knorm", 14, lim);
+  stream s = f.e->begin(f.words);
+  f.e->observe_prompt(s, 0, 30);
+  kv_ref<> view = f.e->cache(0).ref();
+  view.shape.max_slots = 30;
+  view.k.type = dtype::bf16;
+  f.refused(status::bad_argument, [&] { return f.s().end_prompt(0, s.id, &view); });
+  REQUIRE(f.e->end_layer(s, 0) == status::ok);
+  index_t id = 0;
+  while (id < f.e->cache(0).shape().n_seq) REQUIRE(f.s().begin(id) == status::ok);
+  s.id = id;
+  f.e->observe_prompt(s, 0, 30);
+  f.refused(status::bad_argument, [&] { return f.e->end_layer(s, 0); });
+}
+
 TEST_CASE("a failed end of a prompt can be taken again") {
   // The destination of a transient prompt has a bad table: nothing is cut, and the call works
   // later.

@@ -64,6 +64,9 @@ std::vector<pairing> pairings() {
         p.o = small(20);
         all.push_back(p);
       }
+  pairing lag{"lagkv", "h2o", small(16), small(16)};
+  lag.o.lag = 9;  // prompts of up to 18 tokens stay whole
+  all.push_back(lag);
   pairing layer{"knorm", "knorm", small(16), small(16)};
   layer.o.per = layer.d.per = scope::layer;
   all.push_back(layer);
@@ -88,8 +91,15 @@ void round_queries(test::text& t) {
 void compare(pairing const& p, test::world w, std::uint64_t seed) {
   w.seed = seed;
   generator g(seed);
-  auto const o = w.options(test::make(p.decode, p.d), w.prompt + 30);
-  test::engine host(o, test::make(p.prompt, p.o), test::make(p.decode, p.d));
+  auto const prompt = test::make(p.prompt, p.o), decode = test::make(p.decode, p.d);
+  index_t slots = w.prompt + 30;
+  if (!p.d.include_current && !p.d.per_head_mask && g.chance(0.5F)) {
+    w.lim.max_prompt = w.prompt;
+    slots = slots_needed(prompt, decode, {w.shape, w.n_layers, -1, w.lim, w.prompt, 3, slots});
+  }
+  INFO("transient prompts " << (w.lim.max_prompt > 0) << ", slots " << slots);
+  auto const o = w.options(decode, slots);
+  test::engine host(o, prompt, decode);
   test::device_engine device(o, make_policy<test::op_context>(p.prompt, p.o),
                              make_policy<test::op_context>(p.decode, p.d));
   auto a = w.words(1), b = w.words(2), c = w.words(3);
@@ -221,12 +231,12 @@ TEST_CASE("scores of the engine's own decide") {
     auto const words = w.words(1);
     test::stream s = device.begin(words);
     index_t const row = s.row, slots = 60, heads = w.shape.n_kv_heads;
-    REQUIRE(device.session().observe(0, s.id, tokens_only(20), row) == status::ok);
+    REQUIRE(device.session().observe(0, s.id, tokens_only(20), nullptr, row) == status::ok);
     std::vector<float> const first = g.normals(uz(heads * slots));
     CHECK(device.session().observe(0, s.id + 1, own_scores{first.data(), 0, slots}) ==
           status::bad_sequence);
     REQUIRE(device.session().observe(0, s.id, own_scores{first.data(), 0, slots}) == status::ok);
-    REQUIRE(device.session().end_prompt(0, s.id, row) == status::ok);
+    REQUIRE(device.session().end_prompt(0, s.id, nullptr, row) == status::ok);
     test::settle_device();
     s.tokens = 20;
     for (index_t h = 0; h < heads; ++h) {
@@ -317,6 +327,142 @@ TEST_CASE("a slot that one KV head cannot have is taken by none") {
   CHECK(device.intact());
 }
 
+TEST_CASE("what a transient prompt leaves needs a place, or no head has any of it") {
+  bool const pages = GENERATE(false, true);
+  policy_options const o = small(16);
+  test::world w;
+  w.lim.max_prompt = 40;
+  w.layout = pages ? test::layout_id::paged : test::layout_id::ragged;
+  auto e = w.options(test::make("h2o", o), 20);
+  cache_shape const& shape = e.cache.shape;
+  if (!pages) {  // the last head of the second row has room for fewer than the policy keeps
+    e.cache.capacities.assign(uz(shape.n_seq * shape.n_kv_heads), shape.max_slots);
+    e.cache.capacities[uz(2 * shape.n_kv_heads - 1)] = 15;
+  }
+  auto const policy = make_policy<test::op_context>("h2o", o);
+  test::device_engine device(e, policy, policy);
+  if (pages) {
+    auto const& table = device.specs()[1].kv.v.layout.paged;
+    const_cast<index_t*>(table.table)[table.table_seq_stride] = table.n_blocks;
+  }
+  auto const a = w.words(1), b = w.words(2);
+  test::stream x = device.begin(a), y = device.begin(b);
+  REQUIRE(y.row == 1);
+  for (test::stream* s : {&y, &x}) device.prompt(*s, 40, {25, 15});
+  device_fault const fault = pages ? device_fault::bad_table : device_fault::no_slot;
+  for (int t = 0; t < 3; ++t) {
+    CHECK(device.session().faults()[y.id] == static_cast<index_t>(fault));
+    CHECK(device.session().faults()[x.id] == 0);
+    for (oracle::kept_set const& head : device.kept(1, y)) CHECK(head.empty());
+    for (oracle::kept_set const& head : device.kept(1, x)) CHECK(oracle::count(head) == 16);
+    device.step({&y, &x});
+  }
+  if (!pages) CHECK(device.intact());
+}
+
+TEST_CASE("transient prompts come one at a time, whole, and with their views") {
+  policy_options const o = small(16);
+  test::world w;
+  w.lim.max_prompt = 40;
+  auto const p = make_policy<test::op_context>("h2o", o);
+  auto e = w.options(test::make("h2o", o), 20);
+  e.lim.max_sequences = w.shape.n_seq + 1;
+  test::device_engine device(e, p, p);
+  auto& s = device.session();
+  auto const words = w.words(1);
+  test::stream x = device.begin(words), y = device.begin(words);
+  test::test_cache other = test::test_cache::make(w.layout, w.type, [&] {
+    cache_shape shape = w.shape;
+    shape.max_slots = 40;
+    return shape;
+  }());
+  auto const good = test::to_device(other.ref());
+  std::vector<float> const numbers(uz(w.shape.n_q_heads * 50 * w.shape.dim_k));
+  auto const rows = [&](index_t n) {
+    return make_queries(numbers.data(), w.shape.n_q_heads, n, w.shape.dim_k);
+  };
+  auto const refused = [&](status want, auto change) {
+    auto view = good;
+    change(view);
+    CHECK(s.observe(0, x.id, rows(3), &view) == want);
+  };
+  CHECK(s.observe(0, x.id, rows(3)) == status::bad_argument);  // H2O reads keys
+  CHECK(s.observe(0, x.id, rows(41), &good) == status::capacity_exceeded);
+  CHECK(s.observe(0, x.id, rows(3), &good, w.shape.n_seq) == status::bad_argument);
+  refused(status::bad_argument, [](auto& v) { v.shape.max_slots = 41; });
+  refused(status::capacity_exceeded, [](auto& v) { v.shape.max_slots = 2; });
+  refused(status::bad_argument, [](auto& v) { v.shape.n_kv_heads = 1; });
+  refused(status::bad_argument, [](auto& v) { v.v.type = dtype::bf16; });
+#if defined(KVKEEP_TEST_CUDA)
+  refused(status::unsupported, [](auto& v) { v.k.layout = any_layout(custom_layout{}); });
+#endif
+  CHECK(s.observe(0, x.id, own_scores{numbers.data(), 0, 40}) == status::unsupported);
+  for (index_t h = 0; h < w.shape.n_kv_heads; ++h) CHECK(device.kept(0, x)[uz(h)].empty());
+  REQUIRE(s.observe(0, x.id, rows(3), &good) == status::ok);
+  CHECK(s.observe(0, x.id, tokens_only(std::numeric_limits<index_t>::max()), &good) ==
+        status::bad_argument);
+  CHECK(s.observe(0, x.id, rows(38), &good) == status::capacity_exceeded);
+  CHECK(s.end_prompt(0, x.id) == status::bad_argument);
+  CHECK(s.end_prompt(x.id) == status::bad_argument);
+  REQUIRE(s.observe(0, y.id, rows(3), &good) == status::ok);  // takes the place of x
+  CHECK(s.observe(0, x.id, rows(3), &good) == status::bad_order);
+  CHECK(s.end_prompt(0, x.id, &good) == status::bad_order);
+  CHECK(s.end_prompt(0, y.id, &good) == status::ok);
+  index_t id = -1;
+  CHECK(s.begin(id, {-1, 4}) == status::unsupported);  // a frozen prefix lies in the cache
+  REQUIRE(s.begin(id) == status::ok);
+  REQUIRE(s.begin(id) == status::ok);  // an id without a row of the cache
+  REQUIRE(id == w.shape.n_seq);
+  CHECK(s.observe(0, id, rows(3), &good) == status::bad_argument);
+  test::settle_device();
+  for (index_t h = 0; h < w.shape.n_kv_heads; ++h)
+    CHECK(device.kept(0, y)[uz(h)] == oracle::kept_set{0, 1, 2});
+}
+
+TEST_CASE("prompts of no token and of one, in the cache and transient") {
+  for (index_t const transient : {0, 40})
+    for (char const* name : {"h2o", "morphkv", "streamingllm", "snapkv"}) {
+      INFO(name << ", transient " << transient);
+      test::world w;
+      w.lim.max_prompt = transient;
+      auto const p = make_policy<test::op_context>(name, small(16));
+      test::device_engine device(w.options(test::make(name, small(16)), 60), p, p);
+      auto const words = w.words(1);
+      test::stream full = device.begin(words), none = device.begin(words),
+                   one = device.begin(words);
+      device.prompt(full, 30, {30});  // leaves its own state where prompts are shared
+      device.prompt(none, 0, {});
+      device.prompt(one, 1, {1});
+      device.step({&none, &one});
+      for (oracle::kept_set const& head : device.kept(0, none)) CHECK(head == oracle::kept_set{0});
+      for (oracle::kept_set const& head : device.kept(0, one))
+        CHECK(head == oracle::kept_set{0, 1});
+      CHECK(device.intact());
+    }
+}
+
+TEST_CASE("a sequence begins as if no other had had its id") {
+  for (pairing const& p : pairings()) {
+    INFO(describe(p));
+    test::world w;
+    w.n_layers = 1;
+    auto const o = w.options(test::make(p.decode, p.d), w.prompt + 30);
+    auto const prompt = make_policy<test::op_context>(p.prompt, p.o);
+    auto const decode = make_policy<test::op_context>(p.decode, p.d);
+    test::device_engine used(o, prompt, decode), fresh(o, prompt, decode);
+    auto const first = w.words(1), second = w.words(2);
+    test::stream x = used.begin(first);
+    used.prompt(x, w.prompt, {w.prompt});
+    for (int t = 0; t < 9; ++t) used.step({&x});
+    REQUIRE(used.session().end(x.id) == status::ok);
+    x = used.begin(second);
+    test::stream y = fresh.begin(second);
+    used.prompt(x, 11, {11});
+    fresh.prompt(y, 11, {11});
+    for (int t = 0; t < 15; ++t) test::require_same(used.step({&x}), fresh.step({&y}));
+  }
+}
+
 TEST_CASE("what a device session does not have is refused when it is bound") {
   policy_options const o = small(16);
   test::world w;
@@ -338,6 +484,18 @@ TEST_CASE("what a device session does not have is refused when it is bound") {
   policy_options wide = o;
   wide.per = scope::sequence;
   refused(wide, {}, "knorm", "per");
+  lim = {};
+  lim.max_prompt = 61;
+  refused(o, lim, "fullkv", "max_slots");  // which would keep more than the cache holds
+  lim.max_prompt = 30;
+  policy_options late = o;
+  late.include_current = true;
+  refused(late, lim, "morphkv", "before_attention");
+  auto const p = make_policy<test::op_context>("h2o", o);
+  test::device_engine good(w.options(test::make("h2o"), 60), p, p);
+  lim.max_prompt = 1 << 30;
+  CHECK_THROWS_WITH(device_session_bytes(test::one_thread(), p, p, good.specs(), lim),
+                    Catch::Matchers::Contains("limits.max_prompt"));
   policy_options layers = o;
   layers.include_current = true;
   layers.per = scope::layer;
@@ -484,9 +642,9 @@ TEST_CASE("no copy is made of a sequence whose layers are being cut together") {
   test::stream x = device.begin(a);
   index_t id = -1;
   for (index_t l = 0; l < w.n_layers; ++l)
-    REQUIRE(device.session().observe(l, x.id, tokens_only(30), x.row) == status::ok);
-  REQUIRE(device.session().end_prompt(0, x.id, x.row) == status::ok);
+    REQUIRE(device.session().observe(l, x.id, tokens_only(30), nullptr, x.row) == status::ok);
+  REQUIRE(device.end_layer(x, 0) == status::ok);
   CHECK(device.session().fork(x.id, id) == status::bad_order);
-  REQUIRE(device.session().end_prompt(1, x.id, x.row) == status::ok);
+  REQUIRE(device.end_layer(x, 1) == status::ok);
   CHECK(device.session().fork(x.id, id) == status::ok);
 }

@@ -41,6 +41,13 @@ class device_engine {
       caches_.emplace_back(c);
     }
     for (auto const& c : caches_) specs_.push_back({to_device(c.ref())});
+    if (options_.lim.max_prompt > 0) {
+      cache_options c = options_.cache;
+      c.shape.n_seq = 2;
+      c.shape.max_slots = options_.lim.max_prompt;
+      c.capacities.clear();
+      transient_.emplace(c);
+    }
     options_.lim.max_sequences = std::max(options_.lim.max_sequences, shape_.n_seq);
     std::span<layer_spec<device_memory> const> const specs(specs_);
     memory_ = std::make_unique<aligned_block>(
@@ -59,6 +66,7 @@ class device_engine {
   }
 
   auto& session() { return *session_; }
+  std::span<layer_spec<device_memory> const> specs() const { return specs_; }
   /// The session writes keys and values itself.
   void append_rows() { appends_rows_ = true; }
   /// Decisions run beside what follows them.
@@ -69,32 +77,46 @@ class device_engine {
   /// Decoded tokens' queries are shown as bf16. Precondition: they are such numbers.
   void show_bf16() { brain_ = true; }
 
-  /// Rows run backwards, so that rows and ids differ.
+  /// Rows run backwards, so that rows and ids differ, but where prompts are transient: these come into row `id`.
   stream begin(text const& t, index_t id = -1) {
     stream s;
     s.words = &t;
     sequence_options o;
     o.id = id;
     REQUIRE(session_->begin(s.id, o) == status::ok);
-    s.row = shape_.n_seq - 1 - s.id;
+    s.row = row_of(s.id);
     return s;
   }
   void prompt(stream& s, index_t n, std::vector<index_t> const& chunks) {
     for (index_t l = 0; l < options_.n_layers; ++l) {
       index_t first = s.tokens;
       for (index_t size : chunks) {
-        for (index_t h = 0; h < shape_.n_kv_heads; ++h)
-          for (index_t t = first; t < first + size; ++t) write(s, l, h, t, t);
-        auto const q = rows(s, l, first, size);
-        REQUIRE(session_->observe(l, s.id,
-                                  make_queries(q.data(), shape_.n_q_heads, size, shape_.dim_k),
-                                  s.row) == status::ok);
-        settle_device();  // the queries die here
+        observe_prompt(s, l, first, size);
         first += size;
       }
-      REQUIRE(session_->end_prompt(l, s.id, s.row) == status::ok);
+      REQUIRE(end_layer(s, l) == status::ok);
     }
     s.tokens += n;
+  }
+  /// Tokens [first, first + n) of the text as a chunk of the prompt of one layer.
+  void observe_prompt(stream const& s, index_t l, index_t first, index_t n) {
+    test_cache& to = transient_ ? *transient_ : caches_[uz(l)];
+    index_t const row = transient_ ? 1 : s.row;
+    for (index_t h = 0; h < shape_.n_kv_heads; ++h)
+      for (index_t t = first; t < first + n; ++t) write(to, row, s, l, h, t, t);
+    auto const q = rows(s, l, first, n);
+    auto const view = to_device(to.ref());
+    REQUIRE(session_->observe(l, s.id, make_queries(q.data(), shape_.n_q_heads, n, shape_.dim_k),
+                              transient_ ? &view : nullptr, row) == status::ok);
+    settle_device();  // the queries die here
+  }
+  /// Done when it returns: others look at what is kept, and write over a transient prompt.
+  status end_layer(stream const& s, index_t l) {
+    auto const view = to_device((transient_ ? *transient_ : caches_[uz(l)]).ref());
+    status const result =
+        session_->end_prompt(l, s.id, transient_ ? &view : nullptr, transient_ ? 1 : s.row);
+    settle_device();
+    return result;
   }
   /// One token for each stream: `[layer * entries + entry]`.
   std::vector<token_record> step(std::vector<stream*> const& who) {
@@ -142,7 +164,8 @@ class device_engine {
     std::vector<index_t> slots(uz(shape_.n_kv_heads), -7);
     REQUIRE(session_->append(0, b, slots.data()) == status::ok);
     settle_device();
-    for (index_t h = 0; h < shape_.n_kv_heads; ++h) write(s, 0, h, slots[uz(h)], s.tokens);
+    for (index_t h = 0; h < shape_.n_kv_heads; ++h)
+      write(caches_[0], s.row, s, 0, h, slots[uz(h)], s.tokens);
   }
   oracle::attention_rule rule() const { return rule_of(caches_[0].ref()); }
   /// A copy of a sequence, keys and values too.
@@ -150,7 +173,7 @@ class device_engine {
     stream s = from;
     REQUIRE(session_->fork(from.id, s.id) == status::ok);
     settle_device();
-    s.row = shape_.n_seq - 1 - s.id;
+    s.row = row_of(s.id);
     for (index_t l = 0; l < options_.n_layers; ++l)
       for (index_t h = 0; h < shape_.n_kv_heads; ++h)
         for (index_t t = 0; t < session_->lengths(l)(s.id, h); ++t)
@@ -170,12 +193,13 @@ class device_engine {
     return sets;
   }
   bool intact() const {
-    bool good = true;
+    bool good = !transient_ || transient_->canaries_intact();
     for (auto const& c : caches_) good = good && c.canaries_intact();
     return good;
   }
 
  private:
+  index_t row_of(index_t id) const { return transient_ ? id : shape_.n_seq - 1 - id; }
   void append(index_t l, batch_ref<device_memory> const& b, std::vector<stream*> const& who,
               std::vector<index_t>& slots) {
     std::vector<float> k, v;
@@ -200,7 +224,7 @@ class device_engine {
                        caches_[uz(l)].v().raw(s.row, h, slot)};
     };
     auto const before = stored();
-    write(s, l, h, slot, s.tokens);
+    write(caches_[uz(l)], s.row, s, l, h, slot, s.tokens);
     if (appends_rows_) REQUIRE(stored() == before);
   }
   std::vector<float> rows(stream const& s, index_t l, index_t first, index_t n) const {
@@ -211,21 +235,23 @@ class device_engine {
           q.push_back(static_cast<float>(x));
     return q;
   }
-  void write(stream const& s, index_t l, index_t h, index_t slot, index_t position) {
+  static void write(test_cache& to, index_t row, stream const& s, index_t l, index_t h,
+                    index_t slot, index_t position) {
     auto const floats = [](auto const& x) {
       std::vector<float> f;
       for (double e : x) f.push_back(static_cast<float>(e));
       return f;
     };
     auto const& w = s.words->layer[uz(l)];
-    caches_[uz(l)].set_k(s.row, h, slot, floats(w.k.row(h, position)));
-    caches_[uz(l)].set_v(s.row, h, slot, floats(w.v.row(h, position)));
+    to.set_k(row, h, slot, floats(w.k.row(h, position)));
+    to.set_v(row, h, slot, floats(w.v.row(h, position)));
   }
 
   engine_options options_;
   cache_shape shape_;
   bool brain_ = false, appends_rows_ = false;
   std::vector<test_cache> caches_;
+  std::optional<test_cache> transient_;
   std::vector<layer_spec<device_memory>> specs_;
   std::unique_ptr<aligned_block> memory_, aside_;
   std::optional<device_session<op_context, device_any, device_any>> session_;

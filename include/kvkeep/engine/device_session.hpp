@@ -9,8 +9,8 @@
 #include "../budget/inherit.hpp"
 #include "../op/attend.hpp"
 #include "../op/reduce.hpp"
+#include "detail/device_prompt_steps.hpp"
 #include "detail/device_rows.hpp"
-#include "detail/device_steps.hpp"
 #include "detail/offers.hpp"
 #include "detail/prompt_steps.hpp"
 #include "detail/token_chain.hpp"
@@ -24,10 +24,11 @@ namespace kvkeep {
 /// step (append, write K and V, attend, for every layer; join, where decisions run aside) can be captured in a graph
 /// and replayed.
 ///
-/// - The host says how long prompts are; after their end only the backend counts.
+/// - The host says how long prompts are; after their end only the backend counts. With `limits::max_prompt` a prompt's
+///   keys and values stay in a view of its own, layer after layer, and survivors alone come into the cache.
 /// - Batches of decode calls (`batch_ref`: rows and ids) lie in the backend's memory.
-/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts, no transient prompts, no
-///   plans for engines that commit themselves, one kept set per head or layer: `session` has these.
+/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts, no plans for engines that
+///   commit themselves, one kept set per head or layer: `session` has these.
 /// - Slots that have been freed are written to: sequences share no pages but those of a frozen prefix.
 /// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
 ///
@@ -54,14 +55,20 @@ class device_session {
   status end(index_t id) noexcept;
 
   // -- prompt -------------------------------------------------------------------------------------
-  /// A chunk of the prompt in one layer, keys and values already written at the tail. `row` is the
-  /// sequence row in the views (-1: the id).
-  status observe(index_t layer, index_t id, queries const& q, index_t row = -1) noexcept;
+  /// A chunk of the prompt in one layer, keys and values already written at the tail of the cache (or of `prompt`, a
+  /// transient view in the backend's memory that holds the whole prompt, where there is limits.max_prompt). `row` is the
+  /// sequence row in that view (-1: the id, or 0 of a transient one; below the cache's rows or limits.max_sequences).
+  status observe(index_t layer, index_t id, queries const& q, kv_ref<space> const* prompt = nullptr,
+                 index_t row = -1) noexcept;
   /// Own scores for the slots in use, `[1, kv_head, slot]` (engine_score), after the prompt's tokens were observed.
+  /// Unsupported for transient prompts.
   status observe(index_t layer, index_t id, own_scores const& s) noexcept;
-  /// The first cut of a layer, in place. Layers end in ascending order.
-  status end_prompt(index_t layer, index_t id, index_t row = -1) noexcept;
-  /// The first cut of all layers.
+  /// The first cut of a layer, in place, or from `prompt` into row `id` of the cache. Layers end in ascending order. A
+  /// transient prompt may be overwritten by what the context is given next; where the cache has no room for what a head
+  /// keeps, or no page, none of the layer's heads gets anything, and the sequence has a fault.
+  status end_prompt(index_t layer, index_t id, kv_ref<space> const* prompt = nullptr,
+                    index_t row = -1) noexcept;
+  /// The first cut of all layers, in place.
   status end_prompt(index_t id) noexcept;
 
   // -- decoding -----------------------------------------------------------------------------------
@@ -134,21 +141,14 @@ class device_session {
                                           std::span<layer_spec<space_of<C>> const>, limits const&);
 
   using layer_data = detail::layer_state<space>;
-  /// What the host knows of one sequence.
-  struct host_state {
-    bool alive = false;
-    index_t frozen = 0;
-    index_t ended_layers = 0;  ///< layers whose prompt has ended
-  };
-  /// ... and of its prompt in one layer.
-  struct prompt_state {
-    index_t tokens = 0;
-    bool has_lse = true;
-  };
+  using source = detail::cache_source<space>;
+  using host_state = detail::host_state;
+  using prompt_state = detail::prompt_state;
 
   KVKEEP_COLD device_session(Ctx& ctx, Prompt const& p, Decode const& d,
                              std::span<layer_spec<space> const> layers, limits const& lim);
-  KVKEEP_COLD index_t check_setup() const;
+  KVKEEP_COLD void check_setup() const;
+  KVKEEP_COLD index_t slots_while_decoding() const;
   KVKEEP_COLD void carve(workspace& w);
   KVKEEP_COLD void measure();
   KVKEEP_COLD void place(std::span<std::byte> memory);
@@ -163,8 +163,11 @@ class device_session {
     bool const known = layer >= 0 && layer < static_cast<index_t>(number_of_.size());
     return known ? number_of_[static_cast<std::size_t>(layer)] : -2;
   }
+  std::size_t prompt_index(layer_data const& l, index_t id) const noexcept {
+    return product(l.number, limits_.max_sequences) + static_cast<std::size_t>(id);
+  }
   prompt_state& prompt_of(layer_data const& l, index_t id) noexcept {
-    return prompts_[static_cast<std::size_t>(l.number * limits_.max_sequences + id)];
+    return prompts_[prompt_index(l, id)];
   }
   /// One sequence as a batch: `numbers_` holds 0, 1, 2, ... in the backend's memory.
   batch_ref<space> one(index_t id, index_t row) const noexcept {
@@ -175,36 +178,37 @@ class device_session {
   status each(index_t n, F const& f, workspace& w) const noexcept {
     return runner{*ctx_, w}.each(n, f);
   }
-  detail::settle_victims<space> settling(layer_data const& l,
-                                         batch_ref<space> const& b) const noexcept {
-    return {b,
-            shape_.cache.n_kv_heads,
-            l.slots.lengths,
-            l.victim,
-            l.fresh,
-            l.appended,
-            l.seen,
-            {},
-            {},
-            false};
+  source pool(layer_data const& l, batch_ref<space> const& b) const noexcept {
+    return {b, {l.kv, l.slots}, l.weight_sum, 0};
   }
-  score_input<space> input(layer_data const& l, batch_ref<space> const& b,
-                           bool prompt) const noexcept;
+  guard_ref<space> guard_of(bool prompt, index_t id0) const noexcept;
+  score_input<space> input(layer_data const& l, source const& s, bool prompt) const noexcept;
+
+  // device_life_cycle.hpp
+  template <class F>
+  status each_number(F f, workspace& w) const noexcept;
 
   // device_prompt.hpp
-  status check_prompt(layer_data const& l, index_t id, index_t row) const noexcept;
+  status find_prompt(layer_data const& l, index_t id, kv_ref<space> const* prompt, index_t row,
+                     index_t more, source& from) const noexcept;
+  status extend(slot_state<space> const& s, index_t state_row, index_t p0, index_t n,
+                index_t own_rows, workspace& w) const noexcept;
   status push_prompt(layer_data& l, index_t id, queries const& q, workspace& w) noexcept;
-  status feed_scorers(layer_data& l, batch_ref<space> const& b, queries const& q, index_t p0,
+  status feed_scorers(layer_data& l, source const& s, queries const& q, index_t p0,
                       workspace& w) noexcept;
-  status decide_prompt(layer_data& l, index_t id, batch_ref<space> const& b, workspace& w) noexcept;
+
+  // device_prompt_cut.hpp
+  status decide_prompt(layer_data& l, index_t id, source const& from, source const& to,
+                       workspace& w) noexcept;
+  status score_prompt(layer_data& l, index_t id, source const& s, score_map<space> out,
+                      workspace& w) noexcept;
+  status hand_over(layer_data& l, index_t id, source const& to, workspace& w) noexcept;
   status cut_once(layer_data& l, batch_ref<space> const& b, workspace& w) noexcept;
-  status cut_prompt(layer_data& l, index_t id, batch_ref<space> const& b,
+  status cut_prompt(layer_data& l, index_t id, source const& from, source const& to,
                     tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
-  status fix_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept {
-    return detail::fix_decode_budget(*ctx_, prompt_, decode_, one_policy_,
-                                     static_cast<index_t>(layers_.size()), l, id, tokens,
-                                     shared_.prompt_k, w);
-  }
+  status refuse_misfits(layer_data& l, source const& to, keep_plan<space> const& plan,
+                        workspace& w) noexcept;
+  status fix_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept;
 
   // device_append.hpp
   status append_rows(index_t layer, batch_ref<space> const& b, token_kv const& kv, queries const* q,
@@ -221,10 +225,7 @@ class device_session {
                         workspace& w) noexcept;
   status newest(layer_data const& l, batch_ref<space> const& b, score_input<space>& in,
                 workspace& w) const noexcept;
-  index_t* newest_rows_of(layer_data const& l) const noexcept {
-    bool const rings = shape_.rows.weight_ring > 1 && newest_rows_ != nullptr;
-    return newest_rows_ + (rings ? l.number * limits_.max_batch : 0);
-  }
+  index_t* newest_rows_of(layer_data const& l) const noexcept;
 
   // device_decode.hpp
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, bool pushed, float* out,
@@ -232,6 +233,8 @@ class device_session {
   op::for_each<detail::push_token<space>, space> pushing(layer_data const& l,
                                                          batch_ref<space> const& b,
                                                          queries const& q) const noexcept;
+  detail::settle_victims<space> settling(layer_data const& l,
+                                         batch_ref<space> const& b) const noexcept;
   status decide(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
                 workspace& w) noexcept;
   status decide_by(runner const& by, layer_data& l, score_input<space> const& in,
@@ -282,8 +285,8 @@ class device_session {
   index_t* numbers_ = nullptr;
   index_t n_numbers_ = 0;
   index_t* newest_rows_ =
-      nullptr;  ///< [managed layer, entry] ring rows of tokens; one list of 0 for small rings
-  index_t* tickets_ = nullptr;      ///< [max_batch] of op::joined_chain
+      nullptr;                  ///< [managed layer, entry] ring rows; one list of 0 for small rings
+  index_t* tickets_ = nullptr;  ///< [max_batch] of op::joined_chain
   index_t* row_tickets_ = nullptr;  ///< [max_batch, q_head] of op::attend
   index_t* faults_ = nullptr;
   detail::aside_state<Ctx> aside_;

@@ -129,13 +129,7 @@ class session {
                                    std::span<layer_spec<space_of<C>> const>, limits const&);
 
   using layer_data = detail::layer_state<space>;
-  /// One cache with its state, as seen by scorers: the pool, or a transient prompt.
-  struct source {
-    batch_ref<space> batch;
-    layer_ref<space> layer;
-    tensor_ref<float, 4, space> weight_sum;
-    index_t id0 = 0;  ///< state row that index 0 of the arrays stands for
-  };
+  using source = detail::cache_source<space>;
 
   KVKEEP_COLD session(Ctx& ctx, Prompt const& p, Decode const& d, std::span<layer_spec<space> const> layers,
           limits const& lim);
@@ -157,8 +151,6 @@ class session {
   // set-up (setup.hpp)
   KVKEEP_COLD void check_setup(std::span<layer_spec<space> const> layers) const;
   KVKEEP_COLD void check_evidence() const;
-  KVKEEP_COLD void check_slots() const;
-  cache_demand demand() const;
   KVKEEP_COLD void plan_state();
   KVKEEP_COLD void carve(workspace& w);
   KVKEEP_COLD void measure();
@@ -188,7 +180,6 @@ class session {
 
   // prompt_evidence.hpp, prompt_cut.hpp
   status take_staging(layer_data const& l, index_t id, index_t p0, index_t n) noexcept;
-  status check_prompt_view(kv_ref<space> const& v, index_t row, index_t tokens) const noexcept;
   status keep_scores(layer_data const& l, source const& s, score_map<space> m,
                      workspace& w) noexcept;
   bool cuts_at_prompt(layer_data const& l, source const& s) const noexcept;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 
 #include "../policy/policy.hpp"
 #include "limits.hpp"
@@ -104,5 +105,28 @@ template <class P>
 KVKEEP_COLD index_t slots_needed(P const& policy, cache_demand const& demand) {
   return slots_needed(policy, policy, demand);
 }
+
+namespace detail {
+/// Refuses caches that are certainly too small: budgets that depend on the prompt may be lucky.
+/// @param layers  the managed ones
+template <class P, class D, class Layers>
+KVKEEP_COLD void check_slots(P const& prompt, D const& decode, Layers const& layers,
+                             limits const& lim) {
+  auto const pb = prompt.budget.traits(), db = decode.budget.traits();
+  if (cuts_while_decoding(decode.score) && !db.fixed && !(db.inherits && pb.fixed)) return;
+  cache_demand d;
+  d.shape = layers[0].kv.shape;
+  d.n_layers = static_cast<index_t>(layers.size());
+  d.lim = lim;
+  d.longest_prompt = d.shortest_prompt = pb.fixed ? lim.max_prompt : 0;
+  for (auto const& l : layers) {
+    d.layer = l.number;
+    index_t const least = slots_needed(prompt, decode, d);
+    KVKEEP_EXPECTS(l.kv.shape.max_slots >= least,
+                   ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
+                   l.kv.shape.max_slots, ">= " + std::to_string(least) + " (slots_needed)");
+  }
+}
+}  // namespace detail
 
 }  // namespace kvkeep

@@ -202,28 +202,37 @@ tensor_ref<float, 4, Space> weight_rows(tensor_ref<float, 4, Space> rows, row_pl
   return t;
 }
 
-/// What a scorer sees of a layer, but for the guard and what a call adds. `prompt`: in the prompt's role.
+/// One cache with its state, as scorers see it: the pool, or a transient prompt, whose arrays have one row.
+template <class Space>
+struct cache_source {
+  batch_ref<Space> batch{};
+  layer_ref<Space> layer{};
+  tensor_ref<float, 4, Space> weight_sum{};
+  index_t id0 = 0;  ///< sequence that index 0 of the arrays stands for
+};
+
+/// What a scorer sees of a cache, but for what a call adds. `prompt`: in the prompt's role.
 template <class Space>
 score_input<Space> view_of(layer_state<Space> const& l, row_plan const& r,
-                           batch_ref<Space> const& batch, layer_ref<Space> const& layer,
-                           bool prompt) noexcept {
+                           cache_source<Space> const& s, bool prompt) noexcept {
+  layer_ref<Space> const& layer = s.layer;
   score_input<Space> in;
-  in.batch = batch;
+  in.batch = s.batch;
   in.layer = layer;
-  in.seen = l.seen;
+  if (l.seen != nullptr) in.seen = l.seen + s.id0;
   in.rows = prompt ? rows_from(layer.slots.rows, 0, r.prompt_rows)
                    : rows_from(layer.slots.rows, r.decode_at, r.decode_rows);
-  in.ring_q = l.ring_q;
-  in.ring_lse = l.ring_lse;
-  in.ring_from = l.ring_from;
+  in.ring_q = rebase(l.ring_q, s.id0);
+  in.ring_lse = rebase(l.ring_lse, s.id0);
+  if (l.ring_from != nullptr) in.ring_from = l.ring_from + s.id0;
   in.query_ring = r.query_ring;
   in.weights = weight_rows(layer.slots.rows, r, layer.kv.shape.group());
-  in.weight_sum = l.weight_sum;
+  in.weight_sum = s.weight_sum;
   in.weight_stride = layer.slots.rows.stride[2];
   in.weight_ring = r.weight_ring;
-  in.weight_max = l.weight_max;
+  in.weight_max = rebase(l.weight_max, s.id0);
   in.loose = rows_from(layer.slots.rows, r.loose_at, r.loose_rows);
-  in.head = l.head;
+  in.head = rebase(l.head, s.id0);
   in.fresh.data = l.fresh.data;
   for (int a = 0; a < 2; ++a) {
     in.fresh.extent[a] = l.fresh.extent[a + 1];

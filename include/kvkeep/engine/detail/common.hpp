@@ -135,8 +135,8 @@ status session<Ctx, P, D>::check_blocks(layer_data const& l, index_t row, index_
   for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
     if (plan_.n_kept(l.number, id, h) >= 0) return status::bad_order;  // report not taken yet
     index_t const tail = more > 0 && l.victim(id, h) >= 0 ? more - 1 : more;
-    index_t const n = l.slots.lengths(id, h) + tail;
-    if (n > l.kv.shape.max_slots) return status::capacity_exceeded;
+    index_t const used = l.slots.lengths(id, h), n = used + tail;
+    if (tail > l.kv.shape.max_slots - used) return status::capacity_exceeded;
     for (auto const* p : {&l.kv.k, &l.kv.v}) {
       index_t const room =
           visit_layout(p->layout, [&](auto const& layout) { return layout.capacity(row, h); });
@@ -182,16 +182,8 @@ void session<Ctx, P, D>::next_generation(index_t id) const noexcept {
 template <backend Ctx, class P, class D>
 auto session<Ctx, P, D>::input(layer_data const& l, source const& s, bool prompt,
                                index_t const* newest) const noexcept -> score_input<space> {
-  score_input<space> in = detail::view_of(l, shape_.rows, s.batch, s.layer, prompt);
+  score_input<space> in = detail::view_of(l, shape_.rows, s, prompt);
   in.guard = guard_of(prompt, s.id0);
-  // A transient prompt's arrays have one row, that of sequence `id0`.
-  if (in.seen != nullptr) in.seen += s.id0;
-  in.ring_q = detail::rebase(l.ring_q, s.id0);
-  in.ring_lse = detail::rebase(l.ring_lse, s.id0);
-  if (in.ring_from != nullptr) in.ring_from += s.id0;
-  in.weight_sum = s.weight_sum;
-  in.weight_max = detail::rebase(l.weight_max, s.id0);
-  in.head = detail::rebase(l.head, s.id0);
   // Log-sum-exps serve the end of a prompt, where a batch has one entry; measuring assumes them.
   in.has_lse = newest == nullptr &&
                (l.has_lse == nullptr || (s.batch.n == 1 && l.has_lse[s.id0 + s.batch.id[0]] != 0));

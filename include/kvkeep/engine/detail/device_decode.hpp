@@ -16,6 +16,16 @@ auto device_session<Ctx, P, D>::pushing(layer_data const& l, batch_ref<space> co
           {l.ring_q, l.appended, b, q}};
 }
 
+/// What follows a token: nothing is decided yet.
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::settling(layer_data const& l,
+                                         batch_ref<space> const& b) const noexcept
+    -> detail::settle_victims<space> {
+  return {
+      b,    shape_.cache.n_kv_heads, l.slots.lengths, l.victim, l.fresh, l.appended, l.seen, {}, {},
+      false};
+}
+
 /// Attention (or, without `out`, weights alone), the query ring if nobody has done so, and what follows a token.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b, queries const& q,

@@ -55,7 +55,8 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, own_scores 
   if (m == -1) return status::ok;
   if (m < 0 || s.data == nullptr) return status::bad_argument;
   if (!alive(id)) return status::bad_sequence;
-  if (prompt_.score.traits().prompt != evidence::engine_scores) return status::unsupported;
+  if (prompt_.score.traits().prompt != evidence::engine_scores || limits_.max_prompt > 0)
+    return status::unsupported;
   KVKEEP_TRY(join());
   layer_data const& l = layers_[static_cast<std::size_t>(m)];
   row_evidence const e{s.data, s.entry_stride, s.head_stride, heads};
@@ -107,6 +108,13 @@ status device_session<Ctx, P, D>::decide_by_rows(layer_data& l, batch_ref<space>
   return decide(l, in, t, w);
 }
 
+/// Ring rows of a layer's newest tokens, `[entry]`.
+template <backend Ctx, class P, class D>
+index_t* device_session<Ctx, P, D>::newest_rows_of(layer_data const& l) const noexcept {
+  bool const rings = shape_.rows.weight_ring > 1 && newest_rows_ != nullptr;
+  return newest_rows_ + (rings ? l.number * limits_.max_batch : 0);
+}
+
 /// What scorers see of the newest tokens.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::newest(layer_data const& l, batch_ref<space> const& b,
@@ -114,7 +122,7 @@ status device_session<Ctx, P, D>::newest(layer_data const& l, batch_ref<space> c
   index_t const ring = shape_.rows.weight_ring;
   index_t* const rows = newest_rows_of(l);
   if (ring > 1) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, rows}, w));
-  in = input(l, b, false);
+  in = input(l, pool(l, b), false);
   in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
   // While measuring any pointer says that there is a newest token.
   in.newest_row = w.measuring() ? &shape_.n_sequences : rows;

@@ -20,12 +20,24 @@ status device_session<Ctx, P, D>::find_place(index_t wanted, index_t& id) const 
   return alive(id) ? status::bad_sequence : status::ok;
 }
 
+/// A step for every number of a sequence in a layer: indices have 31 bits.
+template <backend Ctx, class P, class D>
+template <class F>
+status device_session<Ctx, P, D>::each_number(F f, workspace& w) const noexcept {
+  constexpr offset_t most = offset_t{1} << 30;
+  if (!f.all.whole()) return status::unsupported;
+  for (; f.first < f.all.total; f.first += most)
+    KVKEEP_TRY(each(static_cast<index_t>(std::min(most, f.all.total - f.first)), f, w));
+  return status::ok;
+}
+
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
   index_t at = -1;
   KVKEEP_TRY(find_place(o.id, at));
   if (o.frozen < 0) return status::bad_argument;
-  if (o.frozen > 0 && !(prompt_.score.traits().prefix_safe && decode_.score.traits().prefix_safe))
+  if (o.frozen > 0 && (limits_.max_prompt > 0 || !prompt_.score.traits().prefix_safe ||
+                       !decode_.score.traits().prefix_safe))
     return status::unsupported;
   for (auto const& l : layers_)
     if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
@@ -34,9 +46,9 @@ status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) 
   index_t const heads = shape_.cache.n_kv_heads;
   KVKEEP_TRY(each(1, detail::set_sequence{shared_.frozen, faults_, at, o.frozen}, w));
   for (auto& l : layers_) {
-    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
-    KVKEEP_TRY(each(heads, detail::clear_fresh<space>{l, at}, w));
-    KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
+    KVKEEP_TRY(each_number(detail::clear_sequence<space>{detail::sequence_arrays(l), at}, w));
+    KVKEEP_TRY(each(heads, detail::open_head<space>{l, at}, w));
+    if (o.frozen > 0) KVKEEP_TRY(extend(l.slots, at, 0, o.frozen, 0, w));
     KVKEEP_TRY(each(1, detail::set_counters<space>{l, at, o.frozen, o.frozen}, w));
     KVKEEP_TRY(fix_budget(l, at, 0, w));
     prompt_of(l, at) = {o.frozen, true};
@@ -60,11 +72,7 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
   s.frozen = std::max(s.frozen, o.frozen);
   KVKEEP_TRY(each(1, detail::fork_sequence{shared_.frozen, faults_, from, to, s.frozen}, w));
   for (auto& l : layers_) {
-    constexpr offset_t most = offset_t{1} << 30;  // indices have 31 bits
-    detail::copy_sequence<space> copy(l, from, to);
-    if (!copy.whole()) return status::unsupported;
-    for (; copy.first < copy.total; copy.first += most)
-      KVKEEP_TRY(each(static_cast<index_t>(std::min(most, copy.total - copy.first)), copy, w));
+    KVKEEP_TRY(each_number(detail::copy_sequence<space>{detail::sequence_arrays(l), from, to}, w));
     prompt_of(l, to) = prompt_of(l, from);
   }
   sequences_[static_cast<std::size_t>(to)] = s;

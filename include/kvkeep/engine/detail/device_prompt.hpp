@@ -1,49 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Device session: prompts, whose lengths the host knows, and their first cut.
+/// Device session: prompts, whose lengths the host knows.
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "../device_session.hpp"
 
 namespace kvkeep {
 
+/// Where a prompt's keys and values are: in the cache, or in a transient view, one prompt and layer at a time.
+/// @param more  tokens that come now
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::check_prompt(layer_data const& l, index_t id,
-                                               index_t row) const noexcept {
+status device_session<Ctx, P, D>::find_prompt(layer_data const& l, index_t id,
+                                              kv_ref<space> const* prompt, index_t row,
+                                              index_t more, source& from) const noexcept {
   if (!alive(id)) return status::bad_sequence;
-  if (row < 0 || row >= l.kv.shape.n_seq) return status::bad_argument;
-  bool const ended = sequences_[static_cast<std::size_t>(id)].ended_layers > l.number;
-  return ended ? status::bad_order : status::ok;
+  if (sequences_[static_cast<std::size_t>(id)].ended_layers > l.number) return status::bad_order;
+  index_t const tokens = prompts_[prompt_index(l, id)].tokens;
+  index_t const most = limits_.max_prompt;
+  if (more > (most > 0 ? most : l.kv.shape.max_slots) - tokens) return status::capacity_exceeded;
+  if (most == 0) {
+    if (row < 0) row = id;
+    if (prompt != nullptr || row >= l.kv.shape.n_seq) return status::bad_argument;
+    from = pool(l, one(id, row));
+    return status::ok;
+  }
+  if (row < 0) row = 0;
+  if (row >= n_numbers_ || id >= l.kv.shape.n_seq) return status::bad_argument;
+  bool const mine = shared_.staging_layer == l.number && shared_.staging_id == id;
+  if (tokens > 0 && !mine) return status::bad_order;
+  from = {one(0, row), {l.kv, shared_.staging.slots}, shared_.staging.weight_sum, id};
+  if (prompt == nullptr) return status::ok;
+  from.layer.kv = *prompt;
+  KVKEEP_TRY(detail::check_prompt_view(*prompt, l.kv, most, row, tokens + more));
+  // Whether the backend can reach its rows: a count of scratch, nothing is enqueued.
+  workspace counting;
+  source const to = pool(l, one(id, id));
+  keep_plan<space> const none{row_major<space>(numbers_, 1, 1, 1),
+                              row_major<space>(numbers_, 1, 1)};
+  return run(*ctx_, op::compact<space>{from.batch, from.layer, to.batch, to.layer, none}, counting);
 }
 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
-                                          index_t row) noexcept {
+                                          kv_ref<space> const* prompt, index_t row) noexcept {
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0) return status::bad_argument;
   layer_data& l = layers_[static_cast<std::size_t>(m)];
-  if (row < 0) row = id;
-  KVKEEP_TRY(check_prompt(l, id, row));
   index_t const n = q.n_tokens();
   if (q.n_rows < 0 || q.n_rows > n || (q.n_rows > 0 && q.data == nullptr))
     return status::bad_argument;
   bool const all =
       prompt_.score.traits().prompt == evidence::all_queries ||
       (decode_.score.traits().at_decode && decode_.score.traits().prompt == evidence::all_queries);
-  if (all && q.n_rows != n) return status::bad_argument;
-  index_t const p0 = prompt_of(l, id).tokens;
-  if (n > l.kv.shape.max_slots - p0) return status::capacity_exceeded;
+  if (all && (q.n_rows != n || (limits_.max_prompt > 0 && prompt == nullptr)))
+    return status::bad_argument;
+  source from;
+  KVKEEP_TRY(find_prompt(l, id, prompt, row, n, from));
   KVKEEP_TRY(wait_for_decision(m));
+  index_t const p0 = prompt_of(l, id).tokens, state_row = limits_.max_prompt > 0 ? 0 : id;
   workspace w = scratch();
-  KVKEEP_TRY(each(shape_.cache.n_kv_heads,
-                  detail::extend_head<space>{l.slots, id, p0, n, shape_.rows.weights_at}, w));
+  KVKEEP_TRY(extend(from.layer.slots, state_row, p0, n, shape_.rows.weights_at, w));
+  shared_.staging_layer = m;
+  shared_.staging_id = id;
   prompt_of(l, id).tokens = p0 + n;
   KVKEEP_TRY(push_prompt(l, id, q, w));
-  return feed_scorers(l, one(id, row), q, p0, w);
+  return feed_scorers(l, from, q, p0, w);
+}
+
+/// Gives the tokens of a chunk the tail slots of a sequence.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::extend(slot_state<space> const& s, index_t state_row, index_t p0,
+                                         index_t n, index_t own_rows, workspace& w) const noexcept {
+  detail::extend_prompt<space> const step{s, state_row, p0, n, own_rows};
+  return each(shape_.cache.n_kv_heads * step.each_head(), step, w);
 }
 
 /// Stores the newest query rows of a prompt's chunk, whose tokens are counted already.
@@ -66,170 +98,55 @@ status device_session<Ctx, P, D>::push_prompt(layer_data& l, index_t id, queries
 
 /// Hands prompt queries to the scorers that want all of them.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::feed_scorers(layer_data& l, batch_ref<space> const& b,
-                                               queries const& q, index_t p0,
-                                               workspace& w) noexcept {
+status device_session<Ctx, P, D>::feed_scorers(layer_data& l, source const& s, queries const& q,
+                                               index_t p0, workspace& w) noexcept {
   index_t const most = limits_.max_chunk;
-  KVKEEP_TRY(detail::feed_prompt(*ctx_, prompt_.score, input(l, b, true), q, p0, most, w));
+  KVKEEP_TRY(detail::feed_prompt(*ctx_, prompt_.score, input(l, s, true), q, p0, most, w));
   if (one_policy_ || !decode_.score.traits().at_decode) return status::ok;
-  return detail::feed_prompt(*ctx_, decode_.score, input(l, b, false), q, p0, most, w);
+  return detail::feed_prompt(*ctx_, decode_.score, input(l, s, false), q, p0, most, w);
 }
 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::end_prompt(index_t id) noexcept {
   if (!alive(id)) return status::bad_sequence;
+  if (limits_.max_prompt > 0) return status::bad_argument;
   for (auto const& l : layers_) KVKEEP_TRY(end_prompt(l.spec, id));
   return status::ok;
 }
 
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::end_prompt(index_t layer, index_t id, index_t row) noexcept {
+status device_session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<space> const* prompt,
+                                             index_t row) noexcept {
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0) return status::bad_argument;
   layer_data& l = layers_[static_cast<std::size_t>(m)];
-  if (row < 0) row = id;
-  KVKEEP_TRY(check_prompt(l, id, row));
+  source from;
+  KVKEEP_TRY(find_prompt(l, id, prompt, row, 0, from));
   host_state& s = sequences_[static_cast<std::size_t>(id)];
   if (s.ended_layers != m) return status::bad_order;
-  if (m > 0 &&
-      prompt_of(layers_[static_cast<std::size_t>(m - 1)], id).tokens != prompt_of(l, id).tokens)
+  index_t const tokens = prompt_of(l, id).tokens;
+  if (m > 0 && prompt_of(layers_[static_cast<std::size_t>(m - 1)], id).tokens != tokens)
     return status::bad_order;
   bool const together = prompt_.budget.traits().couples_layers;
   if (together && (m > 0 ? prompt_owner_ != id : prompt_owner_ >= 0)) return status::bad_order;
+  bool const transient = limits_.max_prompt > 0;
+  if (transient && prompt == nullptr) return status::bad_argument;
   KVKEEP_TRY(join());
   workspace w = scratch();
-  KVKEEP_TRY(decide_prompt(l, id, one(id, row), w));
+  if (transient && tokens == 0) {
+    KVKEEP_TRY(extend(from.layer.slots, 0, 0, 0, 0, w));
+    shared_.staging_layer = m;
+    shared_.staging_id = id;
+  }
+  source const to = transient ? pool(l, one(id, id)) : from;
+  KVKEEP_TRY(decide_prompt(l, id, from, to, w));
   s.ended_layers = m + 1;
   bool const last = m + 1 == static_cast<index_t>(layers_.size());
   if (together) prompt_owner_ = last ? -1 : id;
   return status::ok;
 }
 
-/// Scores, budgets and the first cut of one layer; where layers are coupled, smaller cuts of earlier ones.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id,
-                                                batch_ref<space> const& b, workspace& w) noexcept {
-  bool const measuring = w.measuring();
-  index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
-  auto const n_layers = static_cast<index_t>(layers_.size());
-  index_t const tokens = measuring ? slots : prompt_of(l, id).tokens;
-  auto const bt = prompt_.budget.traits();
-  budget_input<space> in{n_layers, l.number,           heads,
-                         tokens,   prompt_.keep.sinks, prompt_.keep.recent,
-                         {},       shared_.prompt_k};
-  if (bt.needs_scores) in.scores = shared_.prompt_scores;
-  bool const whole = detail::keeps_all(prompt_.score);
-  bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
-  if (short_prompt && !measuring)
-    KVKEEP_TRY(
-        detail::fill_layer(*ctx_, in, l.number, std::max(tokens, prompt_.budget.capacity()), w));
-  else if (!bt.needs_scores)
-    KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
-  workspace::frame const frame(w);
-  auto scores = row_major<space>(bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)),
-                                 1, heads, slots);
-  if (bt.needs_scores) {
-    scores.data = shared_.prompt_scores.at(l.number);
-    scores.stride[0] = shared_.prompt_scores.stride[1];
-    scores.stride[1] = shared_.prompt_scores.stride[2];
-  }
-  bool const wanted = bt.needs_scores || !detail::decides_late(prompt_.when);
-  bool const scored = !whole && (bt.couples_layers || (!short_prompt && wanted));
-  if (scored || measuring) {
-    auto view = input(l, b, true);
-    view.has_lse = measuring || prompt_of(l, id).has_lse;
-    KVKEEP_TRY(prompt_.score.score(*ctx_, view, scores, w));
-    if (prompt_.width() != scope::head && prompt_.score.traits().comparable)
-      KVKEEP_TRY(run(*ctx_, op::mean_heads<space>{b, l.slots, scores}, w));
-    if (bt.couples_layers) {
-      detail::copy_slot_row<space> const keep{scores.data,
-                                              scores.stride[0],
-                                              scores.stride[1],
-                                              heads,
-                                              1,
-                                              b.id,
-                                              numbers_ + shape_.rows.score_at,
-                                              0,
-                                              l.slots};
-      KVKEEP_TRY(each(heads, keep, w));
-    }
-    if (bt.needs_scores && !short_prompt) KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
-    KVKEEP_TRY(cut_prompt(l, id, b, scores, w));
-  }
-  if (!measuring && !short_prompt)
-    for (index_t j = prompt_.budget.due(l.number, n_layers).first; j < l.number; ++j) {
-      layer_data& earlier = layers_[static_cast<std::size_t>(j)];
-      auto const row = detail::row_as_map(earlier.slots.rows, shape_.rows.score_at);
-      KVKEEP_TRY(cut_prompt(earlier, id, b, detail::rebase(row, id), w));
-      KVKEEP_TRY(fix_budget(earlier, id, tokens, w));
-    }
-  KVKEEP_TRY(fix_budget(l, id, tokens, w));
-  if (decode_.score.traits().at_decode) {
-    auto view = input(l, b, false);
-    view.has_lse = measuring || prompt_of(l, id).has_lse;
-    KVKEEP_TRY(decode_.score.settle(*ctx_, view, w));
-  }
-  // The decode policy takes over, and cuts where it keeps less: coupled layers once all have ended.
-  if (!detail::cuts_while_decoding(decode_.score) || (one_policy_ && !measuring)) return status::ok;
-  if (detail::decides_late(decode_.when)) return status::ok;
-  if (!bt.couples_layers || measuring) return cut_once(l, b, w);
-  if (l.number + 1 != n_layers) return status::ok;
-  for (auto& each_layer : layers_) KVKEEP_TRY(cut_once(each_layer, b, w));
-  return status::ok;
-}
-
-/// A cut by the decode policy, before any token is decoded.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::cut_once(layer_data& l, batch_ref<space> const& b,
-                                           workspace& w) noexcept {
-  workspace::frame const frame(w);
-  index_t* const newest = w.take<index_t>(static_cast<std::size_t>(b.n));
-  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  index_t const ring = std::max(1, shape_.rows.weight_ring);
-  KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, newest}, w));
-  auto in = input(l, b, false);
-  in.newest_row = w.measuring() ? &shape_.n_sequences : newest;  // measuring: any pointer
-  return cut({*ctx_, w}, l, in);
-}
-
-/// Applies the budgets of `prompt_k` to one layer, in place; without excess everything stays.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::cut_prompt(layer_data& l, index_t id, batch_ref<space> const& b,
-                                             tensor_ref<float const, 3, space> scores,
-                                             workspace& w) noexcept {
-  bool const measuring = w.measuring();
-  // LagKV and the like leave short prompts whole, decisions before attention all of them.
-  bool const whole =
-      prompt_of(l, id).tokens < prompt_.score.least_tokens() || detail::decides_late(prompt_.when);
-  if (!measuring && whole) return status::ok;
-  workspace::frame const frame(w);
-  index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
-  auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto const keep =
-      row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
-  keep_plan<space> const plan{
-      row_major<space>(w.take<index_t>(product(heads, slots)), 1, heads, slots),
-      row_major<space>(w.take<index_t>(product(heads)), 1, heads)};
-  if (!measuring && !w.ok()) return status::workspace_too_small;
-  detail::resolve_keep<space> const resolve{shared_.prompt_k,
-                                            l.slots,
-                                            numbers_ + l.number,
-                                            b.id,
-                                            heads,
-                                            prompt_.when.evict_after,
-                                            prompt_.when.room,
-                                            0,
-                                            prompt_.select.traits().block,
-                                            0,
-                                            keep};
-  KVKEEP_TRY(each(heads, resolve, w));
-  guard_ref<space> const guard{prompt_.keep.sinks, prompt_.keep.recent, shared_.frozen};
-  KVKEEP_TRY(prompt_.select.select(*ctx_, b, l.slots, scores, keep, guard, plan, w));
-  layer_ref<space> const layer{l.kv, l.slots};
-  return run(*ctx_, op::compact<space>{b, layer, b, layer, plan}, w);
-}
-
 }  // namespace kvkeep
 
-#include "device_append.hpp"
+#include "device_prompt_cut.hpp"

@@ -9,9 +9,8 @@
 
 namespace kvkeep {
 
-/// @return slots that decoding needs, 0 where that depends on the prompt
 template <backend Ctx, class P, class D>
-index_t device_session<Ctx, P, D>::check_setup() const {
+void device_session<Ctx, P, D>::check_setup() const {
   KVKEEP_EXPECTS(!layers_.empty(), "layers", layers_.size(), "at least one that is not skipped");
   cache_shape const& first = layers_[0].kv.shape;
   for (auto const& l : layers_) {
@@ -34,16 +33,21 @@ index_t device_session<Ctx, P, D>::check_setup() const {
                  "uniform, per_layer, pyramid or inherit beside another prompt policy");
   KVKEEP_EXPECTS(limits_.max_draft == 0, "limits.max_draft", limits_.max_draft,
                  "0 in a device session");
-  KVKEEP_EXPECTS(limits_.max_prompt == 0, "limits.max_prompt", limits_.max_prompt,
-                 "0 in a device session");
   KVKEEP_EXPECTS(!limits_.engine_commits, "limits.engine_commits", "true",
                  "false in a device session");
   bool const rows =
       limits_.decode == decode_offer::attention_rows || limits_.decode == decode_offer::scores;
   offset_t const floats = static_cast<offset_t>(limits_.max_batch) * first.n_q_heads;
-  for (auto const& l : layers_)  // indices have 31 bits
-    KVKEEP_EXPECTS(!rows || floats * l.kv.shape.max_slots < (offset_t{1} << 31), "limits.max_batch",
-                   limits_.max_batch, "less, by which query heads and max_slots are multiplied");
+  offset_t const indices = offset_t{1} << 31;
+  KVKEEP_EXPECTS(offset_t{first.n_kv_heads} * limits_.max_prompt < indices, "limits.max_prompt",
+                 limits_.max_prompt, "less, by which KV heads are multiplied");
+  for (auto const& l : layers_) {
+    index_t const slots = l.kv.shape.max_slots;
+    KVKEEP_EXPECTS(offset_t{first.n_kv_heads} * slots < indices, "max_slots", slots,
+                   "less, by which KV heads are multiplied");
+    KVKEEP_EXPECTS(!rows || floats * slots < indices, "limits.max_batch", limits_.max_batch,
+                   "less, by which query heads and max_slots are multiplied");
+  }
   for (auto const* policy_scope : {&prompt_.per, &decode_.per})
     KVKEEP_EXPECTS(*policy_scope != scope::sequence, "per", to_string(*policy_scope),
                    "head or layer in a device session");
@@ -52,24 +56,28 @@ index_t device_session<Ctx, P, D>::check_setup() const {
                    decode_.score.traits().name, "a scorer of recent query rows (MorphKV)");
     KVKEEP_EXPECTS(decode_.width() == scope::head, "decode.per", to_string(decode_.width()),
                    "head with when.before_attention or when.per_head_mask");
+    KVKEEP_EXPECTS(limits_.max_prompt == 0, "when.before_attention", "true",
+                   "false with transient prompts");
   }
   bool const moves = prompt_.select.traits().moves_tokens && decode_.select.traits().moves_tokens;
   KVKEEP_EXPECTS(moves, "select", "whole_blocks", "top_k in a device session");
   KVKEEP_EXPECTS(!detail::cuts_while_decoding(decode_.score) || decode_.select.traits().evicts_one,
                  "decode.select", decode_.select.traits().name, "top_k");
-  cache_demand demand;
-  demand.shape = first;
-  demand.n_layers = n;
-  demand.lim = limits_;
-  if (!detail::cuts_while_decoding(decode_.score) || db.varies_over_heads ||
-      db.varies_over_layers || db.inherits)
+  detail::check_slots(prompt_, decode_, layers_, limits_);
+}
+
+/// @return slots of a head while decoding, 0 where that depends on the prompt or differs between heads
+template <backend Ctx, class P, class D>
+index_t device_session<Ctx, P, D>::slots_while_decoding() const {
+  auto const b = decode_.budget.traits();
+  if (!detail::cuts_while_decoding(decode_.score) || b.varies_over_heads || b.varies_over_layers ||
+      b.inherits)
     return 0;
-  index_t const slots = slots_needed(prompt_, decode_, demand);
-  for (auto const& l : layers_)
-    KVKEEP_EXPECTS(l.kv.shape.max_slots >= slots,
-                   ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
-                   l.kv.shape.max_slots, ">= " + std::to_string(slots) + " (slots_needed)");
-  return slots;
+  cache_demand d;
+  d.shape = layers_[0].kv.shape;
+  d.n_layers = static_cast<index_t>(layers_.size());
+  d.lim = limits_;
+  return slots_needed(prompt_, decode_, d);
 }
 
 template <backend Ctx, class P, class D>
@@ -89,11 +97,13 @@ device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
     l.number = number_of_.back();
     layers_.push_back(l);
   }
-  usual_slots_ = check_setup();
+  check_setup();
+  usual_slots_ = slots_while_decoding();
   cache_shape cache = layers_[0].kv.shape;
   for (auto const& l : layers_) cache.max_slots = std::max(cache.max_slots, l.kv.shape.max_slots);
   shape_.cache = cache;
   shape_.n_sequences = limits_.max_sequences;
+  shape_.max_prompt = limits_.max_prompt;
   bound_ = detail::plan_rows(prompt_, decode_, one_policy_, limits_, cache);
   shape_.rows = bound_.rows;
   one_leaves_ = decode_.when.evict_after == 1;
@@ -147,8 +157,14 @@ void device_session<Ctx, P, D>::measure() {
   batch_ref<space> batch;
   batch.n = 1;
   for (auto& l : layers_) {
-    take([&](workspace& w) { return feed_scorers(l, batch, q, 0, w); });
-    take([&](workspace& w) { return decide_prompt(l, 0, batch, w); });
+    source const in_place = pool(l, batch);
+    source from = in_place;
+    if (limits_.max_prompt > 0) {
+      from.layer.kv.shape.max_slots = limits_.max_prompt;
+      from.layer.slots = shared_.staging.slots;
+    }
+    take([&](workspace& w) { return feed_scorers(l, from, q, 0, w); });
+    take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
   }
   batch.n = limits_.max_batch;
   q.n_rows = 1;
@@ -177,11 +193,17 @@ void device_session<Ctx, P, D>::place(std::span<std::byte> memory) {
 }
 
 template <backend Ctx, class P, class D>
-auto device_session<Ctx, P, D>::input(layer_data const& l, batch_ref<space> const& b,
-                                      bool prompt) const noexcept -> score_input<space> {
-  auto in = detail::view_of(l, shape_.rows, b, layer_ref<space>{l.kv, l.slots}, prompt);
+auto device_session<Ctx, P, D>::guard_of(bool prompt, index_t id0) const noexcept
+    -> guard_ref<space> {
   guard const g = prompt ? prompt_.keep : decode_.keep;
-  in.guard = {g.sinks, g.recent, shared_.frozen};
+  return {g.sinks, g.recent, shared_.frozen == nullptr ? nullptr : shared_.frozen + id0};
+}
+
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::input(layer_data const& l, source const& s,
+                                      bool prompt) const noexcept -> score_input<space> {
+  auto in = detail::view_of(l, shape_.rows, s, prompt);
+  in.guard = guard_of(prompt, s.id0);
   return in;
 }
 

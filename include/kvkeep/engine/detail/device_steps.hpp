@@ -3,10 +3,9 @@
 /// Per-index steps of a device session: what a session's host code does between ops, on the backend.
 #pragma once
 
-#include <cstring>
+#include <type_traits>
 
 #include "../steps.hpp"
-#include "pieces.hpp"
 
 namespace kvkeep {
 
@@ -31,90 +30,14 @@ struct count_up {
   KVKEEP_HD void operator()(index_t i) const noexcept { numbers[i] = i; }
 };
 
-/// A sequence's counters in one layer; index: 0.
-template <class Space>
-struct set_counters {
-  layer_state<Space> l;
-  index_t id;
-  index_t tokens;
-  index_t ring_from;  ///< oldest position in the query ring; -1: as it was
-  KVKEEP_HD void operator()(index_t) const noexcept {
-    l.seen[id] = l.appended[id] = tokens;
-    if (ring_from >= 0) l.ring_from[id] = ring_from;
-  }
-};
-
-/// A sequence's session-wide words; index: 0.
-struct set_sequence {
-  index_t* frozen;
-  index_t* faults;
-  index_t id;
-  index_t tokens;
-  KVKEEP_HD void operator()(index_t) const noexcept {
-    frozen[id] = tokens;
-    faults[id] = 0;
-  }
-};
-
-/// The same of a copy; index: 0.
-struct fork_sequence {
-  index_t* frozen;
-  index_t* faults;
-  index_t from, to;
-  index_t tokens;
-  KVKEEP_HD void operator()(index_t) const noexcept {
-    frozen[to] = tokens;
-    faults[to] = faults[from];
-  }
-};
-
-/// Copies one sequence's numbers to another's in all arrays of a layer; index: number, beyond `first`.
-template <class Space>
-struct copy_sequence {
-  static constexpr int most_arrays = 16;
-  struct array {
-    std::byte* data;  ///< of sequence 0
-    offset_t n;       ///< numbers of a sequence
-  };
-  array arrays[most_arrays] = {};
-  index_t n_arrays = 0;  ///< of the layer: not more than there is room for, see whole()
-  index_t from, to;
-  offset_t first = 0, total = 0;
-
-  copy_sequence(layer_state<Space> const& l, index_t source, index_t target) noexcept
-      : from(source), to(target) {
-    each_array(l, [&](auto* data, offset_t n) {
-      if (n_arrays < most_arrays) arrays[n_arrays] = {reinterpret_cast<std::byte*>(data), n};
-      ++n_arrays;
-      total += n;
-    });
-  }
-  bool whole() const noexcept { return n_arrays <= most_arrays; }
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    offset_t at = first + i;
-    for (array const& a : arrays) {
-      if (at < a.n) {
-        std::memcpy(a.data + (to * a.n + at) * 4, a.data + (from * a.n + at) * 4, 4);
-        return;
-      }
-      at -= a.n;
-    }
-  }
-};
-
-/// No head holds an unattended token; index: KV head.
-template <class Space>
-struct clear_fresh {
-  layer_state<Space> l;
-  index_t id;
-  KVKEEP_HD void operator()(index_t h) const noexcept { l.fresh(0, id, h) = -1; }
-};
-
 /// Room of one plane for slots of a head, and the validity of the page that `slot` lies in.
 template <class Space>
 KVKEEP_HD index_t fault_of(plane_ref<Space> const& p, index_t row, index_t h,
                            index_t slot) noexcept {
   any_layout const& l = p.layout;
+  if constexpr (std::is_same_v<Space, host_space>)  // a layout behind host functions
+    if (l.kind == layout_kind::custom)
+      return slot < l.custom.capacity(row, h) ? 0 : static_cast<index_t>(device_fault::no_slot);
   if (l.kind == layout_kind::strided)
     return slot < l.strided.capacity(row, h) ? 0 : static_cast<index_t>(device_fault::no_slot);
   if (l.kind == layout_kind::ragged)

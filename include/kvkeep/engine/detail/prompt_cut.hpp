@@ -58,7 +58,8 @@ status session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<space> c
     if (prompt == nullptr) return status::bad_argument;
     if (tokens == 0) KVKEEP_TRY(take_staging(l, id, 0, 0));
     if (shared_.staging_layer != m || shared_.staging_id != id) return status::bad_order;
-    KVKEEP_TRY(check_prompt_view(*prompt, at, tokens));
+    KVKEEP_TRY(detail::check_prompt_view(*prompt, l.kv, limits_.max_prompt, at, tokens));
+    if (id >= l.kv.shape.n_seq) return status::bad_argument;
     from = transient(l, id, *prompt, &zero, &at);
     KVKEEP_TRY(check_blocks(l, id, id, 0));
   } else {

@@ -34,7 +34,8 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
     if (all && prompt == nullptr) return status::bad_argument;
     KVKEEP_TRY(take_staging(l, id, p0, n));
     from = transient(l, id, prompt != nullptr ? *prompt : l.kv, &zero, &at);
-    if (prompt != nullptr) KVKEEP_TRY(check_prompt_view(*prompt, at, p0 + n));
+    if (prompt != nullptr)
+      KVKEEP_TRY(detail::check_prompt_view(*prompt, l.kv, limits_.max_prompt, at, p0 + n));
   } else {
     if (prompt != nullptr || at >= l.kv.shape.n_seq) return status::bad_argument;
     KVKEEP_TRY(check_blocks(l, at, id, n));
@@ -59,24 +60,12 @@ status session<Ctx, P, D>::take_staging(layer_data const& l, index_t id, index_t
                                         index_t n) noexcept {
   if (p0 > 0 && (shared_.staging_layer != l.number || shared_.staging_id != id))
     return status::bad_order;
-  if (p0 + n > limits_.max_prompt) return status::capacity_exceeded;
+  if (n > limits_.max_prompt - p0) return status::capacity_exceeded;
   if (p0 == 0) {
     shared_.staging_layer = l.number;
     shared_.staging_id = id;
     for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) shared_.staging.slots.lengths(0, h) = 0;
   }
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::check_prompt_view(kv_ref<space> const& v, index_t row,
-                                             index_t tokens) const noexcept {
-  cache_shape const& want = shape_.cache;
-  bool const same = v.shape.n_q_heads == want.n_q_heads && v.shape.n_kv_heads == want.n_kv_heads &&
-                    v.shape.dim_k == want.dim_k && v.shape.dim_v == want.dim_v;
-  if (!same || row < 0 || row >= v.shape.n_seq) return status::bad_argument;
-  if (v.shape.max_slots < tokens || v.shape.max_slots > limits_.max_prompt)
-    return v.shape.max_slots < tokens ? status::capacity_exceeded : status::bad_argument;
   return status::ok;
 }
 

@@ -10,6 +10,25 @@
 
 namespace kvkeep::detail {
 
+/// Whether a transient prompt of `tokens` tokens can be in row `row` of a view, and its rows can move into a pool.
+/// @param max_prompt  limits::max_prompt
+template <class Space>
+status check_prompt_view(kv_ref<Space> const& v, kv_ref<Space> const& pool, index_t max_prompt,
+                         index_t row, index_t tokens) noexcept {
+  auto const same = [](plane_ref<Space> const& a, plane_ref<Space> const& b) {
+    return a.type == b.type && a.dim == b.dim &&
+           (a.type != dtype::opaque || a.row_bytes == b.row_bytes);
+  };
+  cache_shape shape = v.shape;
+  shape.n_seq = pool.shape.n_seq;
+  shape.max_slots = pool.shape.max_slots;
+  if (!(shape == pool.shape) || !same(v.k, pool.k) || !same(v.v, pool.v))
+    return status::bad_argument;
+  if (row < 0 || row >= v.shape.n_seq) return status::bad_argument;
+  if (v.shape.max_slots < tokens) return status::capacity_exceeded;
+  return v.shape.max_slots > max_prompt ? status::bad_argument : status::ok;
+}
+
 /// Hands prompt queries to a scorer that wants all of them, `max_chunk` rows at a time.
 /// @param p0 position of the first row of `q`
 template <class Ctx, class Score>

@@ -93,32 +93,7 @@ void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) 
       KVKEEP_EXPECTS(limits_.max_prompt == 0, "limits.max_prompt", limits_.max_prompt,
                      "0 with whole blocks, which never move");
   }
-  check_slots();
-}
-
-/// What the session knows of the cache that it needs.
-template <backend Ctx, class P, class D>
-cache_demand session<Ctx, P, D>::demand() const {
-  cache_demand d{shape_.cache, static_cast<index_t>(layers_.size()), -1, limits_};
-  d.longest_prompt = limits_.max_prompt;
-  return d;
-}
-
-/// Refuses caches that are certainly too small: budgets that depend on the prompt may be lucky.
-template <backend Ctx, class P, class D>
-void session<Ctx, P, D>::check_slots() const {
-  auto const pb = prompt_.budget.traits(), db = decode_.budget.traits();
-  if (detail::cuts_while_decoding(decode_.score) && !db.fixed && !(db.inherits && pb.fixed)) return;
-  cache_demand d = demand();
-  if (!pb.fixed) d.longest_prompt = 0;
-  d.shortest_prompt = d.longest_prompt;
-  for (auto const& l : layers_) {
-    d.layer = l.number;
-    index_t const least = kvkeep::slots_needed(prompt_, decode_, d);
-    KVKEEP_EXPECTS(l.kv.shape.max_slots >= least,
-                   ("layers[" + std::to_string(l.spec) + "].shape.max_slots").c_str(),
-                   l.kv.shape.max_slots, ">= " + std::to_string(least) + " (slots_needed)");
-  }
+  detail::check_slots(prompt_, decode_, layers_, limits_);
 }
 
 template <backend Ctx, class P, class D>
@@ -150,7 +125,9 @@ void session<Ctx, P, D>::plan_state() {
   shape_.rows = bound.rows;
   rings_tokens_ = bound.rings_tokens;
   attention_folds_ = bound.attention_folds;
-  slots_needed_ = kvkeep::slots_needed(prompt_, decode_, demand());
+  cache_demand d{shape_.cache, static_cast<index_t>(layers_.size()), -1, limits_};
+  d.longest_prompt = limits_.max_prompt;
+  slots_needed_ = kvkeep::slots_needed(prompt_, decode_, d);
 }
 
 template <backend Ctx, class P, class D>
