@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Decode attention (op::attend): plain, and with its weights folded into per-slot sums (H2O, TOVA). `attend_apart` is
 // the first one without tickets: what follows the splits is a launch of its own.
-#include <kvkeep/backend/cuda/attend.cuh>
+#include <kvkeep/cuda.cuh>
 
 #include "reference.hpp"
 #include "suite.hpp"

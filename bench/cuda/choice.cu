@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Selection (op::select_k) and the move that follows a cut (op::compact, out of place).
-#include <kvkeep/backend/cuda/compact.cuh>
-#include <kvkeep/backend/cuda/select_k.cuh>
+#include <kvkeep/cuda.cuh>
 
 #include "reference.hpp"
 #include "suite.hpp"

@@ -3,7 +3,8 @@
 // direct form (op::fused_rows). Where warpgroups multiply, rows window_mma and h2o_prompt_mma are what warps take
 // for the same (KVKEEP_CUDA_SM90A; nobody has run either on a device yet, so the choice waits for these rows). They
 // come first: should warpgroups fail, these figures are there.
-#include <kvkeep/backend/cuda/fused_rows.cuh>
+#include <kvkeep/backend/cuda/window_plan.hpp>
+#include <kvkeep/cuda.cuh>
 
 #include "reference.hpp"
 #include "suite.hpp"

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include <kvkeep/backend/cuda/attend.cuh>
+#include <kvkeep/cuda.cuh>
 #include <kvkeep/engine/device_session.hpp>
 
 #include "suite.hpp"

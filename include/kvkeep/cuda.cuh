@@ -3,15 +3,13 @@
 /// The CUDA backend's ops.
 #pragma once
 
-#include "backend/cuda/attend.cuh"
-#include "backend/cuda/compact.cuh"
-#include "backend/cuda/fused_rows.cuh"
+#include "backend/cuda/attend_stage.cuh"
+#include "backend/cuda/evict.cuh"
 #include "backend/cuda/head_chain.cuh"
-#include "backend/cuda/key_geometry.cuh"
-#include "backend/cuda/layer_counts.cuh"
-#include "backend/cuda/lazy_rows.cuh"
-#include "backend/cuda/pool.cuh"
-#include "backend/cuda/ring_score.cuh"
-#include "backend/cuda/select_k.cuh"
+#include "backend/cuda/lazy_stages.cuh"
 #include "backend/cuda/slots.cuh"
-#include "backend/cuda/window_score.cuh"
+#if defined(KVKEEP_CUDA_COMPILED)
+#include "backend/cuda/compiled.cuh"
+#else
+#include "backend/cuda/ops.cuh"
+#endif

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Every op of the CUDA backend, and a decoded token's chains of ops, compiled without a device; spilled
-// registers are errors.
+// What the library kvkeep::cuda_ops does not contain, ops of functors and a decoded token's chains of ops, compiled
+// without a device; spilled registers are errors.
 #include <kvkeep/cuda.cuh>
 #include <kvkeep/engine/detail/token_chain.hpp>
 #include <kvkeep/engine/detail/visibility.hpp>
@@ -22,27 +22,8 @@ struct fill_ones {
 
 #define KVKEEP_COMPILE_OP(...) \
   template status compile_op(cuda::context&, __VA_ARGS__ const&, workspace&)
-KVKEEP_COMPILE_OP(op::accumulate<device_space>);
-KVKEEP_COMPILE_OP(op::attend<device_space>);
-KVKEEP_COMPILE_OP(op::column_sums<device_space>);
-KVKEEP_COMPILE_OP(op::compact<device_space>);
-KVKEEP_COMPILE_OP(op::evict_one<device_space>);
 KVKEEP_COMPILE_OP(op::for_each<fill_ones, device_space>);
-KVKEEP_COMPILE_OP(op::fused_rows<device_space>);
-KVKEEP_COMPILE_OP(op::key_diff<device_space>);
-KVKEEP_COMPILE_OP(op::lag_score<device_space>);
-KVKEEP_COMPILE_OP(op::layer_counts<device_space>);
-KVKEEP_COMPILE_OP(op::lazy_enter<device_space>);
-KVKEEP_COMPILE_OP(op::lazy_victim<device_space>);
-KVKEEP_COMPILE_OP(op::mean_heads<device_space>);
-KVKEEP_COMPILE_OP(op::mean_layers<device_space>);
-KVKEEP_COMPILE_OP(op::pool_rows<device_space>);
-KVKEEP_COMPILE_OP(op::reduce_rows<device_space>);
-KVKEEP_COMPILE_OP(op::ring_score<device_space>);
-KVKEEP_COMPILE_OP(op::row_weights<device_space>);
 KVKEEP_COMPILE_OP(op::score_slots<key_norm_fn, device_space>);
-KVKEEP_COMPILE_OP(op::select_blocks<device_space>);
-KVKEEP_COMPILE_OP(op::select_k<device_space>);
 KVKEEP_COMPILE_OP(op::for_each<detail::ring_rows_of<device_space>, device_space>);
 KVKEEP_COMPILE_OP(op::for_each<detail::show_plan<device_space>, device_space>);
 KVKEEP_COMPILE_OP(

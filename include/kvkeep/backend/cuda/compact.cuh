@@ -17,7 +17,8 @@ inline bool same_plane(plane_ref<device_space> const& a,
 /// Applies a keep plan. Counts, rows and ids lie on the device: a head whose plan does not fit into the
 /// destination stays as it is, where the host's backend refuses the call. Precondition: other than by
 /// `pack`, source and destination are the same rows and ids.
-inline status enqueue(context& c, op::compact<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::compact<device_space> const& o,
+                              workspace& ws) noexcept {
   kv_ref<device_space> const& a = o.from.kv;
   kv_ref<device_space> const& b = o.to.kv;
   bool const same = a.k.data == b.k.data && a.v.data == b.v.data;

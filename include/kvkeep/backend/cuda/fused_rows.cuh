@@ -54,7 +54,8 @@ inline status launch_mma_fused(context& c, window_job const& job, old_limits con
 /// MorphKV's direct form: by matrix products where keys are 16-bit numbers, unless somebody wants query heads apart.
 /// Scratch for all queries at once: 8 bytes per query, and as much per query and 256 slots; with matrix products also
 /// twice the bytes of 16-bit queries.
-inline status enqueue(context& c, op::fused_rows<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::fused_rows<device_space> const& o,
+                              workspace& ws) noexcept {
   plane_ref<device_space> const& k = o.layer.kv.k;
   if (!readable(k)) return status::unsupported;
   if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.out) || !slots_contiguous(o.out_heads) ||

@@ -10,7 +10,8 @@
 namespace kvkeep::cuda {
 
 /// KeyDiff. Scratch: an eighth of a byte per slot and feature, 4 per slot.
-inline status enqueue(context& c, op::key_diff<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::key_diff<device_space> const& o,
+                              workspace& ws) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.out) || !slots_contiguous(o.layer.slots.positions))
@@ -40,7 +41,8 @@ inline status enqueue(context& c, op::key_diff<device_space> const& o, workspace
 }
 
 /// LagKV. Scratch: 12 bytes per slot.
-inline status enqueue(context& c, op::lag_score<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::lag_score<device_space> const& o,
+                              workspace& ws) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
   if (!readable(kv.k) || !readable(kv.v)) return status::unsupported;
   if (!slots_contiguous(o.out) || !slots_contiguous(o.layer.slots.positions) || o.lag < 1 ||

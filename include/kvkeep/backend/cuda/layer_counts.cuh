@@ -32,7 +32,8 @@ inline status count_joint(context const& c, joint_part const& part, index_t n_en
 
 /// Joint counts. Scratch: 8 KB per entry, 8 to 20 bytes per entry, map and KV head. `unsupported` where an
 /// entry's candidates may be more than 32 bits count.
-inline status enqueue(context& c, op::layer_counts<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::layer_counts<device_space> const& o,
+                              workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || (o.normalize && o.n_maps != 1) || o.skip < 0)
     return status::bad_argument;
   workspace::frame const frame(ws);

@@ -9,7 +9,8 @@
 namespace kvkeep::cuda {
 
 /// Pools rows in place. Scratch: 4 bytes per value, 4 per slot.
-inline status enqueue(context& c, op::pool_rows<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::pool_rows<device_space> const& o,
+                              workspace& ws) noexcept {
   if (!slots_contiguous(o.values) || !slots_contiguous(o.slots.positions) || o.kernel < 1 ||
       o.kernel % 2 == 0)
     return status::bad_argument;

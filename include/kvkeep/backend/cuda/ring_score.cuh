@@ -11,7 +11,8 @@ namespace kvkeep::cuda {
 /// MorphKV's scores from cached weights. The kernels of the direct form are always launched; they leave
 /// heads alone that the cached weights serve, which is known on the device. Scratch as the direct form's
 /// without matrix products, and 4 bytes per query.
-inline status enqueue(context& c, op::ring_score<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::ring_score<device_space> const& o,
+                              workspace& ws) noexcept {
   if (!readable(o.layer.kv.k)) return status::unsupported;
   if (!slots_contiguous(o.weights) || !slots_contiguous(o.q) || !slots_contiguous(o.out) ||
       !slots_contiguous(o.layer.slots.positions) || o.ring < 1 || o.fuse == reduction::mean)

@@ -3,8 +3,7 @@
 /// CUDA: the best slots of each head, the best whole blocks, the victim.
 #pragma once
 
-#include "kernels/evict.cuh"
-#include "launch.cuh"
+#include "evict.cuh"
 
 namespace kvkeep::cuda {
 
@@ -20,7 +19,8 @@ inline grid select_grid(index_t n_entries, slot_state<device_space> const& s) no
 }
 
 /// Keep plans. `bad_argument` if a plan has fewer places than there are slots.
-inline status enqueue(context& c, op::select_k<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::select_k<device_space> const& o,
+                              workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions) ||
       !slots_contiguous(o.out.slots) || !room_in(o.out, o.slots))
     return status::bad_argument;
@@ -36,8 +36,8 @@ inline status enqueue(context& c, op::select_k<device_space> const& o, workspace
 }
 
 /// Plans of whole blocks and the open tail. Scratch: 8 bytes per block.
-inline status enqueue(context& c, op::select_blocks<device_space> const& o,
-                      workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::select_blocks<device_space> const& o,
+                              workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions) ||
       !slots_contiguous(o.out.slots) || o.block < 1 || o.how == reduction::mean ||
       !room_in(o.out, o.slots))
@@ -51,14 +51,9 @@ inline status enqueue(context& c, op::select_blocks<device_space> const& o,
                 select_blocks_kernel{{}, o, blocks, most_blocks});
 }
 
-inline planned<evict_one_stage> plan(context const&, op::evict_one<device_space> const& o,
-                                     workspace&) noexcept {
-  if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions))
-    return {status::bad_argument, {}};
-  return {status::ok, {o}};
-}
 /// Victims.
-inline status enqueue(context& c, op::evict_one<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::evict_one<device_space> const& o,
+                              workspace& ws) noexcept {
   return run_stage(c, o, o.batch.n, o.slots.lengths.extent[1], o.slots.positions.extent[2], ws);
 }
 

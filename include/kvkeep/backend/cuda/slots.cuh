@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// CUDA: ops that work slot by slot.
+/// CUDA: ops that work slot by slot, as templates and as stages.
 #pragma once
 
 #include "kernels/slots.cuh"
@@ -29,31 +29,6 @@ inline planned<each_slot_stage<mean_heads_slots>> plan(context const&,
   if (!slots_contiguous(o.scores)) return {status::bad_argument, {}};
   return {status::ok, {{o}}};
 }
-/// Mean over the KV heads, written back to each.
-inline status enqueue(context& c, op::mean_heads<device_space> const& o, workspace& ws) noexcept {
-  auto const p = plan(c, o, ws);
-  if (p.result != status::ok) return p.result;
-  if (!placed(ws)) return not_placed(ws);
-  return launch_slots(c, o.batch.n, 1, o.scores.extent[2], p.stage.work);
-}
-
-/// Running sum over layers, and the mean at the last one.
-inline status enqueue(context& c, op::mean_layers<device_space> const& o, workspace& ws) noexcept {
-  if (!slots_contiguous(o.scores) || !slots_contiguous(o.sum) || o.n_layers < 1)
-    return status::bad_argument;
-  if (!placed(ws)) return not_placed(ws);
-  return launch_slots(c, o.batch.n, o.slots.lengths.extent[1], o.scores.extent[2],
-                      mean_layers_slots{o});
-}
-
-/// Folds one token's weights into the slots' sums.
-inline status enqueue(context& c, op::accumulate<device_space> const& o, workspace& ws) noexcept {
-  if (!slots_contiguous(o.weights) || !slots_contiguous(o.fold.out)) return status::bad_argument;
-  if (!placed(ws)) return not_placed(ws);
-  return launch_slots(c, o.batch.n, o.slots.lengths.extent[1], o.weights.extent[3],
-                      accumulate_slots{o});
-}
-
 inline planned<each_slot_stage<reduce_rows_slots>> plan(context const&,
                                                         op::reduce_rows<device_space> const& o,
                                                         workspace& ws) noexcept {
@@ -62,14 +37,6 @@ inline planned<each_slot_stage<reduce_rows_slots>> plan(context const&,
     return {status::bad_argument, {}};
   return {status::ok, {{o}}};
 }
-/// Reduces rows.
-inline status enqueue(context& c, op::reduce_rows<device_space> const& o, workspace& ws) noexcept {
-  auto const p = plan(c, o, ws);
-  if (p.result != status::ok) return p.result;
-  if (!placed(ws)) return not_placed(ws);
-  return launch_slots(c, o.batch.n, o.slots.lengths.extent[1], o.in.extent[3], p.stage.work);
-}
-
 /// Whether a functor reads the plane's rows where they lie.
 inline bool as_floats(plane_ref<device_space> const& p) noexcept {
   return p.type == dtype::f32 && p.contiguous();

@@ -164,7 +164,8 @@ inline status launch_sums(context& c, window_job const& job, sums_output const& 
 
 /// Column sums. Scratch for up to 1024 queries of a head at a time: twice the bytes of 16-bit queries where
 /// keys are 16-bit numbers; where rows have no log-sum-exp, 8 bytes per query and 1024 slots.
-inline status enqueue(context& c, op::column_sums<device_space> const& o, workspace& ws) noexcept {
+KVKEEP_CUDA_OP status enqueue(context& c, op::column_sums<device_space> const& o,
+                              workspace& ws) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.out) ||

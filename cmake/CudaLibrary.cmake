@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+# kvkeep::cuda_ops: the CUDA backend's ops, compiled once, for programs with several units or of few ops. The headers
+# alone do as well, but a unit that includes them compiles every kernel.
+if(NOT TARGET kvkeep_cuda)
+  return()
+endif()
+
+# kvkeep_add_cuda_ops(NAME [ARCHITECTURES]): for CMAKE_CUDA_ARCHITECTURES or those. Whoever links it compiles for the
+# same.
+function(kvkeep_add_cuda_ops name)
+  set(units attend attend_f32 attend_f16 attend_bf16 window slots)
+  list(TRANSFORM units REPLACE "(.+)" "${PROJECT_SOURCE_DIR}/src/cuda_\\1.cu")
+  add_library(${name} STATIC EXCLUDE_FROM_ALL ${units})
+  target_compile_definitions(${name} PUBLIC KVKEEP_CUDA_COMPILED)
+  target_link_libraries(${name} PUBLIC kvkeep_cuda)
+  if(ARGN)
+    set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${ARGN}")
+  endif()
+  if(TARGET kvkeep_dev)
+    target_link_libraries(${name} PRIVATE kvkeep_dev)
+    kvkeep_strict_kernels(${name})
+  endif()
+endfunction()
+
+# kvkeep_strict_kernels(TARGET): a kernel that spills registers, or keeps an array in memory, is an error. Each names the
+# threads of a block and the blocks of a multiprocessor that its registers must leave room for (launch.cuh), so that one
+# which needs more of them spills.
+function(kvkeep_strict_kernels target)
+  set(strict "--Werror=all-warnings;-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
+  target_compile_options(${target} PRIVATE
+    "$<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${KVKEEP_WERROR}>>:${strict}>")
+endfunction()
+
+kvkeep_add_cuda_ops(kvkeep_cuda_ops)
+add_library(kvkeep::cuda_ops ALIAS kvkeep_cuda_ops)
+# Once more with Hopper's own instructions, for our benchmarks and checks: these are another target of the compiler.
+if(TARGET kvkeep_dev)
+  set(KVKEEP_CUDA_90A "${CMAKE_CUDA_ARCHITECTURES}")
+  list(TRANSFORM KVKEEP_CUDA_90A REPLACE "^90$" "90a-real")
+  kvkeep_add_cuda_ops(kvkeep_cuda_ops_90a ${KVKEEP_CUDA_90A})
+endif()
