@@ -148,7 +148,7 @@ class device_session {
   KVKEEP_COLD device_session(Ctx& ctx, Prompt const& p, Decode const& d,
                              std::span<layer_spec<space> const> layers, limits const& lim);
   KVKEEP_COLD void check_setup() const;
-  KVKEEP_COLD index_t slots_while_decoding() const;
+  KVKEEP_COLD index_t slots_while_decoding(layer_data const& l) const;
   KVKEEP_COLD void carve(workspace& w);
   KVKEEP_COLD void measure();
   KVKEEP_COLD void place(std::span<std::byte> memory);
@@ -271,13 +271,13 @@ class device_session {
   Prompt prompt_{};
   Decode decode_{};
   bool one_policy_ = false;
-  bool one_leaves_ = true;   ///< no bursts: victims alone once a prompt has ended
-  index_t usual_slots_ = 0;  ///< of a head while decoding; 0: nobody knows
+  bool one_leaves_ = true;  ///< no bursts: victims alone once a prompt has ended
   detail::bound_rows bound_{};
   limits limits_{};
   detail::state_shape shape_{};
-  std::vector<index_t> number_of_;  ///< [layer] managed number, or -1
-  std::vector<layer_data> layers_;  ///< managed layers
+  std::vector<index_t> number_of_;    ///< [layer] managed number, or -1
+  std::vector<layer_data> layers_;    ///< managed layers
+  std::vector<index_t> usual_slots_;  ///< [managed layer] of a head while decoding; 0: nobody knows
   std::vector<host_state> sequences_;
   std::vector<prompt_state> prompts_;  ///< [managed layer, id]
   index_t prompt_owner_ = -1;          ///< sequence whose coupled layers are being decided

@@ -71,6 +71,15 @@ index_t prompt_slots(P const& prompt, index_t kept, cache_demand const& d) {
   return std::max(std::min(longest, kept), whole >= d.shortest_prompt ? whole : 0);
 }
 
+/// Most slots of a head while a policy that cuts decodes, drafts left out.
+template <class P, class D>
+index_t decoding_slots(P const& prompt, D const& decode, cache_demand const& d) {
+  bool const inherits = decode.budget.traits().inherits;
+  index_t kept = inherits ? most_kept(prompt, d) : most_kept(decode, d);
+  if (inherits && keeps_all(prompt.score)) kept = std::max(kept, d.longest_prompt);
+  return peak_slots(decode, std::max(kept, least_budget(decode)));
+}
+
 }  // namespace detail
 
 /// Slots per sequence and KV head that a cache needs for these policies, so that no call of a session
@@ -90,13 +99,10 @@ KVKEEP_COLD index_t slots_needed(P const& prompt, D const& decode, cache_demand 
     index_t const longest = demand.longest_sequence;
     return std::max({longest > 0 ? longest + lim.max_draft : 0, after_prompt, 1});
   }
-  index_t const held = std::max(
-      decode.budget.traits().inherits ? kept : detail::most_kept(decode, demand),
-      detail::least_budget(decode));
   // What the prompt's policy leaves is decided on before the next token, or else after it.
   bool const later = detail::decides_late(decode.when) ||
                      (!prompt.select.traits().moves_tokens && !lim.engine_commits);
-  return std::max(detail::peak_slots(decode, held) + lim.max_draft,
+  return std::max(detail::decoding_slots(prompt, decode, demand) + lim.max_draft,
                   after_prompt + (later && after_prompt > 0 ? 1 : 0));
 }
 

@@ -40,7 +40,7 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   if (out != nullptr || measuring) a.out = row_major<space>(out, b.n, hq, shape_.cache.dim_v);
   if (lse != nullptr) a.lse = row_major<space>(lse, b.n, hq);
   a.tickets = row_tickets_;
-  a.usual_slots = usual_slots_;
+  a.usual_slots = usual_slots_[static_cast<std::size_t>(l.number)];
   if (ring > 0) {
     a.weights = detail::weight_rows(l.slots.rows, shape_.rows, shape_.cache.group());
     a.weight_sum = l.weight_sum;

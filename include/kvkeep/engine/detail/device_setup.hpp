@@ -66,18 +66,15 @@ void device_session<Ctx, P, D>::check_setup() const {
   detail::check_slots(prompt_, decode_, layers_, limits_);
 }
 
-/// @return slots of a head while decoding, 0 where that depends on the prompt or differs between heads
+/// @return most slots of a layer's heads while decoding, 0 where some heads may have much more than others
 template <backend Ctx, class P, class D>
-index_t device_session<Ctx, P, D>::slots_while_decoding() const {
-  auto const b = decode_.budget.traits();
-  if (!detail::cuts_while_decoding(decode_.score) || b.varies_over_heads || b.varies_over_layers ||
-      b.inherits)
-    return 0;
-  cache_demand d;
-  d.shape = layers_[0].kv.shape;
-  d.n_layers = static_cast<index_t>(layers_.size());
-  d.lim = limits_;
-  return slots_needed(prompt_, decode_, d);
+index_t device_session<Ctx, P, D>::slots_while_decoding(layer_data const& l) const {
+  auto const own = decode_.budget.traits();
+  auto const b = own.inherits ? prompt_.budget.traits() : own;
+  if (!detail::cuts_while_decoding(decode_.score) || b.varies_over_heads) return 0;
+  cache_demand d{l.kv.shape, static_cast<index_t>(layers_.size()), l.number, limits_};
+  d.longest_prompt = limits_.max_prompt > 0 ? limits_.max_prompt : l.kv.shape.max_slots;
+  return detail::decoding_slots(prompt_, decode_, d);
 }
 
 template <backend Ctx, class P, class D>
@@ -98,7 +95,7 @@ device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
     layers_.push_back(l);
   }
   check_setup();
-  usual_slots_ = slots_while_decoding();
+  for (auto const& l : layers_) usual_slots_.push_back(slots_while_decoding(l));
   cache_shape cache = layers_[0].kv.shape;
   for (auto const& l : layers_) cache.max_slots = std::max(cache.max_slots, l.kv.shape.max_slots);
   shape_.cache = cache;
