@@ -371,11 +371,10 @@ TEST_CASE("transient prompts come one at a time, whole, and with their views") {
   auto& s = device.session();
   auto const words = w.words(1);
   test::stream x = device.begin(words), y = device.begin(words);
-  test::test_cache other = test::test_cache::make(w.layout, w.type, [&] {
-    cache_shape shape = w.shape;
-    shape.max_slots = 40;
-    return shape;
-  }());
+  cache_shape shape = w.shape;
+  shape.max_slots = 40;
+  test::test_cache const other = test::test_cache::make(w.layout, w.type, shape),
+                         tiled = test::test_cache::make(test::layout_id::tiled, w.type, shape);
   auto const good = test::to_device(other.ref());
   std::vector<float> const numbers(uz(w.shape.n_q_heads * 50 * w.shape.dim_k));
   auto const rows = [&](index_t n) {
@@ -396,6 +395,7 @@ TEST_CASE("transient prompts come one at a time, whole, and with their views") {
 #if defined(KVKEEP_TEST_CUDA)
   refused(status::unsupported, [](auto& v) { v.k.layout = any_layout(custom_layout{}); });
 #endif
+  refused(status::unsupported, [&](auto& v) { v.k = test::to_device(tiled.ref()).k; });
   CHECK(s.observe(0, x.id, own_scores{numbers.data(), 0, 40}) == status::unsupported);
   for (index_t h = 0; h < w.shape.n_kv_heads; ++h) CHECK(device.kept(0, x)[uz(h)].empty());
   REQUIRE(s.observe(0, x.id, rows(3), &good) == status::ok);

@@ -41,13 +41,7 @@ class device_engine {
       caches_.emplace_back(c);
     }
     for (auto const& c : caches_) specs_.push_back({to_device(c.ref())});
-    if (options_.lim.max_prompt > 0) {
-      cache_options c = options_.cache;
-      c.shape.n_seq = 2;
-      c.shape.max_slots = options_.lim.max_prompt;
-      c.capacities.clear();
-      transient_.emplace(c);
-    }
+    if (options_.lim.max_prompt > 0) transient_.emplace(prompt_cache(options_));
     options_.lim.max_sequences = std::max(options_.lim.max_sequences, shape_.n_seq);
     std::span<layer_spec<device_memory> const> const specs(specs_);
     memory_ = std::make_unique<aligned_block>(

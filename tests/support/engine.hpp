@@ -25,13 +25,7 @@ class engine {
     }
     for (index_t l = 0; l < options_.n_layers; ++l)
       specs_.push_back({caches_[uz(l)].ref(), skipped(l)});
-    if (options_.lim.max_prompt > 0) {
-      cache_options c = options_.cache;
-      c.shape.n_seq = 2;
-      c.shape.max_slots = options_.lim.max_prompt;
-      c.capacities.clear();
-      transient_.emplace(c);
-    }
+    if (options_.lim.max_prompt > 0) transient_.emplace(prompt_cache(options_));
     options_.lim.max_sequences = std::max(options_.lim.max_sequences, shape_.n_seq);
     if (options_.ctx == nullptr) options_.ctx = &plain();
     session_.emplace(bind_session(*options_.ctx, prompt, decode.value_or(prompt),

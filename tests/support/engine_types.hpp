@@ -33,6 +33,15 @@ struct engine_options {
   cpu::context* ctx = nullptr;  ///< null: one thread
 };
 
+/// Of a cache for one transient prompt: row 1 has it.
+inline cache_options prompt_cache(engine_options const& o) {
+  cache_options c = o.cache;
+  c.shape.n_seq = 2;
+  c.shape.max_slots = o.lim.max_prompt;
+  c.capacities.clear();
+  return c;
+}
+
 struct token_record {
   oracle::kept_sets appended;  ///< live positions per head when the token has its slot
   oracle::kept_sets done;      ///< after confirm

@@ -58,10 +58,10 @@ class device_session {
   /// A chunk of the prompt in one layer, keys and values already written at the tail of the cache (or of `prompt`, a
   /// transient view in the backend's memory that holds the whole prompt, where there is limits.max_prompt). `row` is the
   /// sequence row in that view (-1: the id, or 0 of a transient one; below the cache's rows or limits.max_sequences).
+  /// Unsupported: features that lie apart in that view and not in the cache.
   status observe(index_t layer, index_t id, queries const& q, kv_ref<space> const* prompt = nullptr,
                  index_t row = -1) noexcept;
-  /// Own scores for the slots in use, `[1, kv_head, slot]` (engine_score), after the prompt's tokens were observed.
-  /// Unsupported for transient prompts.
+  /// Own scores for the slots in use, `[1, kv_head, slot]` (engine_score), after the tokens; not of transient prompts.
   status observe(index_t layer, index_t id, own_scores const& s) noexcept;
   /// The first cut of a layer, in place, or from `prompt` into row `id` of the cache. Layers end in ascending order. A
   /// transient prompt may be overwritten by what the context is given next; where the cache has no room for what a head

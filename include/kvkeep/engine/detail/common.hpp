@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "../session.hpp"
+#include "measure.hpp"
 
 namespace kvkeep {
 
@@ -44,24 +45,14 @@ void session<Ctx, P, D>::note_scratch(layer_data& l, workspace const& w) const n
 /// Runs every step with a measuring workspace and the largest arguments.
 template <backend Ctx, class P, class D>
 void session<Ctx, P, D>::measure() {
-  std::size_t most = 0;
-  auto const take = [&](auto&& step) {
-    workspace w;
-    if (status const s = step(w); s != status::ok)
-      fail_setup(std::string("the backend cannot run a step of this policy: ") + to_string(s));
-    most = std::max(most, w.peak());
-  };
+  detail::scratch_meter take;
   queries q;
   q.n_rows = q.tokens = limits_.max_chunk;
   index_t const n = limits_.max_batch;
   batch largest;
   for (auto& l : layers_) {
     source const in_place = pool(l, nullptr, nullptr, 1);
-    source from = in_place;
-    if (limits_.max_prompt > 0) {
-      from.layer.kv.shape.max_slots = limits_.max_prompt;
-      from.layer.slots = shared_.staging.slots;
-    }
+    source const from = detail::largest_prompt(in_place, shared_.staging, limits_.max_prompt);
     take([&](workspace& w) { return feed_scorers(l, from, q, 0, w); });
     take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
     if (limits_.decode == decode_offer::attend)
@@ -78,7 +69,7 @@ void session<Ctx, P, D>::measure() {
     });
     if (limits_.engine_commits) take([&](workspace& w) { return choose_layers(n, w); });
   }
-  scratch_bytes_ = (most + 2 * workspace::alignment) / workspace::alignment * workspace::alignment;
+  scratch_bytes_ = take.bytes();
 }
 
 template <backend Ctx, class P, class D>

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../device_session.hpp"
+#include "measure.hpp"
 
 namespace kvkeep {
 

@@ -34,6 +34,10 @@ status device_session<Ctx, P, D>::find_prompt(layer_data const& l, index_t id,
   if (prompt == nullptr) return status::ok;
   from.layer.kv = *prompt;
   KVKEEP_TRY(detail::check_prompt_view(*prompt, l.kv, most, row, tokens + more));
+  // Ops may need copies of scattered rows, for which scratch was counted if the cache has such.
+  if ((l.kv.k.contiguous() && !prompt->k.contiguous()) ||
+      (l.kv.v.contiguous() && !prompt->v.contiguous()))
+    return status::unsupported;
   // Whether the backend can reach its rows: a count of scratch, nothing is enqueued.
   workspace counting;
   source const to = pool(l, one(id, id));

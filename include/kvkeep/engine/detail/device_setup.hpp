@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../device_session.hpp"
+#include "measure.hpp"
 
 namespace kvkeep {
 
@@ -132,34 +133,17 @@ void device_session<Ctx, P, D>::carve(workspace& w) {
   faults_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_sequences));
 }
 
-namespace detail {
-/// Bytes of an arena that begins anywhere.
-constexpr std::size_t padded_scratch(std::size_t n) noexcept {
-  return (n + 2 * workspace::alignment) / workspace::alignment * workspace::alignment;
-}
-}  // namespace detail
-
 /// Runs every step with a measuring workspace and the largest arguments.
 template <backend Ctx, class P, class D>
 void device_session<Ctx, P, D>::measure() {
-  std::size_t most = 0;
-  auto const take = [&](auto&& step) {
-    workspace w;
-    if (status const s = step(w); s != status::ok)
-      fail_setup(std::string("the backend cannot run a step of this policy: ") + to_string(s));
-    most = std::max(most, w.peak());
-  };
+  detail::scratch_meter take;
   queries q;
   q.n_rows = q.tokens = limits_.max_chunk;
   batch_ref<space> batch;
   batch.n = 1;
   for (auto& l : layers_) {
     source const in_place = pool(l, batch);
-    source from = in_place;
-    if (limits_.max_prompt > 0) {
-      from.layer.kv.shape.max_slots = limits_.max_prompt;
-      from.layer.slots = shared_.staging.slots;
-    }
+    source const from = detail::largest_prompt(in_place, shared_.staging, limits_.max_prompt);
     take([&](workspace& w) { return feed_scorers(l, from, q, 0, w); });
     take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
   }
@@ -171,7 +155,7 @@ void device_session<Ctx, P, D>::measure() {
     if (!detail::decides_late(decode_.when))
       take([&](workspace& w) { return decide_by_rows(l, batch, nullptr, w); });
   }
-  scratch_bytes_ = detail::padded_scratch(most);
+  scratch_bytes_ = take.bytes();
 }
 
 template <backend Ctx, class P, class D>
