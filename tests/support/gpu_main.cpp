@@ -152,6 +152,8 @@ void operator delete(void* p, std::align_val_t) noexcept { ::operator delete(p);
 void operator delete(void* p, std::size_t, std::align_val_t) noexcept { ::operator delete(p); }
 
 int main(int argc, char** argv) {
+  // A graph may be recorded before its kernels have run: their code is there.
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   int devices = 0, managed = 0;
   cudaError_t error = cudaGetDeviceCount(&devices);
   if (error == cudaSuccess && devices > 0)

@@ -288,7 +288,11 @@ void dawdle(cudaStream_t stream);
 /// Kernels that it has been given.
 long launches(cudaStream_t stream) noexcept;
 }  // namespace emulation
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
 using cudaGraph_t = struct emulated_graph*;
 using cudaGraphExec_t = struct emulated_graph_exec*;
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
