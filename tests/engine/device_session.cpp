@@ -399,8 +399,7 @@ TEST_CASE("transient prompts come one at a time, whole, and with their views") {
   CHECK(s.observe(0, x.id, own_scores{numbers.data(), 0, 40}) == status::unsupported);
   for (index_t h = 0; h < w.shape.n_kv_heads; ++h) CHECK(device.kept(0, x)[uz(h)].empty());
   REQUIRE(s.observe(0, x.id, rows(3), &good) == status::ok);
-  CHECK(s.observe(0, x.id, tokens_only(std::numeric_limits<index_t>::max()), &good) ==
-        status::bad_argument);
+  CHECK(s.observe(0, x.id, tokens_only(3), &good) == status::bad_argument);  // H2O wants queries
   CHECK(s.observe(0, x.id, rows(38), &good) == status::capacity_exceeded);
   CHECK(s.end_prompt(0, x.id) == status::bad_argument);
   CHECK(s.end_prompt(x.id) == status::bad_argument);
@@ -622,6 +621,11 @@ TEST_CASE("calls out of order are refused before anything is enqueued") {
   CHECK(s.end_prompt(1, x.id) == status::bad_order);
   CHECK(s.observe(5, x.id, tokens_only(3)) == status::bad_argument);
   CHECK(s.observe(0, x.id, tokens_only(1000)) == status::capacity_exceeded);
+  test::stream const begun = device.begin(a);
+  REQUIRE(s.observe(0, begun.id, tokens_only(3)) == status::ok);
+  CHECK(s.observe(0, begun.id, tokens_only(std::numeric_limits<index_t>::max())) ==
+        status::capacity_exceeded);
+  REQUIRE(s.end(begun.id) == status::ok);
   device.prompt(x, 9, {9});
   CHECK(s.observe(0, x.id, tokens_only(3)) == status::bad_order);
   CHECK(s.append(0, {}, nullptr) == status::bad_argument);

@@ -53,9 +53,3 @@
 #else
 #define KVKEEP_CPU_OP inline
 #endif
-/// The same for the CUDA backend's ops: KVKEEP_CUDA_COMPILED and the library kvkeep::cuda_ops.
-#if defined(KVKEEP_CUDA_COMPILED)
-#define KVKEEP_CUDA_OP
-#else
-#define KVKEEP_CUDA_OP inline
-#endif

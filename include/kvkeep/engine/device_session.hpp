@@ -163,11 +163,8 @@ class device_session {
     bool const known = layer >= 0 && layer < static_cast<index_t>(number_of_.size());
     return known ? number_of_[static_cast<std::size_t>(layer)] : -2;
   }
-  std::size_t prompt_index(layer_data const& l, index_t id) const noexcept {
-    return product(l.number, limits_.max_sequences) + static_cast<std::size_t>(id);
-  }
   prompt_state& prompt_of(layer_data const& l, index_t id) noexcept {
-    return prompts_[prompt_index(l, id)];
+    return prompts_[product(l.number, limits_.max_sequences) + static_cast<std::size_t>(id)];
   }
   /// One sequence as a batch: `numbers_` holds 0, 1, 2, ... in the backend's memory.
   batch_ref<space> one(index_t id, index_t row) const noexcept {
@@ -190,7 +187,7 @@ class device_session {
 
   // device_prompt.hpp
   status find_prompt(layer_data const& l, index_t id, kv_ref<space> const* prompt, index_t row,
-                     index_t more, source& from) const noexcept;
+                     index_t more, source& from) noexcept;
   status extend(slot_state<space> const& s, index_t state_row, index_t p0, index_t n,
                 index_t own_rows, workspace& w) const noexcept;
   status push_prompt(layer_data& l, index_t id, queries const& q, workspace& w) noexcept;

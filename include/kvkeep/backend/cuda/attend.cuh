@@ -20,15 +20,6 @@ inline alignment rows_of(attend_task const& t) noexcept {
   return std::min(alignment_of(k), alignment_of(v));
 }
 
-#if defined(KVKEEP_CUDA_COMPILED)  // kvkeep::cuda_ops has a unit for each type: they take longest
-extern template status launch_rows<float>(context const&, attend_plan const&,
-                                          attend_task const&) noexcept;
-extern template status launch_rows<fp16>(context const&, attend_plan const&,
-                                         attend_task const&) noexcept;
-extern template status launch_rows<bf16>(context const&, attend_plan const&,
-                                         attend_task const&) noexcept;
-#endif
-
 KVKEEP_CUDA_OP status launch_splits(context const& c, attend_plan const& plan,
                                     attend_task const& t) noexcept {
   alignment const rows = rows_of(t);

@@ -7,6 +7,14 @@
 
 #include "../../op/backend.hpp"
 
+/// Programs that link the library kvkeep::cuda_ops (src/) define KVKEEP_CUDA_COMPILED: ops that are no templates are
+/// then declared only, and units compile faster.
+#if defined(KVKEEP_CUDA_COMPILED)
+#define KVKEEP_CUDA_OP
+#else
+#define KVKEEP_CUDA_OP inline
+#endif
+
 namespace kvkeep::cuda {
 
 /// Ops are enqueued on the caller's stream: no allocation, no synchronisation, nothing read back. The

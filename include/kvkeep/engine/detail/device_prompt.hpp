@@ -14,10 +14,10 @@ namespace kvkeep {
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::find_prompt(layer_data const& l, index_t id,
                                               kv_ref<space> const* prompt, index_t row,
-                                              index_t more, source& from) const noexcept {
+                                              index_t more, source& from) noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (sequences_[static_cast<std::size_t>(id)].ended_layers > l.number) return status::bad_order;
-  index_t const tokens = prompts_[prompt_index(l, id)].tokens;
+  index_t const tokens = prompt_of(l, id).tokens;
   index_t const most = limits_.max_prompt;
   if (more > (most > 0 ? most : l.kv.shape.max_slots) - tokens) return status::capacity_exceeded;
   if (most == 0) {
