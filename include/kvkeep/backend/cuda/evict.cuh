@@ -8,8 +8,8 @@
 
 namespace kvkeep::cuda {
 
-inline planned<evict_one_stage> plan(context const&, op::evict_one<device_space> const& o,
-                                     workspace&) noexcept {
+inline planned<evict_one_stage> stage_of(context const&, op::evict_one<device_space> const& o,
+                                         workspace&) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions))
     return {status::bad_argument, {}};
   return {status::ok, {o}};

@@ -14,11 +14,12 @@ auto plan_each(context const& c, sequence<Ops...> const& ops, workspace& ws,
   if constexpr (sizeof...(Ops) == 0) {
     return sequence<>{};
   } else {
-    auto const p = plan(c, ops.first, ws);
+    auto const p = stage_of(c, ops.first, ws);
     if (result == status::ok) result = p.result;
     auto const rest = plan_each(c, ops.rest, ws, result);
     return [&]<class... Rest>(sequence<Rest...> const& r) {
-      return sequence<typename decltype(plan(c, ops.first, ws))::stage_type, Rest...>{p.stage, r};
+      return sequence<typename decltype(stage_of(c, ops.first, ws))::stage_type, Rest...>{p.stage,
+                                                                                          r};
     }(rest);
   }
 }

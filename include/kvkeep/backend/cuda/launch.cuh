@@ -90,7 +90,7 @@ inline status not_placed(workspace const& ws) noexcept {
   return ws.measuring() ? status::ok : status::workspace_too_small;
 }
 
-/// An op as a stage: what `plan(context, op, workspace)` gives, the scratch taken.
+/// An op as a stage: what `stage_of(context, op, workspace)` gives, the scratch taken.
 template <class Stage>
 struct planned {
   using stage_type = Stage;
@@ -120,7 +120,7 @@ template <class Op>
 status run_stage(context const& c, Op const& o, index_t n_entries, index_t n_heads,
                  index_t max_slots, workspace& ws) noexcept {
   workspace::frame const frame(ws);
-  auto const p = plan(c, o, ws);
+  auto const p = stage_of(c, o, ws);
   if (p.result != status::ok) return p.result;
   if (!placed(ws)) return not_placed(ws);
   return launch_stages(c, n_entries, n_heads, max_slots, make_sequence(p.stage));

@@ -20,8 +20,8 @@ bool lazy_readable(Op const& o) noexcept {
          s.group == o.layer.kv.shape.group();
 }
 
-inline planned<lazy_enter_stage> plan(context const&, op::lazy_enter<device_space> const& o,
-                                      workspace& ws) noexcept {
+inline planned<lazy_enter_stage> stage_of(context const&, op::lazy_enter<device_space> const& o,
+                                          workspace& ws) noexcept {
   cache_shape const& s = o.layer.kv.shape;
   if (!readable(o.layer.kv.k)) return {status::unsupported, {}};
   if (!lazy_readable(o) || !slots_contiguous(o.weights)) return {status::bad_argument, {}};
@@ -29,8 +29,8 @@ inline planned<lazy_enter_stage> plan(context const&, op::lazy_enter<device_spac
   return {status::ok, {o, ws.take<float>(product(all, o.state.shape.group)), s.max_slots}};
 }
 
-inline planned<lazy_victim_stage> plan(context const&, op::lazy_victim<device_space> const& o,
-                                       workspace& ws) noexcept {
+inline planned<lazy_victim_stage> stage_of(context const&, op::lazy_victim<device_space> const& o,
+                                           workspace& ws) noexcept {
   cache_shape const& s = o.layer.kv.shape;
   if (!readable(o.layer.kv.k)) return {status::unsupported, {}};
   if (!lazy_readable(o)) return {status::bad_argument, {}};

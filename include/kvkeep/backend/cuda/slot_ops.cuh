@@ -10,7 +10,7 @@ namespace kvkeep::cuda {
 /// Mean over the KV heads, written back to each.
 KVKEEP_CUDA_OP status enqueue(context& c, op::mean_heads<device_space> const& o,
                               workspace& ws) noexcept {
-  auto const p = plan(c, o, ws);
+  auto const p = stage_of(c, o, ws);
   if (p.result != status::ok) return p.result;
   if (!placed(ws)) return not_placed(ws);
   return launch_slots(c, o.batch.n, 1, o.scores.extent[2], p.stage.work);
@@ -38,7 +38,7 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::accumulate<device_space> const& o,
 /// Reduces rows.
 KVKEEP_CUDA_OP status enqueue(context& c, op::reduce_rows<device_space> const& o,
                               workspace& ws) noexcept {
-  auto const p = plan(c, o, ws);
+  auto const p = stage_of(c, o, ws);
   if (p.result != status::ok) return p.result;
   if (!placed(ws)) return not_placed(ws);
   return launch_slots(c, o.batch.n, o.slots.lengths.extent[1], o.in.extent[3], p.stage.work);

@@ -23,15 +23,15 @@ status launch_slots(context const& c, index_t n_entries, index_t n_heads, index_
                 each_slot_kernel<Work>{{}, work, n_heads});
 }
 
-inline planned<each_slot_stage<mean_heads_slots>> plan(context const&,
-                                                       op::mean_heads<device_space> const& o,
-                                                       workspace&) noexcept {
+inline planned<each_slot_stage<mean_heads_slots>> stage_of(context const&,
+                                                           op::mean_heads<device_space> const& o,
+                                                           workspace&) noexcept {
   if (!slots_contiguous(o.scores)) return {status::bad_argument, {}};
   return {status::ok, {{o}}};
 }
-inline planned<each_slot_stage<reduce_rows_slots>> plan(context const&,
-                                                        op::reduce_rows<device_space> const& o,
-                                                        workspace& ws) noexcept {
+inline planned<each_slot_stage<reduce_rows_slots>> stage_of(context const&,
+                                                            op::reduce_rows<device_space> const& o,
+                                                            workspace& ws) noexcept {
   if (!slots_contiguous(o.in) || !slots_contiguous(o.out) ||
       (o.by_age && o.seen == nullptr && !ws.measuring()) || !slots_contiguous(o.slots.positions))
     return {status::bad_argument, {}};
@@ -43,9 +43,9 @@ inline bool as_floats(plane_ref<device_space> const& p) noexcept {
 }
 
 template <class Fn>
-planned<each_slot_stage<functor_slots<Fn>>> plan(context const&,
-                                                 op::score_slots<Fn, device_space> const& o,
-                                                 workspace& ws) noexcept {
+planned<each_slot_stage<functor_slots<Fn>>> stage_of(context const&,
+                                                     op::score_slots<Fn, device_space> const& o,
+                                                     workspace& ws) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
   if ((Fn::reads_k && !readable(kv.k)) || (Fn::reads_v && !readable(kv.v)))
     return {status::unsupported, {}};
@@ -62,7 +62,7 @@ planned<each_slot_stage<functor_slots<Fn>>> plan(context const&,
 template <class Fn>
 status enqueue(context& c, op::score_slots<Fn, device_space> const& o, workspace& ws) noexcept {
   workspace::frame const frame(ws);
-  auto const p = plan(c, o, ws);
+  auto const p = stage_of(c, o, ws);
   if (p.result != status::ok) return p.result;
   if (!placed(ws)) return not_placed(ws);
   cache_shape const& s = o.layer.kv.shape;
@@ -71,8 +71,8 @@ status enqueue(context& c, op::score_slots<Fn, device_space> const& o, workspace
 
 /// In a chain: the indices of a place by its block.
 template <class Fn>
-planned<for_each_stage<Fn>> plan(context const&, op::for_each<Fn, device_space> const& o,
-                                 workspace&) noexcept {
+planned<for_each_stage<Fn>> stage_of(context const&, op::for_each<Fn, device_space> const& o,
+                                     workspace&) noexcept {
   return {status::ok, {o}};
 }
 /// fn(0), fn(1), ... in any order, at once: a functor writes what no other index touches.
