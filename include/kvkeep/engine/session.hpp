@@ -10,7 +10,7 @@
 #include "../budget/inherit.hpp"
 #include "../op/attend.hpp"
 #include "../op/reduce.hpp"
-#include "plan.hpp"
+#include "detail/tables.hpp"
 #include "slots.hpp"
 #include "steps.hpp"
 
@@ -250,14 +250,12 @@ class session {
 
   // moving.hpp
   KVKEEP_COLD status choose_layers(index_t n, workspace& w) noexcept;
-  template <class F>
-  void each_table(index_t id, F&& f) const;
   void note_victims(layer_data& l, batch_ref<space> const& b) noexcept;
   status room_for_plan(layer_data const& l, keep_plan<space> const& plan,
                        batch_ref<space> const& from, batch_ref<space> const& to) const noexcept;
   void note_cut(layer_data& l, source const& from, keep_plan<space> const& plan) noexcept;
-  void record_blocks(layer_data& l, batch_ref<space> const& b,
-                     keep_plan<space> const& plan) noexcept;
+  status record_blocks(layer_data const& l, batch_ref<space> const& b, keep_plan<space> const& plan,
+                       workspace& w) noexcept;
 
   Ctx* ctx_ = nullptr;
   Prompt prompt_{};
@@ -272,7 +270,7 @@ class session {
   std::vector<index_t> number_of_;  ///< [layer] managed number, or -1
   std::vector<layer_data> layers_;  ///< managed layers
   detail::shared_state<space> shared_{};
-  plan_memory<space> plan_{};
+  detail::plan_memory<space> plan_{};
   std::size_t state_bytes_ = 0;
   std::size_t scratch_bytes_ = 0;
   std::byte* scratch_ = nullptr;

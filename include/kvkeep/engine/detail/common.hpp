@@ -29,6 +29,7 @@ void session<Ctx, P, D>::place(std::span<std::byte> memory) {
   std::fill_n(shared_.generation, n, 0U);
   std::fill_n(shared_.frozen, n, 0);
   std::fill_n(shared_.confirmed, n, 0);
+  (void)detail::list_tables(layers_.data(), static_cast<index_t>(layers_.size()), plan_.owner);
 }
 
 template <backend Ctx, class P, class D>

@@ -81,7 +81,7 @@ status session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexc
       from += bytes;
     });
     for (index_t head = 0; head < shape_.cache.n_kv_heads; ++head)
-      plan_.n_kept(l.number, id, head) = -1;
+      plan_.n_kept(l.number, id, head) = detail::settled;
   }
   shared_.frozen[id] = h.frozen;
   shared_.confirmed[id] = h.confirmed;

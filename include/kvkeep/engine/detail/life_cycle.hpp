@@ -36,10 +36,7 @@ status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcep
     l.seen[at] = l.ring_from[at] = l.appended[at] = l.attended[at] = o.frozen;
     l.has_lse[at] = 1;
     l.prompt_done[at] = 0;
-    for (index_t h = 0; h < heads; ++h) {
-      plan_.held(l.number, at, h) = plan_.n_gone(l.number, at, h) = 0;
-      plan_.n_kept(l.number, at, h) = -1;
-    }
+    KVKEEP_TRY(each(heads, detail::open_tables<space>{plan_, l.number, at, detail::settled}, w));
   }
   shared_.frozen[at] = o.frozen;
   shared_.confirmed[at] = o.frozen;

@@ -63,27 +63,11 @@ void session<Ctx, P, D>::note_victims(layer_data& l, batch_ref<space> const& b) 
     }
 }
 
-/// Remembers the tables that remain after whole blocks leave.
 template <backend Ctx, class P, class D>
-void session<Ctx, P, D>::record_blocks(layer_data& l, batch_ref<space> const& b,
-                                       keep_plan<space> const& plan) noexcept {
-  auto const& pages = l.kv.k.layout.paged;
-  index_t const size = pages.block_size, per_table = pages.blocks_per_table;
-  for (index_t e = 0; e < b.n; ++e)
-    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
-      index_t const id = b.id_of(e), row = b.row_of(e);
-      index_t* const kept = plan_.kept.at(l.number, id, h * per_table);
-      index_t* const gone = plan_.gone.at(l.number, id, h * per_table);
-      index_t n_kept = 0, n_gone = 0, next = 0;
-      index_t const blocks = (l.slots.lengths(id, h) + size - 1) / size;
-      for (index_t block = 0; block < blocks; ++block) {
-        bool const stays = next < plan.count(e, h) && plan.slots(e, h, next) / size == block;
-        while (next < plan.count(e, h) && plan.slots(e, h, next) / size == block) ++next;
-        (stays ? kept[n_kept++] : gone[n_gone++]) = pages.entry(row, h, block);
-      }
-      plan_.n_kept(l.number, id, h) = n_kept;
-      plan_.n_gone(l.number, id, h) = n_gone;
-    }
+status session<Ctx, P, D>::record_blocks(layer_data const& l, batch_ref<space> const& b,
+                                         keep_plan<space> const& plan, workspace& w) noexcept {
+  detail::record_blocks<space> const record{l, b, plan, plan_};
+  return each(b.n * shape_.cache.n_kv_heads * record.steps(), record, w);
 }
 
 template <backend Ctx, class P, class D>
@@ -183,7 +167,7 @@ status session<Ctx, P, D>::commit(plan_type const& p) noexcept {
     keep_plan<space> const plan{detail::rebase(plan_.slots, l.number * p.n),
                                 detail::rebase(plan_.count, l.number * p.n)};
     note_cut(l, s, plan);
-    if (!moves) record_blocks(l, s.batch, plan);
+    if (!moves) KVKEEP_TRY(record_blocks(l, s.batch, plan, w));
     op::compact<space> move{s.batch, s.layer, s.batch, s.layer, plan};
     move.how = moves ? op::move_kind::fill_holes : op::move_kind::renumber;
     KVKEEP_TRY(run(*ctx_, move, w));
@@ -193,81 +177,39 @@ status session<Ctx, P, D>::commit(plan_type const& p) noexcept {
   return status::ok;
 }
 
-/// Calls f(layer, head, first_of_table) for every layer and head, `first_of_table` where a distinct block
-/// table appears for the first time.
-template <backend Ctx, class P, class D>
-template <class F>
-void session<Ctx, P, D>::each_table(index_t, F&& f) const {
-  for (auto const& l : layers_) {
-    auto const& a = l.kv.k.layout;
-    for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
-      bool first = a.kind == layout_kind::paged && (h == 0 || a.paged.table_head_stride != 0);
-      for (index_t j = 0; j < l.number && first; ++j) {
-        auto const& b = layers_[static_cast<std::size_t>(j)].kv.k.layout;
-        first = b.kind != layout_kind::paged || b.paged.table != a.paged.table;
-      }
-      f(l, h, first);
-    }
-  }
-}
-
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::report(index_t id, report_buffer const& out, index_t row) noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (row < 0) row = id;
   if (row >= layers_[0].kv.shape.n_seq) return status::bad_argument;
-  index_t const heads = shape_.cache.n_kv_heads;
-  std::size_t const all = layers_.size() * static_cast<std::size_t>(heads);
-  if (!out.lengths.empty() && out.lengths.size() < all) return status::bad_argument;
-  std::size_t n_tables = 0, n_freed = 0, table_entries = 0;
-  for (bool const writing : {false, true}) {  // sizes first: a report that does not fit changes nothing
-    n_tables = n_freed = table_entries = 0;
-    each_table(id, [&](layer_data const& l, index_t h, bool first) {
-      index_t const at = l.number * heads + h;
-      if (writing && !out.lengths.empty())
-        out.lengths[static_cast<std::size_t>(at)] = l.slots.lengths(id, h);
-      if (!first) return;
-      auto const& pages = l.kv.k.layout.paged;
-      index_t needed = 0, held = 0;
-      for (auto const& o : layers_)  // everything that shares this table
-        for (index_t g = 0; g < heads; ++g) {
-          bool const same = o.kv.k.layout.kind == layout_kind::paged &&
-                            o.kv.k.layout.paged.table == pages.table &&
-                            (g == h || pages.table_head_stride == 0);
-          if (!same) continue;
-          index_t const n = o.slots.lengths(id, g);
-          needed = std::max(needed, (n + pages.block_size - 1) / pages.block_size);
-          held = std::max(held, plan_.held(o.number, id, g));
-        }
-      bool const whole = plan_.n_kept(l.number, id, h) >= 0;
-      index_t const* kept = whole ? plan_.kept.at(l.number, id, h * pages.blocks_per_table) : nullptr;
-      index_t const* gone = whole ? plan_.gone.at(l.number, id, h * pages.blocks_per_table) : nullptr;
-      index_t const n_gone = whole ? plan_.n_gone(l.number, id, h) : std::max(0, held - needed);
-      for (index_t i = 0; i < n_gone; ++i, ++n_freed)
-        if (n_freed < out.freed.size() && writing)
-          out.freed[n_freed] = whole ? gone[i] : pages.entry(row, h, needed + i);
-      if (writing && n_tables < out.freed_of.size()) out.freed_of[n_tables] = n_gone;
-      if (writing && n_tables < out.table_sizes.size()) out.table_sizes[n_tables] = needed;
-      std::size_t const from = n_tables * static_cast<std::size_t>(pages.blocks_per_table);
-      for (index_t i = 0; i < needed && writing; ++i)
-        if (from + static_cast<std::size_t>(i) < out.tables.size())
-          out.tables[from + static_cast<std::size_t>(i)] = whole ? kept[i] : pages.entry(row, h, i);
-      table_entries = from + static_cast<std::size_t>(needed);
-      ++n_tables;
-    });
-    bool const fits = (out.freed.empty() || out.freed.size() >= n_freed) &&
-                      (out.freed_of.empty() || out.freed_of.size() >= n_tables) &&
-                      (out.tables.empty() || out.tables.size() >= table_entries) &&
-                      (out.table_sizes.empty() || out.table_sizes.size() >= n_tables);
-    if (!fits) return status::bad_argument;
+  auto const n_layers = static_cast<index_t>(layers_.size());
+  index_t const heads = n_layers * shape_.cache.n_kv_heads;
+  workspace w = scratch();
+  KVKEEP_TRY(each(plan_.n_tables,
+                  detail::measure_tables<space>{layers_.data(), n_layers, plan_, id}, w));
+  // A report that does not fit changes nothing.
+  std::size_t n_freed = 0, n_entries = 0;
+  for (index_t t = 0; t < plan_.n_tables; ++t) {
+    auto const& owner = layers_[static_cast<std::size_t>(plan_.owner[t] / shape_.cache.n_kv_heads)];
+    n_freed += static_cast<std::size_t>(plan_.freed[t]);
+    n_entries = product(t, owner.kv.k.layout.paged.blocks_per_table) +
+              static_cast<std::size_t>(plan_.needed[t]);
   }
-  for (auto const& l : layers_)
-    for (index_t h = 0; h < heads; ++h) {
-      plan_.n_kept(l.number, id, h) = -1;
-      plan_.n_gone(l.number, id, h) = 0;
-      plan_.held(l.number, id, h) = 0;
-    }
-  return status::ok;
+  auto const tables = static_cast<std::size_t>(plan_.n_tables);
+  auto const fits = [](std::span<index_t> s, std::size_t n) { return s.empty() || s.size() >= n; };
+  if (!fits(out.lengths, static_cast<std::size_t>(heads)) || !fits(out.freed, n_freed) ||
+      !fits(out.freed_of, tables) || !fits(out.tables, n_entries) || !fits(out.table_sizes, tables))
+    return status::bad_argument;
+  auto const data = [](std::span<index_t> s) { return s.empty() ? nullptr : s.data(); };
+  KVKEEP_TRY(each(plan_.n_tables,
+                  detail::write_tables<space>{layers_.data(), plan_, id, row, data(out.freed),
+                                              data(out.freed_of), data(out.tables),
+                                              data(out.table_sizes)},
+                  w));
+  return each(heads,
+              detail::close_report<space>{layers_.data(), plan_, id, data(out.lengths), nullptr,
+                                          data(out.faults)},
+              w);
 }
 
 }  // namespace kvkeep

@@ -13,13 +13,7 @@ namespace kvkeep {
 template <backend Ctx, class P, class D>
 layer_range session<Ctx, P, D>::due(index_t layer) const noexcept {
   index_t const m = managed(layer);
-  auto const n = static_cast<index_t>(layers_.size());
-  if (m < 0) return {};
-  layer_range r = prompt_.budget.due(m, n);
-  if (prompt_.width() == scope::sequence) r = {m + 1 == n ? 0 : m + 1, m + 1};
-  if (r.empty()) return {};
-  return {layers_[static_cast<std::size_t>(r.first)].spec,
-          layers_[static_cast<std::size_t>(r.last - 1)].spec + 1};
+  return m < 0 ? layer_range{} : detail::due_layers(prompt_, layers_, m);
 }
 
 template <backend Ctx, class P, class D>
@@ -245,7 +239,8 @@ status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source 
   if (!measuring) {
     KVKEEP_TRY(room_for_plan(l, plan, from.batch, to.batch));
     note_cut(l, from, plan);
-    if (!prompt_.select.traits().moves_tokens) record_blocks(l, from.batch, plan);
+    if (!prompt_.select.traits().moves_tokens)
+      KVKEEP_TRY(record_blocks(l, from.batch, plan, w));
     next_generation(to.batch.id[0]);
   }
   op::compact<space> move{from.batch, from.layer, to.batch, to.layer, plan};

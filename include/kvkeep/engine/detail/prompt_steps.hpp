@@ -29,6 +29,18 @@ status check_prompt_view(kv_ref<Space> const& v, kv_ref<Space> const& pool, inde
   return v.shape.max_slots > max_prompt ? status::bad_argument : status::ok;
 }
 
+/// Layers of the model that are decided on when the prompt of managed layer `m` ends: earlier ones too where a budget
+/// couples layers, all of them with the last one where a sequence keeps one set.
+template <class P, class Layers>
+layer_range due_layers(P const& prompt, Layers const& layers, index_t m) noexcept {
+  auto const n = static_cast<index_t>(layers.size());
+  layer_range r = prompt.budget.due(m, n);
+  if (prompt.width() == scope::sequence) r = {m + 1 == n ? 0 : m + 1, m + 1};
+  if (r.empty()) return {};
+  return {layers[static_cast<std::size_t>(r.first)].spec,
+          layers[static_cast<std::size_t>(r.last - 1)].spec + 1};
+}
+
 /// Hands prompt queries to a scorer that wants all of them, `max_chunk` rows at a time.
 /// @param p0 position of the first row of `q`
 template <class Ctx, class Score>

@@ -7,26 +7,9 @@
 #include <string>
 
 #include "../session.hpp"
-#include "offers.hpp"
+#include "bind_checks.hpp"
 
 namespace kvkeep {
-
-namespace detail {
-
-/// Whole blocks leave tables, so everything that shares a table shares a kept set.
-template <class Space>
-KVKEEP_COLD void check_blocks_view(kv_ref<Space> const& kv, index_t block, scope width, bool moves) {
-  KVKEEP_EXPECTS(kv.k.layout.kind == layout_kind::paged && kv.v.layout.kind == layout_kind::paged,
-                 "view.k.layout", to_string(kv.k.layout.kind), "paged, for a selector of blocks");
-  KVKEEP_EXPECTS(kv.k.layout.paged.block_size == block && kv.v.layout.paged.block_size == block,
-                 "select.block", block,
-                 "the views' block_size = " + std::to_string(kv.k.layout.paged.block_size));
-  KVKEEP_EXPECTS(moves || kv.k.layout.paged.table_head_stride != 0 || width != scope::head,
-                 "per", to_string(width),
-                 "layer or sequence, where KV heads share a block table and whole blocks leave");
-}
-
-}  // namespace detail
 
 template <backend Ctx, class P, class D>
 void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) const {
@@ -50,49 +33,7 @@ void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) 
   check_policy(decode_, n, first);
   check_evidence();
 
-  auto const pb = prompt_.budget.traits(), db = decode_.budget.traits();
-  KVKEEP_EXPECTS(!pb.inherits, "budget", pb.name,
-                 "a budget of its own (inherit is for a decode policy beside another)");
-  KVKEEP_EXPECTS(one_policy_ || !db.needs_scores, "decode.budget", db.name,
-                 "uniform, per_layer, pyramid or inherit beside another prompt policy");
-  bool const cuts_prompt = !detail::keeps_all(prompt_.score);
-  bool const cuts_decode = detail::cuts_while_decoding(decode_.score);
-  index_t const guarded = decode_.keep.sinks + decode_.keep.recent;
-  KVKEEP_EXPECTS(!db.inherits || !cuts_decode || prompt_.budget.capacity() > guarded,
-                 "prompt.capacity", prompt_.budget.capacity(),
-                 "> sinks + window = " + std::to_string(guarded) +
-                     " of the decode policy, which inherits it");
-  if (cuts_prompt && cuts_decode && !one_policy_) {
-    KVKEEP_EXPECTS(decode_.width() == scope::head || prompt_.width() >= decode_.width(),
-                   "decode.per", to_string(decode_.width()),
-                   "head, after a prompt policy that keeps one set per " +
-                       std::string(to_string(prompt_.width())));
-  }
-  if (cuts_prompt)
-    KVKEEP_EXPECTS(limits_.max_prompt == 0 || prompt_.width() != scope::sequence,
-                   "limits.max_prompt", limits_.max_prompt,
-                   "0, for one set per sequence (all layers are decided together, in place)");
-  if (detail::decides_late(decode_.when)) {
-    KVKEEP_EXPECTS(decode_.score.traits().direct, "when.before_attention",
-                   decode_.score.traits().name, "a scorer of recent query rows (MorphKV)");
-    KVKEEP_EXPECTS(limits_.max_draft == 0 && limits_.max_prompt == 0 && !limits_.engine_commits,
-                   "when.before_attention", "true",
-                   "false with drafts, transient prompts or engine_commits");
-    KVKEEP_EXPECTS(limits_.decode == decode_offer::attend && decode_.width() == scope::head,
-                   "limits.decode", to_string(limits_.decode), "attend, and one set per head");
-  }
-  auto const ps = prompt_.select.traits(), ds = decode_.select.traits();
-  KVKEEP_EXPECTS(!cuts_decode || ds.evicts_one || limits_.engine_commits, "decode.select", ds.name,
-                 "top_k, unless limits.engine_commits (blocks leave through choose and commit)");
-  for (auto const& l : layers_) {
-    if (cuts_prompt && ps.block > 1)
-      detail::check_blocks_view(l.kv, ps.block, prompt_.width(), ps.moves_tokens);
-    if (cuts_decode && ds.block > 1)
-      detail::check_blocks_view(l.kv, ds.block, decode_.width(), ds.moves_tokens);
-    if (!ps.moves_tokens || !ds.moves_tokens)
-      KVKEEP_EXPECTS(limits_.max_prompt == 0, "limits.max_prompt", limits_.max_prompt,
-                     "0 with whole blocks, which never move");
-  }
+  detail::check_pair(prompt_, decode_, one_policy_, layers_, limits_);
   detail::check_slots(prompt_, decode_, layers_, limits_);
 }
 
@@ -142,26 +83,8 @@ void session<Ctx, P, D>::carve(workspace& w) {
   bool const wide = prompt_.width() == scope::sequence || decode_.width() == scope::sequence;
   detail::carve_shared(w, shared_, shape_, n_layers, scores ? n_layers : 0,
                        wide ? limits_.max_batch : 0);
-  index_t const heads = shape_.cache.n_kv_heads;
-  index_t const b = limits_.engine_commits ? limits_.max_batch : 0;
-  plan_.id = w.take<index_t>(product(b));
-  plan_.row = w.take<index_t>(product(b));
-  plan_.generation = w.take<std::uint32_t>(product(b));
-  index_t const slots = shape_.cache.max_slots;
-  plan_.slots =
-      row_major<space>(w.take<index_t>(product(n_layers, b, heads, slots)), n_layers * b, heads, slots);
-  plan_.count = row_major<space>(w.take<index_t>(product(n_layers, b, heads)), n_layers * b, heads);
-  index_t const s = limits_.max_sequences;
   bool const whole = !prompt_.select.traits().moves_tokens || !decode_.select.traits().moves_tokens;
-  index_t const blocks = whole ? layers_[0].kv.k.layout.paged.blocks_per_table * heads : 0;
-  auto const lists = [&](index_t extent) {
-    return row_major<space>(w.take<index_t>(product(n_layers, s, extent)), n_layers, s, extent);
-  };
-  plan_.held = lists(heads);
-  plan_.kept = lists(blocks);
-  plan_.gone = lists(blocks);
-  plan_.n_kept = lists(heads);
-  plan_.n_gone = lists(heads);
+  detail::carve_plan(w, plan_, layers_, shape_, limits_.engine_commits ? limits_.max_batch : 0, whole);
 }
 
 /// Binds policies to the layers of a model. @see session

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Whether two policies, the layers of a model and an engine's limits go together, in any kind of session.
+#pragma once
+
+#include <string>
+
+#include "../slots.hpp"
+#include "offers.hpp"
+
+namespace kvkeep::detail {
+
+/// Whole blocks leave tables, so everything that shares a table shares a kept set.
+template <class Space>
+KVKEEP_COLD void check_blocks_view(kv_ref<Space> const& kv, index_t block, scope width,
+                                   bool moves) {
+  KVKEEP_EXPECTS(kv.k.layout.kind == layout_kind::paged && kv.v.layout.kind == layout_kind::paged,
+                 "view.k.layout", to_string(kv.k.layout.kind), "paged, for a selector of blocks");
+  KVKEEP_EXPECTS(kv.k.layout.paged.block_size == block && kv.v.layout.paged.block_size == block,
+                 "select.block", block,
+                 "the views' block_size = " + std::to_string(kv.k.layout.paged.block_size));
+  KVKEEP_EXPECTS(moves || kv.k.layout.paged.table_head_stride != 0 || width != scope::head, "per",
+                 to_string(width),
+                 "layer or sequence, where KV heads share a block table and whole blocks leave");
+}
+
+/// @param one     one policy serves the prompt and decoding
+/// @param layers  the managed ones
+template <class P, class D, class Layers>
+KVKEEP_COLD void check_pair(P const& prompt, D const& decode, bool one, Layers const& layers,
+                            limits const& lim) {
+  auto const pb = prompt.budget.traits(), db = decode.budget.traits();
+  KVKEEP_EXPECTS(!pb.inherits, "budget", pb.name,
+                 "a budget of its own (inherit is for a decode policy beside another)");
+  KVKEEP_EXPECTS(one || !db.needs_scores, "decode.budget", db.name,
+                 "uniform, per_layer, pyramid or inherit beside another prompt policy");
+  bool const cuts_prompt = !keeps_all(prompt.score);
+  bool const cuts_decode = cuts_while_decoding(decode.score);
+  index_t const guarded = decode.keep.sinks + decode.keep.recent;
+  KVKEEP_EXPECTS(
+      !db.inherits || !cuts_decode || prompt.budget.capacity() > guarded, "prompt.capacity",
+      prompt.budget.capacity(),
+      "> sinks + window = " + std::to_string(guarded) + " of the decode policy, which inherits it");
+  if (cuts_prompt && cuts_decode && !one) {
+    KVKEEP_EXPECTS(decode.width() == scope::head || prompt.width() >= decode.width(), "decode.per",
+                   to_string(decode.width()),
+                   "head, after a prompt policy that keeps one set per " +
+                       std::string(to_string(prompt.width())));
+  }
+  if (cuts_prompt)
+    KVKEEP_EXPECTS(lim.max_prompt == 0 || prompt.width() != scope::sequence, "limits.max_prompt",
+                   lim.max_prompt,
+                   "0, for one set per sequence (all layers are decided together, in place)");
+  if (decides_late(decode.when)) {
+    KVKEEP_EXPECTS(decode.score.traits().direct, "when.before_attention",
+                   decode.score.traits().name, "a scorer of recent query rows (MorphKV)");
+    KVKEEP_EXPECTS(lim.max_draft == 0 && lim.max_prompt == 0 && !lim.engine_commits,
+                   "when.before_attention", "true",
+                   "false with drafts, transient prompts or engine_commits");
+    KVKEEP_EXPECTS(lim.decode == decode_offer::attend && decode.width() == scope::head,
+                   "limits.decode", to_string(lim.decode), "attend, and one set per head");
+  }
+  auto const ps = prompt.select.traits(), ds = decode.select.traits();
+  KVKEEP_EXPECTS(!cuts_decode || ds.evicts_one || lim.engine_commits, "decode.select", ds.name,
+                 "top_k, unless limits.engine_commits (blocks leave through choose and commit)");
+  for (auto const& l : layers) {
+    if (cuts_prompt && ps.block > 1)
+      check_blocks_view(l.kv, ps.block, prompt.width(), ps.moves_tokens);
+    if (cuts_decode && ds.block > 1)
+      check_blocks_view(l.kv, ds.block, decode.width(), ds.moves_tokens);
+    if (ps.moves_tokens && ds.moves_tokens) continue;
+    KVKEEP_EXPECTS(lim.max_prompt == 0, "limits.max_prompt", lim.max_prompt,
+                   "0 with whole blocks, which never move");
+    offset_t const steps = offset_t{l.kv.k.layout.paged.blocks_per_table} + 1;
+    KVKEEP_EXPECTS(steps * lim.max_batch * l.kv.shape.n_kv_heads < offset_t{1} << 31,
+                   "limits.max_batch", lim.max_batch,
+                   "less, by which the blocks of all KV heads are multiplied");
+  }
+}
+
+}  // namespace kvkeep::detail
