@@ -27,7 +27,8 @@ std::vector<pairing> pairings() {
   o.capacity = 16;
   o.window = 4;
   o.sinks = 1;
-  policy_options burst = o, cached = o, direct = o, lazy = o, current = o, masks = o;
+  policy_options burst = o, cached = o, direct = o, lazy = o, current = o, masks = o, sequence = o;
+  sequence.per = scope::sequence;
   current.include_current = true;
   masks.per_head_mask = true;
   burst.evict_after = 1.3;
@@ -41,6 +42,7 @@ std::vector<pairing> pairings() {
           {"tova", "tova", o, 3},
           {"knorm", "knorm", o, 3},
           {"knorm", "knorm", burst, 8},
+          {"knorm", "knorm", sequence, 8},
           {"keydiff", "keydiff", o, 8},
           {"morphkv", "morphkv", lazy, 3},
           {"morphkv", "morphkv", cached, 11},
@@ -51,17 +53,20 @@ std::vector<pairing> pairings() {
           {"snapkv", "morphkv", lazy, 3}};
 }
 
+enum class decisions { in_step, aside, by_plan };
+
 /// Fixed addresses for whatever changes from step to step.
 struct step_memory {
-  std::vector<index_t> ids, rows;
+  std::vector<index_t> ids, rows, lengths;
   std::vector<float> q, k, v, out;
 };
 
 /// A device session over sequences of different lengths.
 class stepper {
  public:
-  stepper(pairing const& p, test::layout_id layout, bool aside = false)
-      : prompt_policy_(make_policy<test::op_context>(p.prompt, p.o)),
+  stepper(pairing const& p, test::layout_id layout, decisions how = decisions::in_step)
+      : how_(how),
+        prompt_policy_(make_policy<test::op_context>(p.prompt, p.o)),
         decode_policy_(make_policy<test::op_context>(p.decode, p.o)) {
     generator g(7);
     for (index_t s = 0; s < shape_.n_seq; ++s)
@@ -74,6 +79,7 @@ class stepper {
     for (auto const& c : caches_) specs_.push_back({test::to_device(c.ref())});
     limits lim;
     lim.max_sequences = shape_.n_seq;
+    lim.engine_commits = how == decisions::by_plan;
     std::span<layer_spec<device_space> const> const specs(specs_);
     memory_ = std::make_unique<test::aligned_block>(
         device_session_bytes(ctx(), prompt_policy_, decode_policy_, specs, lim));
@@ -85,7 +91,8 @@ class stepper {
     at_.k.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_k));
     at_.v.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_v));
     at_.out.resize(uz(n_layers * n * shape_.n_q_heads * shape_.dim_v));
-    if (aside) {
+    at_.lengths.resize(uz(n * n_layers * shape_.n_kv_heads));
+    if (how == decisions::aside) {
       auto& other = test::other_context();
       memory_aside_ = std::make_unique<test::aligned_block>(session_->aside_bytes(other));
       REQUIRE(session_->decide_in(other, memory_aside_->span()) == status::ok);
@@ -117,6 +124,7 @@ class stepper {
       REQUIRE(session_->append(l, b, rows) == status::ok);
       REQUIRE(session_->attend(l, b, q, out) == status::ok);
     }
+    if (how_ == decisions::by_plan) enqueue_plan(b);
   }
   /// What has been decided aside is there for what is enqueued next.
   void join() { REQUIRE(session_->join() == status::ok); }
@@ -164,7 +172,21 @@ class stepper {
   }
   static test::op_context& ctx() { return test::one_thread(); }
 
+  /// What the reports have said: [sequence, layer, head].
+  std::vector<index_t> const& lengths() const { return at_.lengths; }
+
  private:
+  void enqueue_plan(batch_ref<device_space> const& b) {
+    plan<device_space> chosen;
+    REQUIRE(session_->choose(b, chosen) == status::ok);
+    REQUIRE(session_->commit(chosen) == status::ok);
+    std::size_t const each = at_.lengths.size() / at_.ids.size();
+    report_buffer told;
+    for (std::size_t s = 0; s < at_.ids.size(); ++s) {
+      told.lengths = std::span(at_.lengths).subspan(s * each, each);
+      REQUIRE(session_->report(at_.ids[s], told, at_.rows[s]) == status::ok);
+    }
+  }
   void begin(index_t s, index_t n) {
     index_t const id = at_.ids[uz(s)];
     index_t got = -1;
@@ -190,6 +212,7 @@ class stepper {
     tokens_.push_back(n);
   }
 
+  decisions how_;
   cache_shape shape_{3, 4, 2, 8, 6, 1};
   test::device_any prompt_policy_, decode_policy_;
   std::vector<test::text> texts_;
@@ -203,7 +226,7 @@ class stepper {
 
 std::string describe(pairing const& p) {
   return std::string(p.prompt) + ", then " + p.decode + ", evict_after " +
-         std::to_string(p.o.evict_after) + ", rows " +
+         std::to_string(p.o.evict_after) + ", per " + to_string(p.o.per) + ", rows " +
          (p.o.evaluation ? std::to_string(static_cast<int>(*p.o.evaluation)) : "any");
 }
 
@@ -243,12 +266,41 @@ TEST_CASE("a recorded decode step, replayed, keeps and computes what enqueued st
   }
 }
 
+TEST_CASE("plans that are chosen, committed and reported in a graph are those of enqueued calls") {
+  for (pairing const& p : pairings()) {
+    if (std::string(p.decode) == "fullkv" || p.o.include_current || p.o.per_head_mask) continue;
+    INFO(describe(p));
+    stepper direct(p, test::layout_id::paged, decisions::by_plan),
+        replayed(p, test::layout_id::paged, decisions::by_plan);
+    std::optional<test::recording> graph;
+    for (int step = 0; step < 12; ++step) {
+      direct.show_next();
+      direct.enqueue_step();
+      test::settle_device();
+      if (!graph) {
+        graph.emplace(stepper::ctx());
+        replayed.enqueue_step();
+        REQUIRE(graph->end());
+      }
+      replayed.show_next();
+      REQUIRE(graph->replay());
+      auto const kept = replayed.kept();
+      REQUIRE(direct.kept() == kept);
+      REQUIRE(direct.out() == replayed.out());
+      REQUIRE(direct.lengths() == replayed.lengths());
+      for (auto const& head : kept)
+        CHECK(static_cast<double>(head.size()) <= p.o.evict_after * (p.o.capacity + 1));
+    }
+    for (stepper* const s : {&direct, &replayed}) CHECK(s->sound());
+  }
+}
+
 TEST_CASE("decisions beside what follows them are the same, enqueued or recorded") {
   for (pairing const& p : pairings()) {
     if (std::string(p.decode) == "fullkv") continue;  // decides nothing
     INFO(describe(p));
-    stepper plain(p, test::layout_id::paged), direct(p, test::layout_id::paged, true),
-        replayed(p, test::layout_id::paged, true);
+    stepper plain(p, test::layout_id::paged), direct(p, test::layout_id::paged, decisions::aside),
+        replayed(p, test::layout_id::paged, decisions::aside);
     std::optional<test::recording> graph;
     for (int step = 0; step < 8; ++step) {
       for (stepper* const s : {&plain, &direct, &replayed}) s->show_next();
@@ -302,7 +354,7 @@ TEST_CASE("two launches come before a decision that runs aside") {
   for (pairing const& p : pairings()) {
     if (p.launches != 3 || std::string(p.decode) == "fullkv") continue;
     INFO(describe(p));
-    stepper s(p, test::layout_id::hnd, true);
+    stepper s(p, test::layout_id::hnd, decisions::aside);
     s.show_next();
     cudaStream_t const main = stepper::ctx().stream, aside = test::other_context().stream;
     long const in_main = emulation::launches(main), in_aside = emulation::launches(aside);

@@ -70,12 +70,26 @@ std::vector<pairing> pairings() {
   pairing layer{"knorm", "knorm", small(16), small(16)};
   layer.o.per = layer.d.per = scope::layer;
   all.push_back(layer);
+  for (char const* name : {"h2o", "tova", "knorm", "keydiff", "morphkv"})
+    for (double const burst_factor : {1.0, 1.3}) {
+      pairing sequence{name, name, small(16), small(16)};
+      sequence.o.per = scope::sequence;
+      bool const bursts = name[0] == 'k' || name[0] == 'm';
+      if (burst_factor > 1 && !bursts) continue;
+      sequence.o.evict_after = burst_factor;
+      sequence.d = sequence.o;
+      all.push_back(sequence);
+      sequence.prompt = "snapkv";  // leaves more than decoding keeps
+      sequence.o = small(20);
+      sequence.o.per = scope::sequence;
+      all.push_back(sequence);
+    }
   return all;
 }
 
 std::string describe(pairing const& p) {
   return p.prompt + ", then " + p.decode + ", evict_after " + std::to_string(p.d.evict_after) +
-         (p.d.include_current ? ", include_current" : "") +
+         ", per " + to_string(p.d.per) + (p.d.include_current ? ", include_current" : "") +
          (p.d.per_head_mask ? ", per_head_mask" : "");
 }
 
@@ -93,7 +107,8 @@ void compare(pairing const& p, test::world w, std::uint64_t seed) {
   generator g(seed);
   auto const prompt = test::make(p.prompt, p.o), decode = test::make(p.decode, p.d);
   index_t slots = w.prompt + 30;
-  if (!p.d.include_current && !p.d.per_head_mask && g.chance(0.5F)) {
+  bool const together = p.o.per == scope::sequence;
+  if (!p.d.include_current && !p.d.per_head_mask && !together && g.chance(0.5F)) {
     w.lim.max_prompt = w.prompt;
     slots = slots_needed(prompt, decode, {w.shape, w.n_layers, -1, w.lim, w.prompt, 3, slots});
   }
@@ -477,13 +492,11 @@ TEST_CASE("what a device session does not have is refused when it is bound") {
   limits lim;
   lim.max_draft = 2;
   refused(o, lim, "h2o", "max_draft");
-  lim = {};
-  lim.engine_commits = true;
-  refused(o, lim, "h2o", "engine_commits");
   policy_options wide = o;
   wide.per = scope::sequence;
-  refused(wide, {}, "knorm", "per");
   lim = {};
+  lim.max_prompt = 30;
+  refused(wide, lim, "knorm", "limits.max_prompt");
   lim.max_prompt = 61;
   refused(o, lim, "fullkv", "max_slots");  // which would keep more than the cache holds
   lim.max_prompt = 30;
@@ -498,7 +511,19 @@ TEST_CASE("what a device session does not have is refused when it is bound") {
   policy_options layers = o;
   layers.include_current = true;
   layers.per = scope::layer;
-  refused(layers, {}, "morphkv", "decode.per");
+  refused(layers, {}, "morphkv", "one set per head");
+  // What heads keep after such a prompt is no set of a layer.
+  auto const h2o = make_policy<test::op_context>("h2o", o),
+             tova = make_policy<test::op_context>("tova", o);
+  auto const e = w.options(test::make("fullkv"), 60);
+  CHECK_THROWS_WITH(test::device_engine(e, h2o, tova), Catch::Matchers::Contains("decode.per"));
+  policy_options blocks = o;
+  blocks.whole_blocks = true;
+  blocks.block = 4;
+  refused(blocks, {}, "knorm", "decode.select");
+  lim = {};
+  lim.engine_commits = true;
+  refused(blocks, lim, "knorm", "view.k.layout");
 }
 
 TEST_CASE("a query head is shown what a plan keeps, and nothing else") {

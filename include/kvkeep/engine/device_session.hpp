@@ -9,11 +9,10 @@
 #include "../budget/inherit.hpp"
 #include "../op/attend.hpp"
 #include "../op/reduce.hpp"
-#include "detail/device_prompt_steps.hpp"
+#include "detail/device_core.hpp"
 #include "detail/device_rows.hpp"
 #include "detail/offers.hpp"
 #include "detail/prompt_steps.hpp"
-#include "detail/token_chain.hpp"
 #include "slots.hpp"
 
 namespace kvkeep {
@@ -27,8 +26,8 @@ namespace kvkeep {
 /// - The host says how long prompts are; after their end only the backend counts. With `limits::max_prompt` a prompt's
 ///   keys and values stay in a view of its own, layer after layer, and survivors alone come into the cache.
 /// - Batches of decode calls (`batch_ref`: rows and ids) lie in the backend's memory.
-/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts, no plans for engines that
-///   commit themselves, one kept set per head or layer: `session` has these.
+/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts: `session` has these.
+/// - Where a sequence keeps one set, a token's last layer decides for all of them, in the session's own context.
 /// - Slots that have been freed are written to: sequences share no pages but those of a frozen prefix.
 /// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
 ///
@@ -40,9 +39,21 @@ namespace kvkeep {
 /// enqueues next, and the first one waits for them in `join`, at the end of a step.
 /// Threads: calls of one session do not overlap.
 template <backend Ctx, class Prompt, class Decode = Prompt>
-class device_session {
+class device_session : detail::device_core<Ctx> {
+  using core = detail::device_core<Ctx>;
+  using core::ctx_, core::limits_, core::bound_, core::shape_, core::layers_, core::usual_slots_,
+      core::sequences_, core::prompts_, core::prompt_owner_, core::shared_, core::plan_,
+      core::layer_table_, core::numbers_, core::n_numbers_, core::newest_rows_, core::tickets_,
+      core::row_tickets_, core::faults_, core::aside_, core::state_bytes_, core::scratch_bytes_,
+      core::scratch_;
+  using core::n_layers, core::is_last, core::alive, core::find_place, core::managed,
+      core::prompt_of, core::one, core::pool, core::scratch, core::each, core::each_number,
+      core::every, core::holding, core::n_kept, core::plan_of, core::take_scores, core::one_leaves_,
+      core::tracks_tables_;
+
  public:
   using space = space_of<Ctx>;
+  using plan_type = plan<space>;
 
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success.
@@ -70,6 +81,8 @@ class device_session {
                     index_t row = -1) noexcept;
   /// The first cut of all layers, in place.
   status end_prompt(index_t id) noexcept;
+  /// Layers that `end_prompt(layer, ...)` decides: earlier ones too where budgets couple layers.
+  layer_range due(index_t layer) const noexcept;
 
   // -- decoding -----------------------------------------------------------------------------------
   /// A slot per sequence and KV head for the next token, `slots` `[entry, kv_head]`; -1 where the
@@ -97,6 +110,23 @@ class device_session {
   status observe(index_t layer, batch_ref<space> const& b, attention_rows const& a) noexcept;
   /// The same with scores of its own for the slots in use (limits.decode = scores).
   status observe(index_t layer, batch_ref<space> const& b, own_scores const& s) noexcept;
+
+  // -- engines that allocate and commit themselves ----------------------------------------------------
+  /// One token at the tail of every layer, where the engine writes it. `slot_mapping` `[entry]` is the pool row
+  /// `block * block_size + offset`, in the backend's memory (null: not checked). A sequence without such a slot in some
+  /// layer gets none, and has a fault.
+  status append_at(batch_ref<space> const& b, std::int64_t const* slot_mapping = nullptr) noexcept;
+  /// Decides for all layers and moves nothing (limits::engine_commits). The plan lives in the session, in the backend's
+  /// memory, until the next choose; all heads are scored, and those for which nothing is due keep all slots.
+  status choose(batch_ref<space> const& b, plan_type& out) noexcept;
+  /// Applies the last plan in place, by the rows that `choose` was given. A sequence that has had a token since, ended or
+  /// begun anew is left alone: generations are compared in the backend (device_fault::stale_plan).
+  /// @return stale_plan if this is not the session's last plan
+  status commit(plan_type const& p) noexcept;
+  /// Lengths, freed blocks, block tables and faults of one sequence after cuts (see plan.hpp). `row` is its sequence row
+  /// in the views (-1: the id). The engine frees blocks and changes tables once this has been done; where whole blocks
+  /// leave, before it appends.
+  status report(index_t id, report_buffer const& out, index_t row = -1) noexcept;
 
   // -- decisions beside what follows them -----------------------------------------------------------
   /// From now on decisions run in `other` (on CUDA: a second stream, both contexts with a mark), each after its own
@@ -152,38 +182,11 @@ class device_session {
   KVKEEP_COLD void carve(workspace& w);
   KVKEEP_COLD void measure();
   KVKEEP_COLD void place(std::span<std::byte> memory);
+  KVKEEP_COLD status fill(workspace& w) noexcept;
 
-  workspace scratch() const noexcept { return workspace({scratch_, scratch_bytes_}); }
-  bool alive(index_t id) const noexcept {
-    return id >= 0 && id < limits_.max_sequences && sequences_[static_cast<std::size_t>(id)].alive;
-  }
-  /// Where a sequence may begin: as asked, or the first that is free.
-  status find_place(index_t wanted, index_t& id) const noexcept;
-  index_t managed(index_t layer) const noexcept {
-    bool const known = layer >= 0 && layer < static_cast<index_t>(number_of_.size());
-    return known ? number_of_[static_cast<std::size_t>(layer)] : -2;
-  }
-  prompt_state& prompt_of(layer_data const& l, index_t id) noexcept {
-    return prompts_[product(l.number, limits_.max_sequences) + static_cast<std::size_t>(id)];
-  }
-  /// One sequence as a batch: `numbers_` holds 0, 1, 2, ... in the backend's memory.
-  batch_ref<space> one(index_t id, index_t row) const noexcept {
-    return {1, numbers_ + row, numbers_ + id};
-  }
   using runner = detail::runner<Ctx>;
-  template <class F>
-  status each(index_t n, F const& f, workspace& w) const noexcept {
-    return runner{*ctx_, w}.each(n, f);
-  }
-  source pool(layer_data const& l, batch_ref<space> const& b) const noexcept {
-    return {b, {l.kv, l.slots}, l.weight_sum, 0};
-  }
   guard_ref<space> guard_of(bool prompt, index_t id0) const noexcept;
   score_input<space> input(layer_data const& l, source const& s, bool prompt) const noexcept;
-
-  // device_life_cycle.hpp
-  template <class F>
-  status each_number(F f, workspace& w) const noexcept;
 
   // device_prompt.hpp
   status find_prompt(layer_data const& l, index_t id, kv_ref<space> const* prompt, index_t row,
@@ -191,6 +194,7 @@ class device_session {
   status extend(slot_state<space> const& s, index_t state_row, index_t p0, index_t n,
                 index_t own_rows, workspace& w) const noexcept;
   status push_prompt(layer_data& l, index_t id, queries const& q, workspace& w) noexcept;
+  status mark(layer_data const& l, index_t id, index_t state, workspace& w) const noexcept;
   status feed_scorers(layer_data& l, source const& s, queries const& q, index_t p0,
                       workspace& w) noexcept;
 
@@ -199,6 +203,9 @@ class device_session {
                        workspace& w) noexcept;
   status score_prompt(layer_data& l, index_t id, source const& s, score_map<space> out,
                       workspace& w) noexcept;
+  status join_layers(layer_data& l, index_t id, source const& to, score_map<space> scores,
+                     workspace& w) noexcept;
+  status settle(layer_data& l, index_t id, source const& to, workspace& w) noexcept;
   status hand_over(layer_data& l, index_t id, source const& to, workspace& w) noexcept;
   status cut_once(layer_data& l, batch_ref<space> const& b, workspace& w) noexcept;
   status cut_prompt(layer_data& l, index_t id, source const& from, source const& to,
@@ -240,6 +247,9 @@ class device_session {
                       score_map<space> out) noexcept;
   status evict(runner const& by, layer_data& l, score_input<space> const& in,
                detail::token_steps<space>& t) noexcept;
+  detail::resolve_keep<space> resolving(layer_data const& l, batch_ref<space> const& b,
+                                        index_t extra,
+                                        tensor_ref<index_t, 2, space> const& keep) const noexcept;
   detail::cut_memory<space> take_cut(index_t n, workspace& w) const noexcept;
   status list_cut(runner const& by, layer_data const& l, batch_ref<space> const& b, index_t extra,
                   detail::cut_memory<space> const& c) const noexcept;
@@ -249,6 +259,21 @@ class device_session {
   template <class... After>
   status cut(runner const& by, layer_data& l, score_input<space> in,
              After const&... after) noexcept;
+
+  // device_sequences.hpp
+  status fold_token(layer_data const& l, score_input<space> const& in,
+                    detail::token_steps<space>& t, workspace& w) noexcept;
+  status add_layer(runner const& by, layer_data const& l, score_input<space> const& in,
+                   tensor_ref<float const, 3, space> scores) noexcept;
+  status decide_sequences(batch_ref<space> const& b, workspace& w) noexcept;
+  status evict_sequences(batch_ref<space> const& b, workspace& w) noexcept;
+  status cut_sequences(batch_ref<space> const& b, workspace& w) noexcept;
+
+  // device_moving.hpp
+  status give_tails(batch_ref<space> const& b, std::int64_t const* slot_mapping,
+                    workspace& w) noexcept;
+  status choose_layers(batch_ref<space> const& b, workspace& w) noexcept;
+  status commit_layers(index_t n, workspace& w) noexcept;
 
   // device_aside.hpp
   status decide_aside(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
@@ -264,32 +289,9 @@ class device_session {
                     tensor_ref<std::uint8_t, 3, space> const& visible,
                     detail::cut_memory<space> const& c, workspace& w) noexcept;
 
-  Ctx* ctx_ = nullptr;
   Prompt prompt_{};
   Decode decode_{};
   bool one_policy_ = false;
-  bool one_leaves_ = true;  ///< no bursts: victims alone once a prompt has ended
-  detail::bound_rows bound_{};
-  limits limits_{};
-  detail::state_shape shape_{};
-  std::vector<index_t> number_of_;    ///< [layer] managed number, or -1
-  std::vector<layer_data> layers_;    ///< managed layers
-  std::vector<index_t> usual_slots_;  ///< [managed layer] of a head while decoding; 0: nobody knows
-  std::vector<host_state> sequences_;
-  std::vector<prompt_state> prompts_;  ///< [managed layer, id]
-  index_t prompt_owner_ = -1;          ///< sequence whose coupled layers are being decided
-  detail::shared_state<space> shared_{};
-  index_t* numbers_ = nullptr;
-  index_t n_numbers_ = 0;
-  index_t* newest_rows_ =
-      nullptr;                  ///< [managed layer, entry] ring rows; one list of 0 for small rings
-  index_t* tickets_ = nullptr;  ///< [max_batch] of op::joined_chain
-  index_t* row_tickets_ = nullptr;  ///< [max_batch, q_head] of op::attend
-  index_t* faults_ = nullptr;
-  detail::aside_state<Ctx> aside_;
-  std::size_t state_bytes_ = 0;
-  std::size_t scratch_bytes_ = 0;
-  std::byte* scratch_ = nullptr;
 };
 
 }  // namespace kvkeep

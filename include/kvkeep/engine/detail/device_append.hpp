@@ -63,8 +63,9 @@ status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> con
   if (slots == nullptr) slots = own_slots;
   using find = detail::find_faults<space>;
   using take = detail::take_slots<space>;
-  op::for_each<find, space> const look{n, find{l, b, faults_, found}};
-  op::for_each<take, space> const give{n, take{l, shape_.rows, b, found, faults_, slots}};
+  op::for_each<find, space> const look{n, find{l, b, n_kept(), faults_, found}};
+  op::for_each<take, space> const give{
+      n, take{l, shape_.rows, b, found, faults_, shared_.generation, slots}};
   // A block has as much to do as it has heads, not slots,
   if (kv == nullptr) return run(*ctx_, op::make_chain<space>(b.n, 1, heads, look, give), w);
   // or elements of a token.

@@ -75,6 +75,11 @@ status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const
   if (!detail::cuts_while_decoding(decode_.score))
     return detail::run_heads(*ctx_, in, w, t.attend, t.push, settle);
   if (detail::decides_late(decode_.when)) return attend_special(l, in, t, w);
+  bool const wide = decode_.width() == scope::sequence;
+  if (limits_.engine_commits || wide) {
+    KVKEEP_TRY(fold_token(l, in, t, w));
+    return limits_.engine_commits || !is_last(l) ? status::ok : decide_sequences(in.batch, w);
+  }
   if (aside_.ctx != nullptr) return decide_aside(l, in, t, w);
   if (w.measuring() && aside_.measured != nullptr) KVKEEP_TRY(measure_aside(l, in, t));
   return decide_by({*ctx_, w}, l, in, t);
@@ -104,8 +109,7 @@ status device_session<Ctx, P, D>::evict(runner const& by, layer_data& l,
   auto const keep = row_major<space>(w.take<index_t>(size), n_ids, heads);
   t.victims = row_major<space>(w.take<index_t>(size), n_ids, heads);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  index_t const* const ids = in.batch.id;
-  t.resolve = {l.k, l.slots, ids, ids, heads, 1.0, decode_.when.room, 0, 1, 0, keep};
+  t.resolve = resolving(l, in.batch, 0, keep);
   t.settle.keep = keep;
   t.settle.found = t.victims;
   t.one_set = t.settle.one_set = decode_.width() != scope::head;
@@ -113,6 +117,26 @@ status device_session<Ctx, P, D>::evict(runner const& by, layer_data& l,
   t.joins = decode_.score.traits().comparable;
   t.folds = !bound_.attention_folds;
   return detail::decide_token(by.ctx, decode_.score, in, t, w);
+}
+
+/// What heads keep when a decision is due, else all they have.
+/// @param extra  slots beyond the budget that stay
+template <backend Ctx, class P, class D>
+auto device_session<Ctx, P, D>::resolving(layer_data const& l, batch_ref<space> const& b,
+                                          index_t extra,
+                                          tensor_ref<index_t, 2, space> const& keep) const noexcept
+    -> detail::resolve_keep<space> {
+  return {l.k,
+          l.slots,
+          b.id,
+          b.id,
+          shape_.cache.n_kv_heads,
+          decode_.when.evict_after,
+          decode_.when.room,
+          extra,
+          decode_.select.traits().block,
+          0,
+          keep};
 }
 
 /// Takes the memory of a cut from the scratch.
@@ -125,7 +149,7 @@ auto device_session<Ctx, P, D>::take_cut(index_t n, workspace& w) const noexcept
   detail::cut_memory<space> c;
   c.keep = row_major<space>(w.take<index_t>(ids), n_ids, heads);
   c.due = row_major<space>(w.take<index_t>(ids), n_ids, heads);
-  c.scores = row_major<space>(w.take<float>(product(size, slots)), n, heads, slots);
+  c.scores = take_scores(n, w);
   c.plan = {row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
             row_major<space>(w.take<index_t>(size), n, heads)};
   return c;
@@ -137,19 +161,8 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::list_cut(runner const& by, layer_data const& l,
                                            batch_ref<space> const& b, index_t extra,
                                            detail::cut_memory<space> const& c) const noexcept {
-  index_t const heads = shape_.cache.n_kv_heads;
-  detail::resolve_keep<space> const resolve{l.k,
-                                            l.slots,
-                                            b.id,
-                                            b.id,
-                                            heads,
-                                            decode_.when.evict_after,
-                                            decode_.when.room,
-                                            extra,
-                                            decode_.select.traits().block,
-                                            0,
-                                            c.keep};
-  return by.each(b.n * heads, detail::list_due<space>{resolve, c.due});
+  return by.each(b.n * shape_.cache.n_kv_heads,
+                 detail::list_due<space>{resolving(l, b, extra, c.keep), holding(l), c.due});
 }
 
 /// Cuts the heads that are listed, by `c.scores`. @param after  steps per head that come last
@@ -184,4 +197,6 @@ status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l, score_inp
 }  // namespace kvkeep
 
 #include "device_aside.hpp"
+#include "device_moving.hpp"
+#include "device_sequences.hpp"
 #include "device_special.hpp"

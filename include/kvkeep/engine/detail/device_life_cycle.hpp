@@ -10,28 +10,6 @@
 namespace kvkeep {
 
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::find_place(index_t wanted, index_t& id) const noexcept {
-  id = wanted;
-  if (id < 0)
-    for (id = 0; id < limits_.max_sequences && alive(id); ++id) {
-    }
-  if (id >= limits_.max_sequences)
-    return wanted < 0 ? status::capacity_exceeded : status::bad_sequence;
-  return alive(id) ? status::bad_sequence : status::ok;
-}
-
-/// A step for every number of a sequence in a layer: indices have 31 bits.
-template <backend Ctx, class P, class D>
-template <class F>
-status device_session<Ctx, P, D>::each_number(F f, workspace& w) const noexcept {
-  constexpr offset_t most = offset_t{1} << 30;
-  if (!f.all.whole()) return status::unsupported;
-  for (; f.first < f.all.total; f.first += most)
-    KVKEEP_TRY(each(static_cast<index_t>(std::min(most, f.all.total - f.first)), f, w));
-  return status::ok;
-}
-
-template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcept {
   index_t at = -1;
   KVKEEP_TRY(find_place(o.id, at));
@@ -44,10 +22,11 @@ status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) 
   KVKEEP_TRY(join());
   workspace w = scratch();
   index_t const heads = shape_.cache.n_kv_heads;
-  KVKEEP_TRY(each(1, detail::set_sequence{shared_.frozen, faults_, at, o.frozen}, w));
+  KVKEEP_TRY(
+      each(1, detail::set_sequence{shared_.frozen, faults_, shared_.generation, at, o.frozen}, w));
   for (auto& l : layers_) {
     KVKEEP_TRY(each_number(detail::clear_sequence<space>{detail::sequence_arrays(l), at}, w));
-    KVKEEP_TRY(each(heads, detail::open_head<space>{l, at}, w));
+    KVKEEP_TRY(each(heads, detail::open_head<space>{l, {plan_, l.number, at, detail::settled}}, w));
     if (o.frozen > 0) KVKEEP_TRY(extend(l.slots, at, 0, o.frozen, 0, w));
     KVKEEP_TRY(each(1, detail::set_counters<space>{l, at, o.frozen, o.frozen}, w));
     KVKEEP_TRY(fix_budget(l, at, 0, w));
@@ -70,9 +49,13 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
   workspace w = scratch();
   host_state s = sequences_[static_cast<std::size_t>(from)];
   s.frozen = std::max(s.frozen, o.frozen);
-  KVKEEP_TRY(each(1, detail::fork_sequence{shared_.frozen, faults_, from, to, s.frozen}, w));
+  KVKEEP_TRY(each(
+      1, detail::fork_sequence{shared_.frozen, faults_, shared_.generation, from, to, s.frozen},
+      w));
   for (auto& l : layers_) {
     KVKEEP_TRY(each_number(detail::copy_sequence<space>{detail::sequence_arrays(l), from, to}, w));
+    KVKEEP_TRY(
+        each(shape_.cache.n_kv_heads, detail::fork_tables<space>{plan_, l.number, from, to}, w));
     prompt_of(l, to) = prompt_of(l, from);
   }
   sequences_[static_cast<std::size_t>(to)] = s;
@@ -83,6 +66,11 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::end(index_t id) noexcept {
   if (!alive(id)) return status::bad_sequence;
+  if (limits_.engine_commits) {  // plans may be under way
+    workspace w = scratch();
+    KVKEEP_TRY(join());
+    KVKEEP_TRY(each(1, detail::next_generation{shared_.generation, id}, w));
+  }
   sequences_[static_cast<std::size_t>(id)].alive = false;
   if (prompt_owner_ == id) prompt_owner_ = -1;
   return status::ok;

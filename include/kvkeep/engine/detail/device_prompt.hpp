@@ -70,8 +70,17 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries con
   shared_.staging_layer = m;
   shared_.staging_id = id;
   prompt_of(l, id).tokens = p0 + n;
+  if (limits_.engine_commits) KVKEEP_TRY(mark(l, id, detail::prompt_open, w));
   KVKEEP_TRY(push_prompt(l, id, q, w));
   return feed_scorers(l, from, q, p0, w);
+}
+
+/// Plans and appended tokens wait for the end of a prompt.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::mark(layer_data const& l, index_t id, index_t state,
+                                       workspace& w) const noexcept {
+  detail::mark_prompt<space> const step{plan_.n_kept, l.number, id, state};
+  return each(shape_.cache.n_kv_heads, step, w);
 }
 
 /// Gives the tokens of a chunk the tail slots of a sequence.
@@ -111,6 +120,12 @@ status device_session<Ctx, P, D>::feed_scorers(layer_data& l, source const& s, q
 }
 
 template <backend Ctx, class P, class D>
+layer_range device_session<Ctx, P, D>::due(index_t layer) const noexcept {
+  index_t const m = managed(layer);
+  return m < 0 ? layer_range{} : detail::due_layers(prompt_, layers_, m);
+}
+
+template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::end_prompt(index_t id) noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (limits_.max_prompt > 0) return status::bad_argument;
@@ -132,7 +147,8 @@ status device_session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<s
   index_t const tokens = prompt_of(l, id).tokens;
   if (m > 0 && prompt_of(layers_[static_cast<std::size_t>(m - 1)], id).tokens != tokens)
     return status::bad_order;
-  bool const together = prompt_.budget.traits().couples_layers;
+  bool const together =
+      prompt_.budget.traits().couples_layers || prompt_.width() == scope::sequence;
   if (together && (m > 0 ? prompt_owner_ != id : prompt_owner_ >= 0)) return status::bad_order;
   bool const transient = limits_.max_prompt > 0;
   if (transient && prompt == nullptr) return status::bad_argument;
@@ -146,8 +162,7 @@ status device_session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<s
   source const to = transient ? pool(l, one(id, id)) : from;
   KVKEEP_TRY(decide_prompt(l, id, from, to, w));
   s.ended_layers = m + 1;
-  bool const last = m + 1 == static_cast<index_t>(layers_.size());
-  if (together) prompt_owner_ = last ? -1 : id;
+  if (together) prompt_owner_ = is_last(l) ? -1 : id;
   return status::ok;
 }
 

@@ -34,12 +34,10 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
                                                 source const& to, workspace& w) noexcept {
   bool const measuring = w.measuring();
   index_t const heads = shape_.cache.n_kv_heads, slots = from.layer.kv.shape.max_slots;
-  auto const n_layers = static_cast<index_t>(layers_.size());
   index_t const tokens = measuring ? slots : prompt_of(l, id).tokens;
   auto const bt = prompt_.budget.traits();
-  budget_input<space> in{n_layers, l.number,           heads,
-                         tokens,   prompt_.keep.sinks, prompt_.keep.recent,
-                         {},       shared_.prompt_k};
+  budget_input<space> in{n_layers(),          l.number, heads,           tokens, prompt_.keep.sinks,
+                         prompt_.keep.recent, {},       shared_.prompt_k};
   if (bt.needs_scores) in.scores = shared_.prompt_scores;
   bool const whole = detail::keeps_all(prompt_.score);
   bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
@@ -56,16 +54,23 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
     scores.stride[0] = shared_.prompt_scores.stride[1];
     scores.stride[1] = shared_.prompt_scores.stride[2];
   }
+  bool const wide = prompt_.width() == scope::sequence;
+  bool const moves = prompt_.select.traits().moves_tokens;
   bool const wanted = bt.needs_scores || !detail::decides_late(prompt_.when);
   bool const scored = !whole && (bt.couples_layers || (!short_prompt && wanted));
   if (scored || measuring) {
     KVKEEP_TRY(score_prompt(l, id, from, scores, w));
     if (bt.needs_scores && !short_prompt) KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
   }
-  if (scored || measuring || limits_.max_prompt > 0)
+  if (tracks_tables_) KVKEEP_TRY(mark(l, id, detail::settled, w));
+  // Whole blocks leave the table, which the engine adopts later: read the keys before.
+  if (!moves) KVKEEP_TRY(settle(l, id, to, w));
+  if (wide && (scored || measuring))
+    KVKEEP_TRY(join_layers(l, id, to, scores, w));
+  else if (scored || measuring || limits_.max_prompt > 0)
     KVKEEP_TRY(cut_prompt(l, id, from, to, scores, w));
   if (!measuring && !short_prompt)
-    for (index_t j = prompt_.budget.due(l.number, n_layers).first; j < l.number; ++j) {
+    for (index_t j = prompt_.budget.due(l.number, n_layers()).first; j < l.number; ++j) {
       layer_data& earlier = layers_[static_cast<std::size_t>(j)];
       auto const row = detail::row_as_map(earlier.slots.rows, shape_.rows.score_at);
       source const at = pool(earlier, to.batch);
@@ -76,12 +81,34 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
   return hand_over(l, id, to, w);
 }
 
+/// Adds a layer's scores to the sequence's; with the last one all layers are cut.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::join_layers(layer_data& l, index_t id, source const& to,
+                                              score_map<space> scores, workspace& w) noexcept {
+  KVKEEP_TRY(add_layer({*ctx_, w}, l, input(l, to, true), scores));
+  if (!is_last(l) && !w.measuring()) return status::ok;
+  for (auto& each_layer : layers_) {
+    source const at = pool(each_layer, to.batch);
+    KVKEEP_TRY(cut_prompt(each_layer, id, at, at, shared_.sequence_scores, w));
+  }
+  return status::ok;
+}
+
+/// Builds the decode scorer's state of a prompt's slots.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::settle(layer_data& l, index_t id, source const& to,
+                                         workspace& w) noexcept {
+  if (!decode_.score.traits().at_decode) return status::ok;
+  auto view = input(l, to, false);
+  view.has_lse = w.measuring() || prompt_of(l, id).has_lse;
+  return decode_.score.settle(*ctx_, view, w);
+}
+
 /// The tokens per head that decoding keeps.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::fix_budget(layer_data& l, index_t id, index_t tokens,
                                              workspace& w) noexcept {
-  return detail::fix_decode_budget(*ctx_, prompt_, decode_, one_policy_,
-                                   static_cast<index_t>(layers_.size()), l, id, tokens,
+  return detail::fix_decode_budget(*ctx_, prompt_, decode_, one_policy_, n_layers(), l, id, tokens,
                                    shared_.prompt_k, w);
 }
 
@@ -89,17 +116,15 @@ status device_session<Ctx, P, D>::fix_budget(layer_data& l, index_t id, index_t 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::hand_over(layer_data& l, index_t id, source const& to,
                                             workspace& w) noexcept {
-  bool const measuring = w.measuring();
-  if (decode_.score.traits().at_decode) {
-    auto view = input(l, to, false);
-    view.has_lse = measuring || prompt_of(l, id).has_lse;
-    KVKEEP_TRY(decode_.score.settle(*ctx_, view, w));
-  }
+  bool const measuring = w.measuring(), moved = prompt_.select.traits().moves_tokens;
+  if (moved) KVKEEP_TRY(settle(l, id, to, w));
   if (!detail::cuts_while_decoding(decode_.score) || (one_policy_ && !measuring)) return status::ok;
-  if (detail::decides_late(decode_.when)) return status::ok;
+  if (detail::decides_late(decode_.when) || limits_.engine_commits || !moved) return status::ok;
+  bool const wide = decode_.width() == scope::sequence;
   bool const coupled = prompt_.budget.traits().couples_layers;
-  if (!coupled || measuring) return cut_once(l, to.batch, w);
-  if (l.number + 1 != static_cast<index_t>(layers_.size())) return status::ok;
+  if (!wide && (!coupled || measuring)) return cut_once(l, to.batch, w);
+  if (!is_last(l) && !measuring) return status::ok;
+  if (wide) return cut_sequences(to.batch, w);
   for (auto& each_layer : layers_) KVKEEP_TRY(cut_once(each_layer, to.batch, w));
   return status::ok;
 }
@@ -151,10 +176,17 @@ status device_session<Ctx, P, D>::cut_prompt(layer_data& l, index_t id, source c
                                             whole ? std::numeric_limits<index_t>::max() : 0,
                                             keep};
   KVKEEP_TRY(each(heads, resolve, w));
+  if (in_place) KVKEEP_TRY(each(heads, detail::note_prompt<space>{holding(l), id}, w));
   KVKEEP_TRY(prompt_.select.select(*ctx_, from.batch, from.layer.slots, scores, keep,
                                    guard_of(true, from.id0), plan, w));
   if (!in_place || measuring) KVKEEP_TRY(refuse_misfits(l, to, plan, w));
-  return run(*ctx_, op::compact<space>{from.batch, from.layer, to.batch, to.layer, plan}, w);
+  op::compact<space> move{from.batch, from.layer, to.batch, to.layer, plan};
+  if (!prompt_.select.traits().moves_tokens) {
+    detail::record_blocks<space> const record{l, from.batch, plan, plan_};
+    KVKEEP_TRY(each(heads * record.steps(), record, w));
+    move.how = op::move_kind::renumber;
+  }
+  return run(*ctx_, move, w);
 }
 
 /// Where the cache has no place for what a head keeps, no head of the layer keeps anything.

@@ -40,11 +40,13 @@ struct set_counters {
 struct set_sequence {
   index_t* frozen;
   index_t* faults;
+  std::uint32_t* generation;
   index_t id;
   index_t tokens;
   KVKEEP_HD void operator()(index_t) const noexcept {
     frozen[id] = tokens;
     faults[id] = 0;
+    ++generation[id];
   }
 };
 
@@ -52,11 +54,13 @@ struct set_sequence {
 struct fork_sequence {
   index_t* frozen;
   index_t* faults;
+  std::uint32_t* generation;
   index_t from, to;
   index_t tokens;
   KVKEEP_HD void operator()(index_t) const noexcept {
     frozen[to] = tokens;
     faults[to] = faults[from];
+    ++generation[to];
   }
 };
 
@@ -110,15 +114,47 @@ struct copy_sequence {
   }
 };
 
-/// No head has a free slot or an unattended token; index: KV head.
+/// No head has a free slot or an unattended token, or anything to report; index: KV head.
 template <class Space>
 struct open_head {
   layer_state<Space> l;
-  index_t id;
+  open_tables<Space> tables;
   KVKEEP_HD void operator()(index_t h) const noexcept {
-    l.victim(id, h) = -1;
-    l.fresh(0, id, h) = -1;
+    l.victim(tables.id, h) = -1;
+    l.fresh(0, tables.id, h) = -1;
+    tables(h);
   }
+};
+
+/// A copy's tables are those of the original; index: KV head.
+template <class Space>
+struct fork_tables {
+  plan_memory<Space> p;
+  index_t layer;
+  index_t from, to;
+  KVKEEP_HD void operator()(index_t h) const noexcept {
+    p.held(layer, to, h) = p.held(layer, from, h);
+    p.n_gone(layer, to, h) = 0;
+    p.n_kept(layer, to, h) = p.n_kept(layer, from, h) == prompt_open ? prompt_open : settled;
+  }
+};
+
+/// Says whether a layer's prompt is open; index: KV head.
+template <class Space>
+struct mark_prompt {
+  tensor_ref<index_t, 3, Space> n_kept;  ///< of plan_memory
+  index_t layer;
+  index_t id;
+  index_t state;
+  KVKEEP_HD void operator()(index_t h) const noexcept { n_kept(layer, id, h) = state; }
+};
+
+/// Before a prompt is cut in place; index: KV head.
+template <class Space>
+struct note_prompt {
+  note_held<Space> note;
+  index_t id;
+  KVKEEP_HD void operator()(index_t h) const noexcept { note(id, h); }
 };
 
 /// Gives `n` new tokens of a prompt the slots from `position` on, which is as many as there are. Index:

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../device_session.hpp"
+#include "bind_checks.hpp"
 #include "measure.hpp"
 
 namespace kvkeep {
@@ -22,26 +23,22 @@ void device_session<Ctx, P, D>::check_setup() const {
     KVKEEP_EXPECTS(same == first, name.c_str(), "different",
                    "as in the first layer, but for max_slots");
   }
-  auto const n = static_cast<index_t>(layers_.size());
+  auto const n = n_layers();
   check_policy(prompt_, n, first);
   check_policy(decode_, n, first);
   detail::check_offer(prompt_.score, first, limits_, one_policy_);
   if (!one_policy_) detail::check_offer(decode_.score, first, limits_, true);
-  auto const pb = prompt_.budget.traits(), db = decode_.budget.traits();
-  KVKEEP_EXPECTS(!pb.inherits, "budget", pb.name,
-                 "a budget of its own (inherit is for a decode policy beside another)");
-  KVKEEP_EXPECTS(one_policy_ || !db.needs_scores, "decode.budget", db.name,
-                 "uniform, per_layer, pyramid or inherit beside another prompt policy");
+  detail::check_pair(prompt_, decode_, one_policy_, layers_, limits_);
   KVKEEP_EXPECTS(limits_.max_draft == 0, "limits.max_draft", limits_.max_draft,
                  "0 in a device session");
-  KVKEEP_EXPECTS(!limits_.engine_commits, "limits.engine_commits", "true",
-                 "false in a device session");
   bool const rows =
       limits_.decode == decode_offer::attention_rows || limits_.decode == decode_offer::scores;
   offset_t const floats = static_cast<offset_t>(limits_.max_batch) * first.n_q_heads;
   offset_t const indices = offset_t{1} << 31;
   KVKEEP_EXPECTS(offset_t{first.n_kv_heads} * limits_.max_prompt < indices, "limits.max_prompt",
                  limits_.max_prompt, "less, by which KV heads are multiplied");
+  KVKEEP_EXPECTS(offset_t{n} * first.n_kv_heads * limits_.max_batch < indices, "limits.max_batch",
+                 limits_.max_batch, "less, by which the KV heads of all layers are multiplied");
   for (auto const& l : layers_) {
     index_t const slots = l.kv.shape.max_slots;
     KVKEEP_EXPECTS(offset_t{first.n_kv_heads} * slots < indices, "max_slots", slots,
@@ -49,21 +46,6 @@ void device_session<Ctx, P, D>::check_setup() const {
     KVKEEP_EXPECTS(!rows || floats * slots < indices, "limits.max_batch", limits_.max_batch,
                    "less, by which query heads and max_slots are multiplied");
   }
-  for (auto const* policy_scope : {&prompt_.per, &decode_.per})
-    KVKEEP_EXPECTS(*policy_scope != scope::sequence, "per", to_string(*policy_scope),
-                   "head or layer in a device session");
-  if (detail::decides_late(decode_.when)) {
-    KVKEEP_EXPECTS(decode_.score.traits().direct, "when.before_attention",
-                   decode_.score.traits().name, "a scorer of recent query rows (MorphKV)");
-    KVKEEP_EXPECTS(decode_.width() == scope::head, "decode.per", to_string(decode_.width()),
-                   "head with when.before_attention or when.per_head_mask");
-    KVKEEP_EXPECTS(limits_.max_prompt == 0, "when.before_attention", "true",
-                   "false with transient prompts");
-  }
-  bool const moves = prompt_.select.traits().moves_tokens && decode_.select.traits().moves_tokens;
-  KVKEEP_EXPECTS(moves, "select", "whole_blocks", "top_k in a device session");
-  KVKEEP_EXPECTS(!detail::cuts_while_decoding(decode_.score) || decode_.select.traits().evicts_one,
-                 "decode.select", decode_.select.traits().name, "top_k");
   detail::check_slots(prompt_, decode_, layers_, limits_);
 }
 
@@ -73,7 +55,7 @@ index_t device_session<Ctx, P, D>::slots_while_decoding(layer_data const& l) con
   auto const own = decode_.budget.traits();
   auto const b = own.inherits ? prompt_.budget.traits() : own;
   if (!detail::cuts_while_decoding(decode_.score) || b.varies_over_heads) return 0;
-  cache_demand d{l.kv.shape, static_cast<index_t>(layers_.size()), l.number, limits_};
+  cache_demand d{l.kv.shape, n_layers(), l.number, limits_};
   d.longest_prompt = limits_.max_prompt > 0 ? limits_.max_prompt : l.kv.shape.max_slots;
   return detail::decoding_slots(prompt_, decode_, d);
 }
@@ -82,19 +64,10 @@ template <backend Ctx, class P, class D>
 device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
                                           std::span<layer_spec<space> const> layers,
                                           limits const& lim)
-    : ctx_(&ctx), prompt_(p), decode_(d), limits_(lim) {
+    : core(ctx, layers, lim), prompt_(p), decode_(d) {
   if (limits_.max_batch == 0) limits_.max_batch = limits_.max_sequences;
   detail::check_limits(limits_);
   if constexpr (std::is_same_v<P, D>) one_policy_ = p.key() == d.key();
-  for (auto const& spec : layers) {
-    number_of_.push_back(spec.skip ? -1 : static_cast<index_t>(layers_.size()));
-    if (spec.skip) continue;
-    layer_data l;
-    l.kv = spec.kv;
-    l.spec = static_cast<index_t>(number_of_.size()) - 1;
-    l.number = number_of_.back();
-    layers_.push_back(l);
-  }
   check_setup();
   for (auto const& l : layers_) usual_slots_.push_back(slots_while_decoding(l));
   cache_shape cache = layers_[0].kv.shape;
@@ -104,8 +77,10 @@ device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
   shape_.max_prompt = limits_.max_prompt;
   bound_ = detail::plan_rows(prompt_, decode_, one_policy_, limits_, cache);
   shape_.rows = bound_.rows;
-  one_leaves_ = decode_.when.evict_after == 1;
-  auto const n = static_cast<index_t>(layers_.size());
+  bool const moves = prompt_.select.traits().moves_tokens;
+  tracks_tables_ = limits_.engine_commits || !moves;
+  one_leaves_ = decode_.when.evict_after == 1 && moves;
+  auto const n = n_layers();
   n_numbers_ = std::max({limits_.max_sequences, cache.n_seq, n, shape_.rows.total + 1});
   sequences_.resize(static_cast<std::size_t>(limits_.max_sequences));
   prompts_.resize(product(n, limits_.max_sequences));
@@ -118,14 +93,19 @@ device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
 
 template <backend Ctx, class P, class D>
 void device_session<Ctx, P, D>::carve(workspace& w) {
-  auto const n = static_cast<index_t>(layers_.size());
+  auto const n = n_layers();
   for (auto& l : layers_) {
     detail::state_shape s = shape_;
     s.cache = l.kv.shape;
     detail::carve_layer(w, l, s);
   }
   bool const scores = prompt_.budget.traits().needs_scores;
-  detail::carve_shared(w, shared_, shape_, n, scores ? n : 0, 0);
+  bool const wide = prompt_.width() == scope::sequence || decode_.width() == scope::sequence;
+  bool const whole = !prompt_.select.traits().moves_tokens || !decode_.select.traits().moves_tokens;
+  detail::carve_shared(w, shared_, shape_, n, scores ? n : 0, wide ? limits_.max_batch : 0);
+  detail::carve_plan(w, plan_, layers_, shape_, limits_.engine_commits ? limits_.max_batch : 0,
+                     whole);
+  layer_table_ = w.take<layer_data>(product(n));
   numbers_ = w.take<index_t>(static_cast<std::size_t>(n_numbers_));
   newest_rows_ = w.take<index_t>(product(shape_.rows.weight_ring > 1 ? n : 1, limits_.max_batch));
   tickets_ = w.take<index_t>(static_cast<std::size_t>(limits_.max_batch));
@@ -155,6 +135,11 @@ void device_session<Ctx, P, D>::measure() {
     if (!detail::decides_late(decode_.when))
       take([&](workspace& w) { return decide_by_rows(l, batch, nullptr, w); });
   }
+  take([&](workspace& w) { return give_tails(batch, nullptr, w); });
+  if (limits_.engine_commits) {
+    take([&](workspace& w) { return choose_layers(batch, w); });
+    take([&](workspace& w) { return commit_layers(batch.n, w); });
+  }
   scratch_bytes_ = take.bytes();
 }
 
@@ -165,12 +150,21 @@ void device_session<Ctx, P, D>::place(std::span<std::byte> memory) {
   workspace w(memory);
   carve(w);
   scratch_ = memory.data() + state_bytes_;
-  if (each(n_numbers_, detail::count_up{numbers_}, w) != status::ok ||
-      each(limits_.max_batch, detail::count_none{newest_rows_}, w) != status::ok ||
-      each(limits_.max_batch, detail::count_none{tickets_}, w) != status::ok ||
-      each(limits_.max_batch * shape_.cache.n_q_heads, detail::count_none{row_tickets_}, w) !=
-          status::ok)
-    fail_setup("the backend cannot write the session's memory");
+  if (fill(w) != status::ok) fail_setup("the backend cannot write the session's memory");
+}
+
+/// What the session's memory holds from the beginning.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::fill(workspace& w) noexcept {
+  using none = detail::count_none<index_t>;
+  KVKEEP_TRY(each(n_numbers_, detail::count_up{numbers_}, w));
+  KVKEEP_TRY(each(limits_.max_batch, none{newest_rows_}, w));
+  KVKEEP_TRY(each(limits_.max_batch, none{tickets_}, w));
+  KVKEEP_TRY(each(limits_.max_batch * shape_.cache.n_q_heads, none{row_tickets_}, w));
+  KVKEEP_TRY(each(limits_.max_sequences, detail::count_none<std::uint32_t>{shared_.generation}, w));
+  for (auto const& l : layers_)
+    KVKEEP_TRY(each(1, detail::store_layer<space>{l, layer_table_ + l.number}, w));
+  return each(1, detail::write_owners<space>{layer_table_, n_layers(), plan_.owner}, w);
 }
 
 template <backend Ctx, class P, class D>

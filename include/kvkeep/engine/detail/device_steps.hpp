@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../steps.hpp"
+#include "tables.hpp"
 
 namespace kvkeep {
 
@@ -13,14 +14,20 @@ namespace kvkeep {
 enum class device_fault : index_t {
   no_slot = 1,    ///< a head had no room for a token
   bad_table = 2,  ///< a block table entry out of range
-  bad_order = 4   ///< a token was appended before the one before it was attended to
+  bad_order =
+      4,  ///< a token was appended, or a plan made, before the token before it was attended to, the prompt had
+          ///< ended or the report of tables was taken
+  stale_plan =
+      8,  ///< a plan was committed to a sequence that has changed since: nothing moved, and it goes on
+  wrong_slot = 16  ///< the engine's slot for a token is not the one that comes next
 };
 
 namespace detail {
 
 /// numbers[i] = 0.
+template <class T = index_t>
 struct count_none {
-  index_t* numbers;
+  T* numbers;
   KVKEEP_HD void operator()(index_t i) const noexcept { numbers[i] = 0; }
 };
 
@@ -54,25 +61,57 @@ KVKEEP_HD index_t next_slot(layer_state<Space> const& l, index_t id, index_t h) 
   return free >= 0 ? free : l.slots.lengths(id, h);
 }
 
+/// Of a sequence's faults those that end its decoding.
+KVKEEP_HD inline index_t stops(index_t faults) noexcept {
+  return faults & ~static_cast<index_t>(device_fault::stale_plan);
+}
+
+/// Whether a head's prompt has not ended, or its table waits for a report.
+/// @param n_kept  of plan_memory, or null: nobody keeps it
+template <class Space>
+KVKEEP_HD index_t table_fault(tensor_ref<index_t, 3, Space> const& n_kept, index_t layer,
+                              index_t id, index_t h) noexcept {
+  bool const open = n_kept.data != nullptr && n_kept(layer, id, h) != settled;
+  return open ? static_cast<index_t>(device_fault::bad_order) : 0;
+}
+
+/// What stands against giving a head a slot for its next token.
+template <class Space>
+KVKEEP_HD index_t fault_of_next(layer_state<Space> const& l, index_t id, index_t row,
+                                index_t h) noexcept {
+  index_t const slot = next_slot(l, id, h);
+  if (l.fresh(0, id, h) >= 0) return static_cast<index_t>(device_fault::bad_order);
+  if (slot >= l.kv.shape.max_slots) return static_cast<index_t>(device_fault::no_slot);
+  return fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
+}
+
+/// Gives a head its slot for the next token.
+template <class Space>
+KVKEEP_HD index_t take_slot(layer_state<Space> const& l, row_plan const& rows, index_t id,
+                            index_t h) noexcept {
+  index_t const slot = next_slot(l, id, h);
+  if (l.victim(id, h) < 0) l.slots.lengths(id, h) = slot + 1;
+  l.victim(id, h) = -1;
+  l.slots.positions(id, h, slot) = l.seen[id];
+  l.fresh(0, id, h) = slot;
+  for (index_t r = 0; r < rows.weights_at; ++r) l.slots.rows(id, h, r, slot) = 0;
+  return slot;
+}
+
 /// What stands against giving a head a slot for its next token: the sequence's fault, or one of its own.
 /// Index: entry * n_kv_heads + head.
 template <class Space>
 struct find_faults {
   layer_state<Space> l;
   batch_ref<Space> batch;
-  index_t const* faults;  ///< [id]
-  index_t* found;         ///< [entry, kv_head]
+  tensor_ref<index_t, 3, Space> n_kept;  ///< of table_fault
+  index_t const* faults;                 ///< [id]
+  index_t* found;                        ///< [entry, kv_head]
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const heads = l.kv.shape.n_kv_heads, entry = i / heads, h = i % heads;
-    found[i] = faults[batch.id_of(entry)] | fault_at(entry, h);
-  }
-
- private:
-  KVKEEP_HD index_t fault_at(index_t entry, index_t h) const noexcept {
-    index_t const id = batch.id_of(entry), row = batch.row_of(entry), slot = next_slot(l, id, h);
-    if (l.fresh(0, id, h) >= 0) return static_cast<index_t>(device_fault::bad_order);
-    if (slot >= l.kv.shape.max_slots) return static_cast<index_t>(device_fault::no_slot);
-    return fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
+    index_t const id = batch.id_of(entry);
+    found[i] = stops(faults[id]) | table_fault(n_kept, l.number, id, h) |
+               fault_of_next(l, id, batch.row_of(entry), h);
   }
 };
 
@@ -83,30 +122,21 @@ struct take_slots {
   layer_state<Space> l;
   row_plan rows;
   batch_ref<Space> batch;
-  index_t const* found;  ///< [entry, kv_head] of find_faults
-  index_t* faults;       ///< [id]
-  index_t* out;          ///< [entry, kv_head]
+  index_t const* found;       ///< [entry, kv_head] of find_faults
+  index_t* faults;            ///< [id]
+  std::uint32_t* generation;  ///< [id]
+  index_t* out;               ///< [entry, kv_head]
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const heads = l.kv.shape.n_kv_heads, entry = i / heads, h = i % heads;
     index_t const id = batch.id_of(entry);
     index_t fault = 0;
     for (index_t k = 0; k < heads; ++k) fault |= found[entry * heads + k];
     if (h == 0) {
-      faults[id] = fault;
+      faults[id] |= fault;
+      ++generation[id];
       l.appended[id] = l.seen[id] + 1;
     }
-    out[i] = fault == 0 ? take(id, h) : index_t{-1};
-  }
-
- private:
-  KVKEEP_HD index_t take(index_t id, index_t h) const noexcept {
-    index_t const slot = next_slot(l, id, h);
-    if (l.victim(id, h) < 0) l.slots.lengths(id, h) = slot + 1;
-    l.victim(id, h) = -1;
-    l.slots.positions(id, h, slot) = l.seen[id];
-    l.fresh(0, id, h) = slot;
-    for (index_t r = 0; r < rows.weights_at; ++r) l.slots.rows(id, h, r, slot) = 0;
-    return slot;
+    out[i] = fault == 0 ? take_slot(l, rows, id, h) : index_t{-1};
   }
 };
 
@@ -138,17 +168,33 @@ struct ring_rows_of {
   }
 };
 
+/// Remembers the blocks in use, for a report of those that leave.
+template <class Space>
+struct note_held {
+  slot_state<Space> slots;
+  tensor_ref<index_t, 3, Space> held;  ///< of plan_memory
+  index_t layer;
+  index_t block;  ///< slots of one
+  KVKEEP_HD void operator()(index_t id, index_t h) const noexcept {
+    index_t const blocks = (slots.lengths(id, h) + block - 1) / block;
+    if (blocks > held(layer, id, h)) held(layer, id, h) = blocks;
+  }
+};
+
 /// What a decision keeps in each head, and as `lengths` the slots of the heads for which one is due, 0 for
 /// others: ops leave those alone. Index: entry * n_kv_heads + head.
 template <class Space>
 struct list_due {
   resolve_keep<Space> resolve;
+  note_held<Space> note;
   tensor_ref<index_t, 2, Space> lengths;  ///< [id, head]
   KVKEEP_HD void operator()(index_t i) const noexcept {
     resolve(i);
     index_t const id = resolve.id[i / resolve.n_kv_heads], h = i % resolve.n_kv_heads;
     index_t const n = resolve.s.lengths(id, h);
-    lengths(id, h) = resolve.out(id, h) < n ? n : 0;
+    bool const due = resolve.out(id, h) < n;
+    lengths(id, h) = due ? n : 0;
+    if (due) note(id, h);
   }
 };
 

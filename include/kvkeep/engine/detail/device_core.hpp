@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// What a device session holds, whatever its policies.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "device_plan_steps.hpp"
+#include "device_prompt_steps.hpp"
+#include "token_chain.hpp"
+
+namespace kvkeep::detail {
+
+/// Layers and sequences as the host sees them, and the memory that the backend alone reads.
+template <class Ctx>
+class device_core {
+ protected:
+  using space = space_of<Ctx>;
+  using layer_data = layer_state<space>;
+  using source = cache_source<space>;
+
+  device_core(Ctx& ctx, std::span<layer_spec<space> const> layers, limits const& lim)
+      : ctx_(&ctx), limits_(lim) {
+    for (auto const& spec : layers) {
+      number_of_.push_back(spec.skip ? -1 : static_cast<index_t>(layers_.size()));
+      if (spec.skip) continue;
+      layer_data l;
+      l.kv = spec.kv;
+      l.spec = static_cast<index_t>(number_of_.size()) - 1;
+      l.number = number_of_.back();
+      layers_.push_back(l);
+    }
+  }
+
+  index_t n_layers() const noexcept { return static_cast<index_t>(layers_.size()); }
+  bool is_last(layer_data const& l) const noexcept { return l.number + 1 == n_layers(); }
+  bool alive(index_t id) const noexcept {
+    return id >= 0 && id < limits_.max_sequences && sequences_[static_cast<std::size_t>(id)].alive;
+  }
+  /// Where a sequence may begin: as asked, or the first that is free.
+  status find_place(index_t wanted, index_t& id) const noexcept {
+    id = wanted;
+    if (id < 0)
+      for (id = 0; id < limits_.max_sequences && alive(id); ++id) {
+      }
+    if (id >= limits_.max_sequences)
+      return wanted < 0 ? status::capacity_exceeded : status::bad_sequence;
+    return alive(id) ? status::bad_sequence : status::ok;
+  }
+  index_t managed(index_t layer) const noexcept {
+    bool const known = layer >= 0 && layer < static_cast<index_t>(number_of_.size());
+    return known ? number_of_[static_cast<std::size_t>(layer)] : -2;
+  }
+  prompt_state& prompt_of(layer_data const& l, index_t id) noexcept {
+    return prompts_[product(l.number, limits_.max_sequences) + static_cast<std::size_t>(id)];
+  }
+  /// One sequence as a batch: `numbers_` holds 0, 1, 2, ... in the backend's memory.
+  batch_ref<space> one(index_t id, index_t row) const noexcept {
+    return {1, numbers_ + row, numbers_ + id};
+  }
+  source pool(layer_data const& l, batch_ref<space> const& b) const noexcept {
+    return {b, {l.kv, l.slots}, l.weight_sum, 0};
+  }
+  every_layer<space> every(batch_ref<space> const& b) const noexcept {
+    return {layer_table_, n_layers(), shape_.cache.n_kv_heads, b};
+  }
+  note_held<space> holding(layer_data const& l) const noexcept {
+    bool const paged = l.kv.k.layout.kind == layout_kind::paged;
+    return {l.slots, plan_.held, l.number, paged ? l.kv.k.layout.paged.block_size : 1};
+  }
+  /// What reports wait for, where somebody counts it.
+  tensor_ref<index_t, 3, space> n_kept() const noexcept {
+    return tracks_tables_ ? plan_.n_kept : tensor_ref<index_t, 3, space>{};
+  }
+  /// A layer's part of the plan for `n` entries.
+  keep_plan<space> plan_of(layer_data const& l, index_t n) const noexcept {
+    return {rebase(plan_.slots, l.number * n), rebase(plan_.count, l.number * n)};
+  }
+  /// Scores of the heads of `n` entries, in the scratch.
+  score_map<space> take_scores(index_t n, workspace& w) const noexcept {
+    index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
+    return row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
+  }
+  workspace scratch() const noexcept { return workspace({scratch_, scratch_bytes_}); }
+  template <class F>
+  status each(index_t n, F const& f, workspace& w) const noexcept {
+    return runner<Ctx>{*ctx_, w}.each(n, f);
+  }
+
+  /// A step for every number of a sequence in a layer: indices have 31 bits.
+  template <class F>
+  status each_number(F f, workspace& w) const noexcept {
+    constexpr offset_t most = offset_t{1} << 30;
+    if (!f.all.whole()) return status::unsupported;
+    for (; f.first < f.all.total; f.first += most)
+      KVKEEP_TRY(each(static_cast<index_t>(std::min(most, f.all.total - f.first)), f, w));
+    return status::ok;
+  }
+
+  Ctx* ctx_ = nullptr;
+  limits limits_{};
+  bool one_leaves_ = true;      ///< no bursts: victims alone once a prompt has ended
+  bool tracks_tables_ = false;  ///< tokens wait for the end of prompts and the report of tables
+  bound_rows bound_{};
+  state_shape shape_{};
+  std::vector<index_t> number_of_;    ///< [layer] managed number, or -1
+  std::vector<layer_data> layers_;    ///< managed layers
+  std::vector<index_t> usual_slots_;  ///< [managed layer] of a head while decoding; 0: nobody knows
+  std::vector<host_state> sequences_;
+  std::vector<prompt_state> prompts_;  ///< [managed layer, id]
+  index_t prompt_owner_ = -1;          ///< sequence whose coupled layers are being decided
+  shared_state<space> shared_{};
+  plan_memory<space> plan_{};
+  layer_data* layer_table_ = nullptr;  ///< [managed layer] `layers_`, in the backend's memory
+  index_t* numbers_ = nullptr;
+  index_t n_numbers_ = 0;
+  /// [managed layer, entry] ring rows; one list of 0 for small rings
+  index_t* newest_rows_ = nullptr;
+  index_t* tickets_ = nullptr;      ///< [max_batch] of op::joined_chain
+  index_t* row_tickets_ = nullptr;  ///< [max_batch, q_head] of op::attend
+  index_t* faults_ = nullptr;
+  aside_state<Ctx> aside_;
+  std::size_t state_bytes_ = 0;
+  std::size_t scratch_bytes_ = 0;
+  std::byte* scratch_ = nullptr;
+};
+
+}  // namespace kvkeep::detail
