@@ -53,11 +53,11 @@ std::vector<pairing> pairings() {
           {"snapkv", "morphkv", lazy, 3}};
 }
 
-enum class decisions { in_step, aside, by_plan };
+enum class decisions { in_step, aside, by_plan, of_drafts };
 
 /// Fixed addresses for whatever changes from step to step.
 struct step_memory {
-  std::vector<index_t> ids, rows, lengths;
+  std::vector<index_t> ids, rows, lengths, accepted;
   std::vector<float> q, k, v, out;
 };
 
@@ -80,6 +80,7 @@ class stepper {
     limits lim;
     lim.max_sequences = shape_.n_seq;
     lim.engine_commits = how == decisions::by_plan;
+    lim.max_draft = how == decisions::of_drafts ? 1 : 0;
     std::span<layer_spec<device_space> const> const specs(specs_);
     memory_ = std::make_unique<test::aligned_block>(
         device_session_bytes(ctx(), prompt_policy_, decode_policy_, specs, lim));
@@ -91,6 +92,7 @@ class stepper {
     at_.k.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_k));
     at_.v.resize(uz(n_layers * n * shape_.n_kv_heads * shape_.dim_v));
     at_.out.resize(uz(n_layers * n * shape_.n_q_heads * shape_.dim_v));
+    at_.accepted.assign(uz(n), 1);
     at_.lengths.resize(uz(n * n_layers * shape_.n_kv_heads));
     if (how == decisions::aside) {
       auto& other = test::other_context();
@@ -125,6 +127,8 @@ class stepper {
       REQUIRE(session_->attend(l, b, q, out) == status::ok);
     }
     if (how_ == decisions::by_plan) enqueue_plan(b);
+    if (how_ == decisions::of_drafts)
+      REQUIRE(session_->confirm(b, at_.accepted.data()) == status::ok);
   }
   /// What has been decided aside is there for what is enqueued next.
   void join() { REQUIRE(session_->join() == status::ok); }
@@ -146,7 +150,12 @@ class stepper {
     fill(
         at_.v, shape_.n_kv_heads, shape_.dim_v, [](auto const& t) -> auto const& { return t.v; });
     std::fill(at_.out.begin(), at_.out.end(), -77.0F);
-    for (index_t& t : tokens_) ++t;
+    ++shown_;
+    for (std::size_t s = 0; s < tokens_.size(); ++s) {
+      if (how_ == decisions::of_drafts)
+        at_.accepted[s] = (shown_ + static_cast<index_t>(s)) % 3 == 0 ? 0 : 1;
+      tokens_[s] += at_.accepted[s];
+    }
   }
 
   /// [layer, sequence, head] live positions.
@@ -221,6 +230,7 @@ class stepper {
   std::unique_ptr<test::aligned_block> memory_, memory_aside_;
   std::optional<device_session<test::op_context, test::device_any, test::device_any>> session_;
   std::vector<index_t> tokens_;  ///< of each sequence, written so far
+  index_t shown_ = 0;
   step_memory at_;
 };
 
@@ -266,12 +276,12 @@ TEST_CASE("a recorded decode step, replayed, keeps and computes what enqueued st
   }
 }
 
-TEST_CASE("plans that are chosen, committed and reported in a graph are those of enqueued calls") {
+TEST_CASE("plans and drafts of a graph are those of enqueued calls") {
+  auto const how = GENERATE(decisions::by_plan, decisions::of_drafts);
   for (pairing const& p : pairings()) {
     if (std::string(p.decode) == "fullkv" || p.o.include_current || p.o.per_head_mask) continue;
-    INFO(describe(p));
-    stepper direct(p, test::layout_id::paged, decisions::by_plan),
-        replayed(p, test::layout_id::paged, decisions::by_plan);
+    INFO(describe(p) << (how == decisions::by_plan ? ", plans" : ", drafts"));
+    stepper direct(p, test::layout_id::paged, how), replayed(p, test::layout_id::paged, how);
     std::optional<test::recording> graph;
     for (int step = 0; step < 12; ++step) {
       direct.show_next();

@@ -490,8 +490,6 @@ TEST_CASE("what a device session does not have is refused when it is bound") {
     CHECK_THROWS_WITH(test::device_engine(e, p, p), Catch::Matchers::Contains(field));
   };
   limits lim;
-  lim.max_draft = 2;
-  refused(o, lim, "h2o", "max_draft");
   policy_options wide = o;
   wide.per = scope::sequence;
   lim = {};

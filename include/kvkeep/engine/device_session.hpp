@@ -26,7 +26,7 @@ namespace kvkeep {
 /// - The host says how long prompts are; after their end only the backend counts. With `limits::max_prompt` a prompt's
 ///   keys and values stay in a view of its own, layer after layer, and survivors alone come into the cache.
 /// - Batches of decode calls (`batch_ref`: rows and ids) lie in the backend's memory.
-/// - A token is confirmed by its attention, or by what `observe` is told of it. No drafts: `session` has these.
+/// - A token is confirmed by its attention, or by what `observe` is told of it; with `limits::max_draft` by `confirm`.
 /// - Where a sequence keeps one set, a token's last layer decides for all of them, in the session's own context.
 /// - Slots that have been freed are written to: sequences share no pages but those of a frozen prefix.
 /// - What only the backend can see goes wrong there: `faults`, a sticky word per sequence.
@@ -48,7 +48,8 @@ class device_session : detail::device_core<Ctx> {
       core::scratch_;
   using core::n_layers, core::is_last, core::alive, core::find_place, core::managed,
       core::prompt_of, core::one, core::pool, core::scratch, core::each, core::each_number,
-      core::every, core::holding, core::n_kept, core::plan_of, core::take_scores, core::one_leaves_,
+      core::every, core::holding, core::n_kept, core::extend, core::mark, core::newest_rows_of,
+      core::pushing, core::settling, core::plan_of, core::take_scores, core::one_leaves_,
       core::tracks_tables_;
 
  public:
@@ -110,6 +111,10 @@ class device_session : detail::device_core<Ctx> {
   status observe(index_t layer, batch_ref<space> const& b, attention_rows const& a) noexcept;
   /// The same with scores of its own for the slots in use (limits.decode = scores).
   status observe(index_t layer, batch_ref<space> const& b, own_scores const& s) noexcept;
+
+  /// Of the tokens since the last call, up to limits::max_draft, accepts the oldest `accepted[entry]` (in the backend's
+  /// memory), drops the others, and evicts in all layers. Until then nothing is evicted for them.
+  status confirm(batch_ref<space> const& b, index_t const* accepted) noexcept;
 
   // -- engines that allocate and commit themselves ----------------------------------------------------
   /// One token at the tail of every layer, where the engine writes it. `slot_mapping` `[entry]` is the pool row
@@ -191,10 +196,7 @@ class device_session : detail::device_core<Ctx> {
   // device_prompt.hpp
   status find_prompt(layer_data const& l, index_t id, kv_ref<space> const* prompt, index_t row,
                      index_t more, source& from) noexcept;
-  status extend(slot_state<space> const& s, index_t state_row, index_t p0, index_t n,
-                index_t own_rows, workspace& w) const noexcept;
   status push_prompt(layer_data& l, index_t id, queries const& q, workspace& w) noexcept;
-  status mark(layer_data const& l, index_t id, index_t state, workspace& w) const noexcept;
   status feed_scorers(layer_data& l, source const& s, queries const& q, index_t p0,
                       workspace& w) noexcept;
 
@@ -229,16 +231,10 @@ class device_session : detail::device_core<Ctx> {
                         workspace& w) noexcept;
   status newest(layer_data const& l, batch_ref<space> const& b, score_input<space>& in,
                 workspace& w) const noexcept;
-  index_t* newest_rows_of(layer_data const& l) const noexcept;
 
   // device_decode.hpp
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, bool pushed, float* out,
                float* lse, workspace& w) noexcept;
-  op::for_each<detail::push_token<space>, space> pushing(layer_data const& l,
-                                                         batch_ref<space> const& b,
-                                                         queries const& q) const noexcept;
-  detail::settle_victims<space> settling(layer_data const& l,
-                                         batch_ref<space> const& b) const noexcept;
   status decide(layer_data& l, score_input<space> const& in, detail::token_steps<space>& t,
                 workspace& w) noexcept;
   status decide_by(runner const& by, layer_data& l, score_input<space> const& in,
@@ -260,9 +256,14 @@ class device_session : detail::device_core<Ctx> {
   status cut(runner const& by, layer_data& l, score_input<space> in,
              After const&... after) noexcept;
 
+  // device_drafts.hpp
+  status confirm_drafts(batch_ref<space> const& b, index_t const* accepted, workspace& w) noexcept;
+  status fold_drafts(batch_ref<space> const& b, detail::draft_counts const& counts,
+                     workspace& w) noexcept;
+
   // device_sequences.hpp
-  status fold_token(layer_data const& l, score_input<space> const& in,
-                    detail::token_steps<space>& t, workspace& w) noexcept;
+  status fold_token(score_input<space> const& in, detail::token_steps<space>& t,
+                    workspace& w) noexcept;
   status add_layer(runner const& by, layer_data const& l, score_input<space> const& in,
                    tensor_ref<float const, 3, space> scores) noexcept;
   status decide_sequences(batch_ref<space> const& b, workspace& w) noexcept;

@@ -3,6 +3,8 @@
 /// The memory of a session: per-slot and per-sequence state of every layer, carved from one block.
 #pragma once
 
+#include <utility>
+
 #include "../policy/policy.hpp"
 #include "limits.hpp"
 
@@ -77,7 +79,7 @@ struct layer_state {
   slot_state<Space> slots{};                 ///< lengths [S,H], positions [S,H,N], rows [S,H,R,N]
   tensor_ref<index_t, 2, Space> k{};         ///< [S, H] tokens that decoding keeps
   tensor_ref<index_t, 2, Space> victim{};    ///< [S, H] free slot inside the slots in use, or -1
-  tensor_ref<index_t, 3, Space> fresh{};     ///< [draft, S, H] slots of the unconfirmed tokens
+  tensor_ref<index_t, 3, Space> fresh{};     ///< [draft, S, H] slots of the unconfirmed tokens, by sequence in memory
   tensor_ref<float, 4, Space> ring_q{};      ///< [S, Hq, ring, dim_k]
   tensor_ref<float, 3, Space> ring_lse{};    ///< [S, Hq, ring]
   tensor_ref<float, 4, Space> weight_sum{};  ///< [S, H, g, ring]
@@ -118,7 +120,9 @@ void carve_layer(workspace& w, layer_state<Space>& l, state_shape const& s) {
   carve_slots(w, l.slots, n, h, s.rows.total, s.cache.max_slots);
   l.k = row_major<Space>(w.take<index_t>(product(n, h)), n, h);
   l.victim = row_major<Space>(w.take<index_t>(product(n, h)), n, h);
-  l.fresh = row_major<Space>(w.take<index_t>(product(s.drafts, n, h)), s.drafts, n, h);
+  l.fresh = row_major<Space>(w.take<index_t>(product(n, s.drafts, h)), n, s.drafts, h);
+  std::swap(l.fresh.extent[0], l.fresh.extent[1]);
+  std::swap(l.fresh.stride[0], l.fresh.stride[1]);
   index_t const ring = s.rows.query_ring;
   l.ring_q = row_major<Space>(w.take<float>(product(n, hq, ring, s.cache.dim_k)), n, hq, ring,
                               s.cache.dim_k);
@@ -183,6 +187,18 @@ tensor_ref<T, R, Space> rebase(tensor_ref<T, R, Space> t, index_t i) noexcept {
   return t;
 }
 
+/// `t[i, ...]`, a tensor of one rank less.
+template <class T, class Space>
+tensor_ref<T, 2, Space> slice(tensor_ref<T, 3, Space> const& t, index_t i) noexcept {
+  tensor_ref<T, 2, Space> s{};
+  s.data = rebase(t, i).data;
+  for (int a = 0; a < 2; ++a) {
+    s.extent[a] = t.extent[a + 1];
+    s.stride[a] = t.stride[a + 1];
+  }
+  return s;
+}
+
 /// `[id, kv_head, row, slot]` restricted to rows from `first` on.
 template <class Space>
 tensor_ref<float, 4, Space> rows_from(tensor_ref<float, 4, Space> t, index_t first,
@@ -233,11 +249,7 @@ score_input<Space> view_of(layer_state<Space> const& l, row_plan const& r,
   in.weight_max = rebase(l.weight_max, s.id0);
   in.loose = rows_from(layer.slots.rows, r.loose_at, r.loose_rows);
   in.head = rebase(l.head, s.id0);
-  in.fresh.data = l.fresh.data;
-  for (int a = 0; a < 2; ++a) {
-    in.fresh.extent[a] = l.fresh.extent[a + 1];
-    in.fresh.stride[a] = l.fresh.stride[a + 1];
-  }
+  in.fresh = slice(l.fresh, 0);
   return in;
 }
 

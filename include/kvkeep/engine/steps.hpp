@@ -107,6 +107,20 @@ struct copy_queries {
   }
 };
 
+/// Unconfirmed tokens did not see the one that comes after them and takes a slot.
+/// @param pending  how many of them there are
+template <class Space>
+KVKEEP_HD void hide_from_drafts(layer_state<Space> const& l, row_plan const& rows, index_t id,
+                                index_t h, index_t slot, index_t position,
+                                index_t pending) noexcept {
+  index_t const group = l.weight_sum.extent[2];
+  for (index_t u = 1; u <= pending && rows.weight_ring > 0; ++u) {
+    index_t const ring_row = (position - u) % rows.weight_ring;
+    for (index_t g = 0; g < group; ++g)
+      l.slots.rows(id, h, rows.weights_at + g * rows.weight_ring + ring_row, slot) = 0;
+  }
+}
+
 /// Gives every head of every entry a slot for one token: its free slot, else the tail.
 /// Index: entry * n_kv_heads + head.
 template <class Space>
@@ -126,13 +140,7 @@ struct append_token {
     l.slots.positions(s, h, slot) = position[entry];
     l.fresh(pending[entry], s, h) = slot;
     for (index_t r = 0; r < rows.weights_at; ++r) l.slots.rows(s, h, r, slot) = 0;
-    // Unconfirmed tokens before this one did not see it.
-    index_t const group = l.weight_sum.extent[2];
-    for (index_t u = 1; u <= pending[entry] && rows.weight_ring > 0; ++u) {
-      index_t const ring_row = (position[entry] - u) % rows.weight_ring;
-      for (index_t g = 0; g < group; ++g)
-        l.slots.rows(s, h, rows.weights_at + g * rows.weight_ring + ring_row, slot) = 0;
-    }
+    hide_from_drafts(l, rows, s, h, slot, position[entry], pending[entry]);
     if (out != nullptr) out[i] = slot;
   }
 };

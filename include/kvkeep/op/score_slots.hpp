@@ -31,7 +31,8 @@ struct score_slots {
   Fn fn{};
   index_t const* seen = nullptr;  ///< [id] tokens seen, or null
   index_t first_slot = 0;         ///< skip earlier slots (their scores stay)
-  tensor_ref<index_t const, 2, Space> only{};  ///< [id, kv_head] the one slot to score, or null: all
+  /// [id, kv_head] the one slot to score (none if that is not in use), or null: all
+  tensor_ref<index_t const, 2, Space> only{};
   score_map<Space> out{};           ///< [entry or id, kv_head, slot]
   bool out_by_id = false;
 };

@@ -59,13 +59,15 @@ status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> con
   index_t const heads = shape_.cache.n_kv_heads, n = b.n * heads;
   auto* const found = w.take<index_t>(static_cast<std::size_t>(n));
   auto* const own_slots = w.take<index_t>(static_cast<std::size_t>(n));
+  index_t const drafts = limits_.max_draft;
+  auto* const position = drafts > 0 ? w.take<index_t>(static_cast<std::size_t>(b.n)) : nullptr;
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   if (slots == nullptr) slots = own_slots;
   using find = detail::find_faults<space>;
   using take = detail::take_slots<space>;
-  op::for_each<find, space> const look{n, find{l, b, n_kept(), faults_, found}};
+  op::for_each<find, space> const look{n, find{l, b, n_kept(), faults_, found, drafts, position}};
   op::for_each<take, space> const give{
-      n, take{l, shape_.rows, b, found, faults_, shared_.generation, slots}};
+      n, take{l, shape_.rows, b, found, faults_, shared_.generation, slots, position}};
   // A block has as much to do as it has heads, not slots,
   if (kv == nullptr) return run(*ctx_, op::make_chain<space>(b.n, 1, heads, look, give), w);
   // or elements of a token.

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "device_plan_steps.hpp"
+#include "device_draft_steps.hpp"
 #include "device_prompt_steps.hpp"
 #include "token_chain.hpp"
 
@@ -88,6 +88,38 @@ class device_core {
     return runner<Ctx>{*ctx_, w}.each(n, f);
   }
 
+  /// Gives the tokens of a prompt's chunk the tail slots of a sequence.
+  status extend(slot_state<space> const& s, index_t state_row, index_t p0, index_t n,
+                index_t own_rows, workspace& w) const noexcept {
+    extend_prompt<space> const step{s, state_row, p0, n, own_rows};
+    return each(shape_.cache.n_kv_heads * step.each_head(), step, w);
+  }
+  /// Plans and appended tokens wait for the end of a prompt.
+  status mark(layer_data const& l, index_t id, index_t state, workspace& w) const noexcept {
+    mark_prompt<space> const step{plan_.n_kept, l.number, id, state};
+    return each(shape_.cache.n_kv_heads, step, w);
+  }
+  /// Ring rows of a layer's newest tokens, `[entry]`.
+  index_t* newest_rows_of(layer_data const& l) const noexcept {
+    bool const rings = shape_.rows.weight_ring > 1 && newest_rows_ != nullptr;
+    return newest_rows_ + (rings ? l.number * limits_.max_batch : 0);
+  }
+  /// Storing the newest token's queries, where there is a ring for them.
+  op::for_each<push_token<space>, space> pushing(layer_data const& l, batch_ref<space> const& b,
+                                                 queries const& q) const noexcept {
+    return {bound_.rings_tokens ? b.n * shape_.cache.n_q_heads * shape_.cache.dim_k : 0,
+            {l.ring_q, l.appended, b, q}};
+  }
+  /// What follows a token: nothing is decided yet.
+  settle_victims<space> settling(layer_data const& l, batch_ref<space> const& b) const noexcept {
+    settle_victims<space> s{b, shape_.cache.n_kv_heads};
+    s.lengths = l.slots.lengths;
+    s.victim = l.victim;
+    s.fresh = l.fresh;
+    s.appended = l.appended;
+    s.seen = l.seen;
+    return s;
+  }
   /// A step for every number of a sequence in a layer: indices have 31 bits.
   template <class F>
   status each_number(F f, workspace& w) const noexcept {

@@ -7,25 +7,6 @@
 
 namespace kvkeep {
 
-/// Storing the newest token's queries, where there is a ring for them.
-template <backend Ctx, class P, class D>
-auto device_session<Ctx, P, D>::pushing(layer_data const& l, batch_ref<space> const& b,
-                                        queries const& q) const noexcept
-    -> op::for_each<detail::push_token<space>, space> {
-  return {bound_.rings_tokens ? b.n * shape_.cache.n_q_heads * shape_.cache.dim_k : 0,
-          {l.ring_q, l.appended, b, q}};
-}
-
-/// What follows a token: nothing is decided yet.
-template <backend Ctx, class P, class D>
-auto device_session<Ctx, P, D>::settling(layer_data const& l,
-                                         batch_ref<space> const& b) const noexcept
-    -> detail::settle_victims<space> {
-  return {
-      b,    shape_.cache.n_kv_heads, l.slots.lengths, l.victim, l.fresh, l.appended, l.seen, {}, {},
-      false};
-}
-
 /// Attention (or, without `out`, weights alone), the query ring if nobody has done so, and what follows a token.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b, queries const& q,
@@ -71,13 +52,16 @@ status device_session<Ctx, P, D>::score_tokens(runner const& by, score_input<spa
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::decide(layer_data& l, score_input<space> const& in,
                                          detail::token_steps<space>& t, workspace& w) noexcept {
+  if (limits_.max_draft > 0)
+    return detail::run_heads(*ctx_, in, w, t.attend, t.push,
+                             detail::each_head(in, detail::mark_attended<space>{l, in.batch}));
   auto const settle = detail::each_head(in, t.settle);
   if (!detail::cuts_while_decoding(decode_.score))
     return detail::run_heads(*ctx_, in, w, t.attend, t.push, settle);
   if (detail::decides_late(decode_.when)) return attend_special(l, in, t, w);
   bool const wide = decode_.width() == scope::sequence;
   if (limits_.engine_commits || wide) {
-    KVKEEP_TRY(fold_token(l, in, t, w));
+    KVKEEP_TRY(fold_token(in, t, w));
     return limits_.engine_commits || !is_last(l) ? status::ok : decide_sequences(in.batch, w);
   }
   if (aside_.ctx != nullptr) return decide_aside(l, in, t, w);
@@ -197,6 +181,7 @@ status device_session<Ctx, P, D>::cut(runner const& by, layer_data& l, score_inp
 }  // namespace kvkeep
 
 #include "device_aside.hpp"
+#include "device_drafts.hpp"
 #include "device_moving.hpp"
 #include "device_sequences.hpp"
 #include "device_special.hpp"

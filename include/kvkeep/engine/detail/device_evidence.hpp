@@ -108,13 +108,6 @@ status device_session<Ctx, P, D>::decide_by_rows(layer_data& l, batch_ref<space>
   return decide(l, in, t, w);
 }
 
-/// Ring rows of a layer's newest tokens, `[entry]`.
-template <backend Ctx, class P, class D>
-index_t* device_session<Ctx, P, D>::newest_rows_of(layer_data const& l) const noexcept {
-  bool const rings = shape_.rows.weight_ring > 1 && newest_rows_ != nullptr;
-  return newest_rows_ + (rings ? l.number * limits_.max_batch : 0);
-}
-
 /// What scorers see of the newest tokens.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::newest(layer_data const& l, batch_ref<space> const& b,

@@ -26,9 +26,12 @@ status device_session<Ctx, P, D>::give_tails(batch_ref<space> const& b,
   auto const at = every(b);
   index_t const n = b.n * at.each_entry();
   auto* const found = w.take<index_t>(static_cast<std::size_t>(n));
+  auto* const position = w.take<index_t>(product(b.n, n_layers()));
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  op::for_each<find, space> const look{n, {at, n_kept(), faults_, slot_mapping, found}};
-  op::for_each<take, space> const give{n, {at, shape_.rows, found, faults_, shared_.generation}};
+  op::for_each<find, space> const look{
+      n, {at, n_kept(), faults_, slot_mapping, found, limits_.max_draft, position}};
+  op::for_each<take, space> const give{
+      n, {at, shape_.rows, found, position, faults_, shared_.generation}};
   return run(*ctx_, op::make_chain<space>(b.n, 1, at.each_entry(), look, give), w);
 }
 

@@ -37,12 +37,15 @@ struct find_tail_faults {
   index_t const* faults;                 ///< [id]
   std::int64_t const* slot_mapping;      ///< [entry] where the engine writes the token, or null
   index_t* found;                        ///< [entry, layer, kv_head]
+  index_t drafts;                        ///< of fault_of_next
+  index_t* position;                     ///< [entry, layer] of the next token
   KVKEEP_HD void operator()(index_t i) const noexcept {
     layer_state<Space> const& l = at.layer(i);
     index_t const e = at.entry(i), h = at.head(i), id = at.batch.id_of(e), row = at.batch.row_of(e);
+    if (h == 0) position[i / at.n_kv_heads] = drafts > 0 ? l.appended[id] : l.seen[id];
     index_t fault = stops(faults[id]) | table_fault(n_kept, l.number, id, h);
     if (l.victim(id, h) >= 0) fault |= static_cast<index_t>(device_fault::bad_order);
-    fault |= fault_of_next(l, id, row, h);
+    fault |= fault_of_next(l, id, row, h, drafts);
     if (fault == 0 && slot_mapping != nullptr && l.kv.k.layout.kind == layout_kind::paged) {
       auto const& pages = l.kv.k.layout.paged;
       index_t const slot = l.slots.lengths(id, h), size = pages.block_size;
@@ -59,6 +62,7 @@ struct take_tails {
   every_layer<Space> at;
   row_plan rows;
   index_t const* found;       ///< [entry, layer, kv_head] of find_tail_faults
+  index_t const* position;    ///< [entry, layer]
   index_t* faults;            ///< [id]
   std::uint32_t* generation;  ///< [id]
   KVKEEP_HD void operator()(index_t i) const noexcept {
@@ -69,8 +73,10 @@ struct take_tails {
       faults[id] |= fault;
       ++generation[id];
     }
-    if (h == 0) l.appended[id] = l.seen[id] + 1;
-    if (fault == 0) (void)take_slot(l, rows, id, h);
+    if (fault != 0) return;
+    index_t const here = position[i / at.n_kv_heads];
+    if (h == 0) l.appended[id] = here + 1;
+    (void)take_slot(l, rows, id, h, here);
   }
 };
 
@@ -87,7 +93,7 @@ struct find_unready {
     layer_state<Space> const& l = at.layer(i);
     index_t const e = at.entry(i), h = at.head(i), id = at.batch.id_of(e);
     bool const stale = stamped != nullptr && stamped[e] != generation[id];
-    bool const open = l.fresh(0, id, h) >= 0;
+    bool const open = l.appended[id] != l.seen[id];
     found[i] = stale  ? static_cast<index_t>(device_fault::stale_plan)
                : open ? static_cast<index_t>(device_fault::bad_order)
                       : table_fault(n_kept, l.number, id, h);

@@ -75,22 +75,6 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries con
   return feed_scorers(l, from, q, p0, w);
 }
 
-/// Plans and appended tokens wait for the end of a prompt.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::mark(layer_data const& l, index_t id, index_t state,
-                                       workspace& w) const noexcept {
-  detail::mark_prompt<space> const step{plan_.n_kept, l.number, id, state};
-  return each(shape_.cache.n_kv_heads, step, w);
-}
-
-/// Gives the tokens of a chunk the tail slots of a sequence.
-template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::extend(slot_state<space> const& s, index_t state_row, index_t p0,
-                                         index_t n, index_t own_rows, workspace& w) const noexcept {
-  detail::extend_prompt<space> const step{s, state_row, p0, n, own_rows};
-  return each(shape_.cache.n_kv_heads * step.each_head(), step, w);
-}
-
 /// Stores the newest query rows of a prompt's chunk, whose tokens are counted already.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::push_prompt(layer_data& l, index_t id, queries const& q,

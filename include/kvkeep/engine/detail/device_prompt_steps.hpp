@@ -31,7 +31,7 @@ struct set_counters {
   index_t tokens;
   index_t ring_from;  ///< oldest position in the query ring; -1: as it was
   KVKEEP_HD void operator()(index_t) const noexcept {
-    l.seen[id] = l.appended[id] = tokens;
+    l.seen[id] = l.appended[id] = l.attended[id] = tokens;
     if (ring_from >= 0) l.ring_from[id] = ring_from;
   }
 };

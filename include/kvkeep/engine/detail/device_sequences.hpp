@@ -9,7 +9,7 @@ namespace kvkeep {
 
 /// Attention of the newest tokens and what the scorer folds of it; nothing is decided.
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::fold_token(layer_data const&, score_input<space> const& in,
+status device_session<Ctx, P, D>::fold_token(score_input<space> const& in,
                                              detail::token_steps<space>& t, workspace& w) noexcept {
   auto const settle = detail::each_head(in, t.settle);
   if (bound_.attention_folds && !t.attended)

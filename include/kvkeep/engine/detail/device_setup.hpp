@@ -29,8 +29,6 @@ void device_session<Ctx, P, D>::check_setup() const {
   detail::check_offer(prompt_.score, first, limits_, one_policy_);
   if (!one_policy_) detail::check_offer(decode_.score, first, limits_, true);
   detail::check_pair(prompt_, decode_, one_policy_, layers_, limits_);
-  KVKEEP_EXPECTS(limits_.max_draft == 0, "limits.max_draft", limits_.max_draft,
-                 "0 in a device session");
   bool const rows =
       limits_.decode == decode_offer::attention_rows || limits_.decode == decode_offer::scores;
   offset_t const floats = static_cast<offset_t>(limits_.max_batch) * first.n_q_heads;
@@ -57,7 +55,7 @@ index_t device_session<Ctx, P, D>::slots_while_decoding(layer_data const& l) con
   if (!detail::cuts_while_decoding(decode_.score) || b.varies_over_heads) return 0;
   cache_demand d{l.kv.shape, n_layers(), l.number, limits_};
   d.longest_prompt = limits_.max_prompt > 0 ? limits_.max_prompt : l.kv.shape.max_slots;
-  return detail::decoding_slots(prompt_, decode_, d);
+  return detail::decoding_slots(prompt_, decode_, d) + limits_.max_draft;
 }
 
 template <backend Ctx, class P, class D>
@@ -75,6 +73,7 @@ device_session<Ctx, P, D>::device_session(Ctx& ctx, P const& p, D const& d,
   shape_.cache = cache;
   shape_.n_sequences = limits_.max_sequences;
   shape_.max_prompt = limits_.max_prompt;
+  shape_.drafts = std::max(1, limits_.max_draft);
   bound_ = detail::plan_rows(prompt_, decode_, one_policy_, limits_, cache);
   shape_.rows = bound_.rows;
   bool const moves = prompt_.select.traits().moves_tokens;
@@ -136,6 +135,7 @@ void device_session<Ctx, P, D>::measure() {
       take([&](workspace& w) { return decide_by_rows(l, batch, nullptr, w); });
   }
   take([&](workspace& w) { return give_tails(batch, nullptr, w); });
+  if (limits_.max_draft > 0) take([&](workspace& w) { return confirm_drafts(batch, nullptr, w); });
   if (limits_.engine_commits) {
     take([&](workspace& w) { return choose_layers(batch, w); });
     take([&](workspace& w) { return commit_layers(batch.n, w); });

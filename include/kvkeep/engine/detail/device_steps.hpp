@@ -12,14 +12,17 @@ namespace kvkeep {
 
 /// What can go wrong where the host does not look.
 enum class device_fault : index_t {
-  no_slot = 1,    ///< a head had no room for a token
-  bad_table = 2,  ///< a block table entry out of range
-  bad_order =
-      4,  ///< a token was appended, or a plan made, before the token before it was attended to, the prompt had
-          ///< ended or the report of tables was taken
-  stale_plan =
-      8,  ///< a plan was committed to a sequence that has changed since: nothing moved, and it goes on
-  wrong_slot = 16  ///< the engine's slot for a token is not the one that comes next
+  /// A head had no room for a token, or as many unconfirmed ones as limits::max_draft.
+  no_slot = 1,
+  /// A block table entry is out of range.
+  bad_table = 2,
+  /// A token was appended, confirmed or decided on too early: before the one before it was attended to, its prompt had
+  /// ended, or a report had told of the tables. Or more tokens were confirmed than there were.
+  bad_order = 4,
+  /// A plan was committed to a sequence that has changed since: nothing moved, and it goes on.
+  stale_plan = 8,
+  /// The engine's slot for a token is not the one that comes next.
+  wrong_slot = 16
 };
 
 namespace detail {
@@ -76,25 +79,29 @@ KVKEEP_HD index_t table_fault(tensor_ref<index_t, 3, Space> const& n_kept, index
 }
 
 /// What stands against giving a head a slot for its next token.
+/// @param drafts  most unconfirmed tokens, 0: attention confirms them
 template <class Space>
-KVKEEP_HD index_t fault_of_next(layer_state<Space> const& l, index_t id, index_t row,
-                                index_t h) noexcept {
+KVKEEP_HD index_t fault_of_next(layer_state<Space> const& l, index_t id, index_t row, index_t h,
+                                index_t drafts) noexcept {
   index_t const slot = next_slot(l, id, h);
-  if (l.fresh(0, id, h) >= 0) return static_cast<index_t>(device_fault::bad_order);
-  if (slot >= l.kv.shape.max_slots) return static_cast<index_t>(device_fault::no_slot);
+  bool const open = drafts > 0 ? l.attended[id] != l.appended[id] : l.fresh(0, id, h) >= 0;
+  bool const full = drafts > 0 && l.appended[id] - l.seen[id] >= drafts;
+  if (open) return static_cast<index_t>(device_fault::bad_order);
+  if (full || slot >= l.kv.shape.max_slots) return static_cast<index_t>(device_fault::no_slot);
   return fault_of(l.kv.k, row, h, slot) | fault_of(l.kv.v, row, h, slot);
 }
 
-/// Gives a head its slot for the next token.
+/// Gives a head its slot for the next token, which has this position.
 template <class Space>
 KVKEEP_HD index_t take_slot(layer_state<Space> const& l, row_plan const& rows, index_t id,
-                            index_t h) noexcept {
-  index_t const slot = next_slot(l, id, h);
+                            index_t h, index_t position) noexcept {
+  index_t const slot = next_slot(l, id, h), pending = position - l.seen[id];
   if (l.victim(id, h) < 0) l.slots.lengths(id, h) = slot + 1;
   l.victim(id, h) = -1;
-  l.slots.positions(id, h, slot) = l.seen[id];
-  l.fresh(0, id, h) = slot;
+  l.slots.positions(id, h, slot) = position;
+  l.fresh(pending, id, h) = slot;
   for (index_t r = 0; r < rows.weights_at; ++r) l.slots.rows(id, h, r, slot) = 0;
+  hide_from_drafts(l, rows, id, h, slot, position, pending);
   return slot;
 }
 
@@ -107,11 +114,14 @@ struct find_faults {
   tensor_ref<index_t, 3, Space> n_kept;  ///< of table_fault
   index_t const* faults;                 ///< [id]
   index_t* found;                        ///< [entry, kv_head]
+  index_t drafts;                        ///< of fault_of_next
+  index_t* position;                     ///< [entry] of the next token, where there are drafts
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const heads = l.kv.shape.n_kv_heads, entry = i / heads, h = i % heads;
     index_t const id = batch.id_of(entry);
+    if (drafts > 0 && h == 0) position[entry] = l.appended[id];
     found[i] = stops(faults[id]) | table_fault(n_kept, l.number, id, h) |
-               fault_of_next(l, id, batch.row_of(entry), h);
+               fault_of_next(l, id, batch.row_of(entry), h, drafts);
   }
 };
 
@@ -126,6 +136,7 @@ struct take_slots {
   index_t* faults;            ///< [id]
   std::uint32_t* generation;  ///< [id]
   index_t* out;               ///< [entry, kv_head]
+  index_t const* position;    ///< [entry] of find_faults, or null: there are no drafts
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const heads = l.kv.shape.n_kv_heads, entry = i / heads, h = i % heads;
     index_t const id = batch.id_of(entry);
@@ -134,9 +145,13 @@ struct take_slots {
     if (h == 0) {
       faults[id] |= fault;
       ++generation[id];
-      l.appended[id] = l.seen[id] + 1;
+      if (position == nullptr)
+        l.appended[id] = l.seen[id] + 1;
+      else if (fault == 0)
+        l.appended[id] = position[entry] + 1;
     }
-    out[i] = fault == 0 ? take_slot(l, rows, id, h) : index_t{-1};
+    index_t const at = position == nullptr ? l.seen[id] : position[entry];
+    out[i] = fault == 0 ? take_slot(l, rows, id, h, at) : index_t{-1};
   }
 };
 
@@ -227,14 +242,14 @@ template <class Space>
 struct settle_victims {
   batch_ref<Space> batch;
   index_t n_kv_heads;
-  tensor_ref<index_t, 2, Space> lengths;      ///< [id, head]
-  tensor_ref<index_t, 2, Space> victim;       ///< [id, head]
-  tensor_ref<index_t, 3, Space> fresh;        ///< [0, id, head]
-  index_t const* appended;                    ///< [id]
-  index_t* seen;                              ///< [id]
-  tensor_ref<index_t, 2, Space> keep;         ///< [id, head], or null: nothing was decided
-  tensor_ref<index_t const, 2, Space> found;  ///< [id, head] victims
-  bool one_set;
+  tensor_ref<index_t, 2, Space> lengths{};      ///< [id, head]
+  tensor_ref<index_t, 2, Space> victim{};       ///< [id, head]
+  tensor_ref<index_t, 3, Space> fresh{};        ///< [0, id, head]
+  index_t const* appended = nullptr;            ///< [id]
+  index_t* seen = nullptr;                      ///< [id]
+  tensor_ref<index_t, 2, Space> keep{};         ///< [id, head], or null: nothing was decided
+  tensor_ref<index_t const, 2, Space> found{};  ///< [id, head] victims
+  bool one_set = false;
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const id = batch.id_of(i / n_kv_heads), h = i % n_kv_heads;
     if (h == 0) seen[id] = appended[id];  // until here `appended` is what ops read

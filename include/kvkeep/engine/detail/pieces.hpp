@@ -27,8 +27,7 @@ void each_array(layer_state<Space> const& l, F&& f) {
   tensor(l.weight_sum);
   tensor(l.weight_max);
   tensor(l.head);
-  for (index_t draft = 0; draft < l.fresh.extent[0]; ++draft)
-    numbers(l.fresh.at(draft, 0), l.fresh.stride[1]);
+  numbers(l.fresh.data, l.fresh.stride[1]);
   index_t* const lists[] = {l.seen, l.ring_from, l.appended, l.attended};
   for (index_t* const list : lists) numbers(list, 1);
 }

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// Device session: drafts, of which the backend says how many stay.
+#pragma once
+
+#include <algorithm>
+
+#include "../device_session.hpp"
+
+namespace kvkeep {
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::confirm(batch_ref<space> const& b,
+                                          index_t const* accepted) noexcept {
+  if (limits_.max_draft == 0) return status::unsupported;
+  if (accepted == nullptr || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
+  KVKEEP_TRY(join());
+  workspace w = scratch();
+  return confirm_drafts(b, accepted, w);
+}
+
+/// Drops what is not accepted, folds the evidence of the rest, token after token, then decides.
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::confirm_drafts(batch_ref<space> const& b, index_t const* accepted,
+                                                 workspace& w) noexcept {
+  using count = detail::count_drafts<space>;
+  using drop = detail::drop_drafts<space>;
+  auto const at = every(b);
+  index_t const n = b.n * at.each_entry();
+  auto* const found = w.take<index_t>(static_cast<std::size_t>(n));
+  detail::draft_counts const counts{w.take<index_t>(product(b.n, n_layers())),
+                                    w.take<index_t>(product(b.n)), w.take<index_t>(product(b.n))};
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  op::for_each<count, space> const look{n, {at, n_kept(), accepted, counts, found}};
+  op::for_each<drop, space> const act{n,
+                                      {at, accepted, counts, found, faults_, shared_.generation}};
+  KVKEEP_TRY(run(*ctx_, op::make_chain<space>(b.n, 1, at.each_entry(), look, act), w));
+  KVKEEP_TRY(fold_drafts(b, counts, w));
+  if (limits_.engine_commits || !detail::cuts_while_decoding(decode_.score)) return status::ok;
+  if (decode_.width() == scope::sequence) return cut_sequences(b, w);
+  for (auto& l : layers_) {
+    workspace::frame const frame(w);
+    score_input<space> in;
+    KVKEEP_TRY(newest(l, b, in, w));
+    KVKEEP_TRY(cut({*ctx_, w}, l, in));
+  }
+  return status::ok;
+}
+
+template <backend Ctx, class P, class D>
+status device_session<Ctx, P, D>::fold_drafts(batch_ref<space> const& b,
+                                              detail::draft_counts const& counts,
+                                              workspace& w) noexcept {
+  workspace::frame const frame(w);
+  auto const at = every(b);
+  index_t const layers = n_layers(), ids = shape_.n_sequences, heads = shape_.cache.n_kv_heads;
+  auto const lengths =
+      row_major<space>(w.take<index_t>(product(layers, ids, heads)), layers, ids, heads);
+  auto* const rows = w.take<index_t>(product(b.n));
+  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
+  index_t const ring = std::max(1, shape_.rows.weight_ring);
+  for (index_t t = 0; t < limits_.max_draft; ++t) {
+    detail::open_draft<space> const open{at, counts, t, ring, lengths, rows};
+    KVKEEP_TRY(each(b.n * at.each_entry(), open, w));
+    if (!decode_.score.traits().at_decode) continue;
+    for (auto& l : layers_) {
+      auto in = input(l, pool(l, b), false);
+      in.layer.slots.lengths = detail::slice(lengths, l.number);
+      in.fresh = detail::slice(l.fresh, t);
+      in.newest_row = w.measuring() ? &shape_.n_sequences : rows;  // measuring: any pointer
+      KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
+    }
+  }
+  return status::ok;
+}
+
+}  // namespace kvkeep
