@@ -145,7 +145,7 @@ class device_engine {
         r[uz(l) * uz(n) + i].out.assign(from, from + static_cast<std::ptrdiff_t>(each));
       }
     }
-    REQUIRE(session_->join() == status::ok);
+    REQUIRE(session_->verify() == status::ok);  // waits for decisions, too
     settle_device();
     for (index_t l = 0; l < options_.n_layers; ++l)
       for (std::size_t i = 0; i < uz(n); ++i) r[uz(l) * uz(n) + i].done = kept(l, *who[i]);
@@ -168,12 +168,18 @@ class device_engine {
     REQUIRE(session_->fork(from.id, s.id) == status::ok);
     settle_device();
     s.row = row_of(s.id);
+    copy_rows(*this, from, s);
+    return s;
+  }
+  /// Keys and values of a sequence, of another engine, too.
+  void copy_rows(device_engine& of, stream const& from, stream const& to) {
     for (index_t l = 0; l < options_.n_layers; ++l)
       for (index_t h = 0; h < shape_.n_kv_heads; ++h)
-        for (index_t t = 0; t < session_->lengths(l)(s.id, h); ++t)
-          for (auto* const plane : {&caches_[uz(l)].k(), &caches_[uz(l)].v()})
-            plane->set_raw(s.row, h, t, plane->raw(from.row, h, t));
-    return s;
+        for (index_t t = 0; t < session_->lengths(l)(to.id, h); ++t) {
+          auto &mine = caches_[uz(l)], &other = of.caches_[uz(l)];
+          mine.k().set_raw(to.row, h, t, other.k().raw(from.row, h, t));
+          mine.v().set_raw(to.row, h, t, other.v().raw(from.row, h, t));
+        }
   }
   /// Live positions per head, ascending.
   oracle::kept_sets kept(index_t l, stream const& s) {

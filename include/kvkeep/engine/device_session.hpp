@@ -11,6 +11,7 @@
 #include "../op/reduce.hpp"
 #include "detail/device_core.hpp"
 #include "detail/device_rows.hpp"
+#include "detail/device_state_steps.hpp"
 #include "detail/offers.hpp"
 #include "detail/prompt_steps.hpp"
 #include "slots.hpp"
@@ -37,9 +38,10 @@ namespace kvkeep {
 ///
 /// Attention need not wait for decisions: with `decide_in` they run in a second context, beside what the engine
 /// enqueues next, and the first one waits for them in `join`, at the end of a step.
+/// What can be read of its state (lengths, positions, faults ...) is in `detail::device_core`.
 /// Threads: calls of one session do not overlap.
 template <backend Ctx, class Prompt, class Decode = Prompt>
-class device_session : detail::device_core<Ctx> {
+class device_session : public detail::device_core<Ctx> {
   using core = detail::device_core<Ctx>;
   using core::ctx_, core::limits_, core::bound_, core::shape_, core::layers_, core::usual_slots_,
       core::sequences_, core::prompts_, core::prompt_owner_, core::shared_, core::plan_,
@@ -49,8 +51,8 @@ class device_session : detail::device_core<Ctx> {
   using core::n_layers, core::is_last, core::alive, core::find_place, core::managed,
       core::prompt_of, core::one, core::pool, core::scratch, core::each, core::each_number,
       core::every, core::holding, core::n_kept, core::extend, core::mark, core::newest_rows_of,
-      core::pushing, core::settling, core::plan_of, core::take_scores, core::one_leaves_,
-      core::tracks_tables_;
+      core::pushing, core::settling, core::plan_of, core::take_scores, core::take_cut,
+      core::in_prompt, core::one_leaves_, core::tracks_tables_;
 
  public:
   using space = space_of<Ctx>;
@@ -151,20 +153,15 @@ class device_session : detail::device_core<Ctx> {
   /// session's context alone, on the host or in a stream, does not wait for decisions.
   status join() noexcept;
 
-  // -- reading: all in the backend's memory ---------------------------------------------------------
-  /// Slots in use, `[id, kv_head]`.
-  tensor_ref<index_t const, 2, space> lengths(index_t layer) const noexcept;
-  /// Original positions, `[id, kv_head, slot]`.
-  tensor_ref<index_t const, 3, space> positions(index_t layer) const noexcept;
-  /// Free slot inside the slots in use, `[id, kv_head]`, -1: none.
-  tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept;
-  /// Tokens seen by each sequence, `[id]`.
-  index_t const* tokens(index_t layer) const noexcept;
-  /// What went wrong, `[id]`: 0, or bits of device_fault. Cleared by `begin`.
-  index_t const* faults() const noexcept { return faults_; }
-
-  /// Bytes of memory that `bind_device_session` needs.
-  std::size_t bytes() const noexcept { return state_bytes_ + scratch_bytes_; }
+  // -- saved state, and proof -----------------------------------------------------------------------
+  std::size_t saved_bytes() const noexcept;
+  /// Writes a sequence's state (K and V are the engine's) to the backend's memory. Not in the middle of a prompt.
+  status save(index_t id, std::span<std::byte> out) noexcept;
+  /// Restores it into a sequence that was begun. Another version or configuration is device_fault::bad_save.
+  status load(index_t id, std::span<std::byte const> in) noexcept;
+  /// Checks every live sequence, but for prompts: slots, positions, protected tokens, budgets. What cannot be is
+  /// device_fault::corrupt. For tests: three launches per sequence and layer, slots squared comparisons per head.
+  status verify() noexcept;
 
  private:
   template <backend C, policy_on<C> P, policy_on<C> D>
@@ -246,7 +243,6 @@ class device_session : detail::device_core<Ctx> {
   detail::resolve_keep<space> resolving(layer_data const& l, batch_ref<space> const& b,
                                         index_t extra,
                                         tensor_ref<index_t, 2, space> const& keep) const noexcept;
-  detail::cut_memory<space> take_cut(index_t n, workspace& w) const noexcept;
   status list_cut(runner const& by, layer_data const& l, batch_ref<space> const& b, index_t extra,
                   detail::cut_memory<space> const& c) const noexcept;
   template <class... After>
@@ -255,6 +251,10 @@ class device_session : detail::device_core<Ctx> {
   template <class... After>
   status cut(runner const& by, layer_data& l, score_input<space> in,
              After const&... after) noexcept;
+
+  // device_inspect.hpp
+  detail::saved_header header() const noexcept;
+  status verify_layer(layer_data const& l, index_t id, workspace& w) noexcept;
 
   // device_drafts.hpp
   status confirm_drafts(batch_ref<space> const& b, index_t const* accepted, workspace& w) noexcept;

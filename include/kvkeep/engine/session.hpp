@@ -244,9 +244,7 @@ class session {
                     tensor_ref<std::uint8_t, 3, space> visible, workspace& w) noexcept;
 
   // inspect.hpp
-  std::uint64_t config() const noexcept;
   KVKEEP_COLD status verify_head(layer_data const& l, index_t id, index_t h, index_t* sorted) const noexcept;
-  status verify_budget(layer_data const& l, index_t id, index_t h, index_t live) const noexcept;
 
   // moving.hpp
   KVKEEP_COLD status choose_layers(index_t n, workspace& w) noexcept;

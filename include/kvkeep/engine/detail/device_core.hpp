@@ -15,8 +15,36 @@ namespace kvkeep::detail {
 /// Layers and sequences as the host sees them, and the memory that the backend alone reads.
 template <class Ctx>
 class device_core {
- protected:
+ public:
   using space = space_of<Ctx>;
+
+  /// Slots in use, `[id, kv_head]`. This and what follows lies in the backend's memory.
+  tensor_ref<index_t const, 2, space> lengths(index_t layer) const noexcept {
+    auto const* const l = find(layer);
+    return l == nullptr ? tensor_ref<index_t, 2, space>{} : l->slots.lengths;
+  }
+  /// Original positions, `[id, kv_head, slot]`.
+  tensor_ref<index_t const, 3, space> positions(index_t layer) const noexcept {
+    auto const* const l = find(layer);
+    return l == nullptr ? tensor_ref<index_t, 3, space>{} : l->slots.positions;
+  }
+  /// Free slot inside the slots in use, `[id, kv_head]`, -1: none.
+  tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept {
+    auto const* const l = find(layer);
+    return l == nullptr ? tensor_ref<index_t, 2, space>{} : l->victim;
+  }
+  /// Tokens seen by each sequence and confirmed, `[id]`.
+  index_t const* tokens(index_t layer) const noexcept {
+    auto const* const l = find(layer);
+    return l == nullptr ? nullptr : l->seen;
+  }
+  /// What went wrong, `[id]`: 0, or bits of device_fault. Cleared by `begin`.
+  index_t const* faults() const noexcept { return faults_; }
+
+  /// Bytes of memory that `bind_device_session` needs.
+  std::size_t bytes() const noexcept { return state_bytes_ + scratch_bytes_; }
+
+ protected:
   using layer_data = layer_state<space>;
   using source = cache_source<space>;
 
@@ -52,8 +80,20 @@ class device_core {
     bool const known = layer >= 0 && layer < static_cast<index_t>(number_of_.size());
     return known ? number_of_[static_cast<std::size_t>(layer)] : -2;
   }
+  /// A managed layer, or null.
+  layer_data const* find(index_t layer) const noexcept {
+    index_t const m = managed(layer);
+    return m < 0 ? nullptr : &layers_[static_cast<std::size_t>(m)];
+  }
   prompt_state& prompt_of(layer_data const& l, index_t id) noexcept {
     return prompts_[product(l.number, limits_.max_sequences) + static_cast<std::size_t>(id)];
+  }
+  /// Whether a sequence is in the middle of a prompt.
+  bool in_prompt(index_t id) noexcept {
+    index_t const ended = sequences_[static_cast<std::size_t>(id)].ended_layers;
+    if (ended == n_layers()) return false;
+    return ended > 0 || std::any_of(layers_.begin(), layers_.end(),
+                                    [&](auto const& l) { return prompt_of(l, id).observed; });
   }
   /// One sequence as a batch: `numbers_` holds 0, 1, 2, ... in the backend's memory.
   batch_ref<space> one(index_t id, index_t row) const noexcept {
@@ -81,6 +121,19 @@ class device_core {
   score_map<space> take_scores(index_t n, workspace& w) const noexcept {
     index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
     return row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
+  }
+  /// Takes the memory of a cut from the scratch.
+  cut_memory<space> take_cut(index_t n, workspace& w) const noexcept {
+    index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
+    index_t const n_ids = shape_.n_sequences;
+    auto const ids = product(n_ids, heads), size = product(n, heads);
+    cut_memory<space> c;
+    c.keep = row_major<space>(w.take<index_t>(ids), n_ids, heads);
+    c.due = row_major<space>(w.take<index_t>(ids), n_ids, heads);
+    c.scores = take_scores(n, w);
+    c.plan = {row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
+              row_major<space>(w.take<index_t>(size), n, heads)};
+    return c;
   }
   workspace scratch() const noexcept { return workspace({scratch_, scratch_bytes_}); }
   template <class F>

@@ -123,22 +123,6 @@ auto device_session<Ctx, P, D>::resolving(layer_data const& l, batch_ref<space> 
           keep};
 }
 
-/// Takes the memory of a cut from the scratch.
-template <backend Ctx, class P, class D>
-auto device_session<Ctx, P, D>::take_cut(index_t n, workspace& w) const noexcept
-    -> detail::cut_memory<space> {
-  index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
-  index_t const n_ids = shape_.n_sequences;
-  auto const ids = product(n_ids, heads), size = product(n, heads);
-  detail::cut_memory<space> c;
-  c.keep = row_major<space>(w.take<index_t>(ids), n_ids, heads);
-  c.due = row_major<space>(w.take<index_t>(ids), n_ids, heads);
-  c.scores = take_scores(n, w);
-  c.plan = {row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
-            row_major<space>(w.take<index_t>(size), n, heads)};
-  return c;
-}
-
 /// Lists the heads of a batch for which a cut is due, and what all of them keep.
 /// @param extra  slots beyond the budget that stay
 template <backend Ctx, class P, class D>

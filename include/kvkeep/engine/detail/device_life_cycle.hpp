@@ -32,7 +32,7 @@ status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) 
     KVKEEP_TRY(fix_budget(l, at, 0, w));
     prompt_of(l, at) = {o.frozen, true};
   }
-  sequences_[static_cast<std::size_t>(at)] = {true, o.frozen, 0};
+  sequences_[static_cast<std::size_t>(at)] = {true, 0};
   id = at;
   return status::ok;
 }
@@ -47,10 +47,8 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
   KVKEEP_TRY(find_place(o.id, to));
   KVKEEP_TRY(join());
   workspace w = scratch();
-  host_state s = sequences_[static_cast<std::size_t>(from)];
-  s.frozen = std::max(s.frozen, o.frozen);
   KVKEEP_TRY(each(
-      1, detail::fork_sequence{shared_.frozen, faults_, shared_.generation, from, to, s.frozen},
+      1, detail::fork_sequence{shared_.frozen, faults_, shared_.generation, from, to, o.frozen},
       w));
   for (auto& l : layers_) {
     KVKEEP_TRY(each_number(detail::copy_sequence<space>{detail::sequence_arrays(l), from, to}, w));
@@ -58,7 +56,7 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
         each(shape_.cache.n_kv_heads, detail::fork_tables<space>{plan_, l.number, from, to}, w));
     prompt_of(l, to) = prompt_of(l, from);
   }
-  sequences_[static_cast<std::size_t>(to)] = s;
+  sequences_[static_cast<std::size_t>(to)] = sequences_[static_cast<std::size_t>(from)];
   id = to;
   return status::ok;
 }
@@ -77,3 +75,5 @@ status device_session<Ctx, P, D>::end(index_t id) noexcept {
 }
 
 }  // namespace kvkeep
+
+#include "device_inspect.hpp"

@@ -70,6 +70,7 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries con
   shared_.staging_layer = m;
   shared_.staging_id = id;
   prompt_of(l, id).tokens = p0 + n;
+  prompt_of(l, id).observed = true;
   if (limits_.engine_commits) KVKEEP_TRY(mark(l, id, detail::prompt_open, w));
   KVKEEP_TRY(push_prompt(l, id, q, w));
   return feed_scorers(l, from, q, p0, w);

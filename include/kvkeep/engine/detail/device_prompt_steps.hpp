@@ -14,13 +14,13 @@ namespace kvkeep::detail {
 /// What the host knows of one sequence.
 struct host_state {
   bool alive = false;
-  index_t frozen = 0;
   index_t ended_layers = 0;  ///< layers whose prompt has ended
 };
 /// ... and of its prompt in one layer.
 struct prompt_state {
   index_t tokens = 0;
   bool has_lse = true;
+  bool observed = false;
 };
 
 /// A sequence's counters in one layer; index: 0.
@@ -58,7 +58,7 @@ struct fork_sequence {
   index_t from, to;
   index_t tokens;
   KVKEEP_HD void operator()(index_t) const noexcept {
-    frozen[to] = tokens;
+    frozen[to] = frozen[from] > tokens ? frozen[from] : tokens;
     faults[to] = faults[from];
     ++generation[to];
   }

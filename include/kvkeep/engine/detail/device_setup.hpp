@@ -39,8 +39,8 @@ void device_session<Ctx, P, D>::check_setup() const {
                  limits_.max_batch, "less, by which the KV heads of all layers are multiplied");
   for (auto const& l : layers_) {
     index_t const slots = l.kv.shape.max_slots;
-    KVKEEP_EXPECTS(offset_t{first.n_kv_heads} * slots < indices, "max_slots", slots,
-                   "less, by which KV heads are multiplied");
+    KVKEEP_EXPECTS(offset_t{first.n_kv_heads} * slots * 2 < indices, "max_slots", slots,
+                   "less, by which twice the KV heads are multiplied");
     KVKEEP_EXPECTS(!rows || floats * slots < indices, "limits.max_batch", limits_.max_batch,
                    "less, by which query heads and max_slots are multiplied");
   }
@@ -129,6 +129,7 @@ void device_session<Ctx, P, D>::measure() {
   batch.n = limits_.max_batch;
   q.n_rows = 1;
   for (auto& l : layers_) {
+    take([&](workspace& w) { return verify_layer(l, 0, w); });
     take([&](workspace& w) { return give_slots(l, batch, nullptr, nullptr, nullptr, w); });
     take([&](workspace& w) { return weigh(l, batch, q, false, nullptr, nullptr, w); });
     if (!detail::decides_late(decode_.when))
@@ -145,8 +146,8 @@ void device_session<Ctx, P, D>::measure() {
 
 template <backend Ctx, class P, class D>
 void device_session<Ctx, P, D>::place(std::span<std::byte> memory) {
-  KVKEEP_EXPECTS(memory.size() >= bytes(), "memory.size", memory.size(),
-                 ">= " + std::to_string(bytes()) + " bytes of the backend's memory");
+  KVKEEP_EXPECTS(memory.size() >= this->bytes(), "memory.size", memory.size(),
+                 ">= " + std::to_string(this->bytes()) + " bytes of the backend's memory");
   workspace w(memory);
   carve(w);
   scratch_ = memory.data() + state_bytes_;
@@ -180,33 +181,6 @@ auto device_session<Ctx, P, D>::input(layer_data const& l, source const& s,
   auto in = detail::view_of(l, shape_.rows, s, prompt);
   in.guard = guard_of(prompt, s.id0);
   return in;
-}
-
-template <backend Ctx, class P, class D>
-auto device_session<Ctx, P, D>::lengths(index_t layer) const noexcept
-    -> tensor_ref<index_t const, 2, space> {
-  index_t const m = managed(layer);
-  if (m < 0) return {};
-  return layers_[static_cast<std::size_t>(m)].slots.lengths;
-}
-template <backend Ctx, class P, class D>
-auto device_session<Ctx, P, D>::positions(index_t layer) const noexcept
-    -> tensor_ref<index_t const, 3, space> {
-  index_t const m = managed(layer);
-  if (m < 0) return {};
-  return layers_[static_cast<std::size_t>(m)].slots.positions;
-}
-template <backend Ctx, class P, class D>
-auto device_session<Ctx, P, D>::free_slots(index_t layer) const noexcept
-    -> tensor_ref<index_t const, 2, space> {
-  index_t const m = managed(layer);
-  if (m < 0) return {};
-  return layers_[static_cast<std::size_t>(m)].victim;
-}
-template <backend Ctx, class P, class D>
-index_t const* device_session<Ctx, P, D>::tokens(index_t layer) const noexcept {
-  index_t const m = managed(layer);
-  return m < 0 ? nullptr : layers_[static_cast<std::size_t>(m)].seen;
 }
 
 /// Binds policies to the layers of a model. @see device_session

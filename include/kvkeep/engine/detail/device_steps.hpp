@@ -22,7 +22,11 @@ enum class device_fault : index_t {
   /// A plan was committed to a sequence that has changed since: nothing moved, and it goes on.
   stale_plan = 8,
   /// The engine's slot for a token is not the one that comes next.
-  wrong_slot = 16
+  wrong_slot = 16,
+  /// What was to be loaded is no sequence of such a session: nothing was.
+  bad_save = 32,
+  /// `verify` has found slots, positions, protected tokens or a budget that cannot be.
+  corrupt = 64
 };
 
 namespace detail {

@@ -7,32 +7,10 @@
 #include <cstring>
 
 #include "../session.hpp"
+#include "budget_rule.hpp"
 #include "pieces.hpp"
 
 namespace kvkeep {
-
-namespace detail {
-
-struct saved_header {
-  char magic[8];
-  std::uint32_t byte_order;
-  std::uint32_t version;
-  std::uint64_t config;
-  std::uint64_t bytes;
-  index_t frozen;
-  index_t confirmed;
-};
-
-}  // namespace detail
-
-template <backend Ctx, class P, class D>
-std::uint64_t session<Ctx, P, D>::config() const noexcept {
-  auto const& c = shape_.cache;
-  std::uint64_t h = config_key(prompt_.key(), decode_.key(), c.n_q_heads, c.n_kv_heads, c.dim_k,
-                               limits_.max_draft);
-  for (auto const& l : layers_) h = config_key(h, l.kv.shape.max_slots);
-  return h;
-}
 
 template <backend Ctx, class P, class D>
 std::size_t session<Ctx, P, D>::saved_bytes() const noexcept {
@@ -46,11 +24,8 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::save(index_t id, std::span<std::byte> out) const noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (out.size() < saved_bytes()) return status::workspace_too_small;
-  detail::saved_header h{};
-  std::memcpy(h.magic, "kvkeep-s", 8);
-  h.byte_order = 0x01020304;
-  h.version = KVKEEP_VERSION;
-  h.config = config();
+  detail::saved_header h;
+  h.config = detail::config_of(prompt_, decode_, limits_, layers_);
   h.bytes = saved_bytes();
   h.frozen = shared_.frozen[id];
   h.confirmed = shared_.confirmed[id];
@@ -67,13 +42,12 @@ status session<Ctx, P, D>::save(index_t id, std::span<std::byte> out) const noex
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexcept {
   if (!alive(id)) return status::bad_sequence;
-  detail::saved_header h{};
-  if (in.size() < sizeof h) return status::bad_argument;
+  detail::saved_header h, own;
+  if (in.size() < saved_bytes()) return status::bad_argument;
+  own.config = detail::config_of(prompt_, decode_, limits_, layers_);
+  own.bytes = saved_bytes();
   std::memcpy(&h, in.data(), sizeof h);
-  if (std::memcmp(h.magic, "kvkeep-s", 8) != 0 || h.byte_order != 0x01020304 ||
-      h.version != KVKEEP_VERSION || h.config != config() || h.bytes != saved_bytes() ||
-      in.size() < h.bytes)
-    return status::bad_argument;
+  if (!h.fits(own)) return status::bad_argument;
   std::byte const* from = in.data() + sizeof h;
   for (auto const& l : layers_) {
     detail::each_piece(l, id, [&](auto* to, std::size_t bytes) {
@@ -122,26 +96,9 @@ status session<Ctx, P, D>::verify_head(layer_data const& l, index_t id, index_t 
       tokens, std::min(prompt_.keep.sinks, cuts ? decode_.keep.sinks : prompt_.keep.sinks));
   for (index_t i = 0; i < sinks; ++i)
     if (i >= live || sorted[i] != i) return status::lost_token;
-  return verify_budget(l, id, h, live);
-}
-
-template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::verify_budget(layer_data const& l, index_t id, index_t h,
-                                         index_t live) const noexcept {
-  if (!detail::cuts_while_decoding(decode_.score) || limits_.engine_commits) return status::ok;
-  if (decode_.score.least_tokens() > live) return status::ok;
-  bool const special = detail::decides_late(decode_.when);
-  // Before its first decision a special policy still holds the whole prompt.
-  if (special && l.seen[id] == live) return status::ok;
-  index_t const pending = l.appended[id] - l.seen[id];
-  index_t const k = l.k(id, h);
-  // Confirmed drafts stay until no token is left unconfirmed.
-  index_t const drafts = pending > 0 ? shape_.drafts : 0;
-  index_t const most = std::max(detail::trigger(k, decode_.when.evict_after) - 1, 0) + drafts +
-                       (special ? 1 : 0);
-  index_t const guarded = std::min(
-      live, shared_.frozen[id] + decode_.keep.sinks + decode_.keep.recent + pending);
-  return live > std::max(most, guarded) ? status::over_budget : status::ok;
+  bool const over = detail::rule_of(decode_, shape_.drafts, limits_.engine_commits)
+                        .exceeded(l, id, h, live, shared_.frozen[id]);
+  return over ? status::over_budget : status::ok;
 }
 
 template <backend Ctx, class P, class D>

@@ -3,6 +3,7 @@
 /// The state of one sequence, array by array, for whoever copies or stores it.
 #pragma once
 
+#include "../../core/config.hpp"
 #include "../state.hpp"
 
 namespace kvkeep::detail {
@@ -46,6 +47,34 @@ void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
     f(array + id * n, sizeof *array * static_cast<std::size_t>(n));
   });
   each_flag(l, [&](std::uint8_t* flag) { f(flag + id, sizeof *flag); });
+}
+
+/// In front of a saved sequence. Two fit if the state behind them means the same.
+struct saved_header {
+  std::uint64_t magic = 0x732d7065656b766b;  ///< "kvkeep-s", and which byte comes first
+  std::uint64_t version = KVKEEP_VERSION;
+  std::uint64_t config = 0;
+  std::uint64_t bytes = 0;
+  index_t frozen = 0;
+  index_t confirmed = 0;
+  index_t faults = 0;  ///< of a device session
+  index_t on_device = 0;
+
+  KVKEEP_HD bool fits(saved_header const& o) const noexcept {
+    return magic == o.magic && version == o.version && config == o.config && bytes == o.bytes &&
+           on_device == o.on_device;
+  }
+};
+
+/// Identity of what determines a session's state.
+template <class P, class D, class Layers>
+std::uint64_t config_of(P const& prompt, D const& decode, limits const& lim,
+                        Layers const& layers) noexcept {
+  cache_shape const& c = layers[0].kv.shape;
+  std::uint64_t h = config_key(prompt.key(), decode.key(), c.n_q_heads, c.n_kv_heads, c.dim_k,
+                               lim.max_draft);
+  for (auto const& l : layers) h = config_key(h, l.kv.shape.max_slots);
+  return h;
 }
 
 }  // namespace kvkeep::detail
