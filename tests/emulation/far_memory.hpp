@@ -48,7 +48,7 @@ struct pairing {
 /// A device session that decodes its last sequence.
 class last_of {
  public:
-  last_of(pairing const& p, cache_shape const& s)
+  last_of(pairing const& p, cache_shape const& s, limits lim = {})
       : shape_(s),
         id_(s.n_seq - 1),
         prompt_policy_(make_policy<op_context>(p.prompt, p.o)),
@@ -60,7 +60,6 @@ class last_of {
       views_.push_back(contiguous_view<device_space>(k_.back()->floats(), v_.back()->floats(), s));
       specs_.push_back({kv_ref<device_space>(views_.back())});
     }
-    limits lim;
     lim.max_sequences = s.n_seq;
     std::span<layer_spec<device_space> const> const specs(specs_);
     bytes_ = device_session_bytes(ctx(), prompt_policy_, decode_policy_, specs, lim);
@@ -102,6 +101,25 @@ class last_of {
       all.insert(all.end(), out.begin(), out.end());
     }
     return all;
+  }
+  /// The last sequence's drafts that stay, then a plan for all sequences, of which it alone has tokens.
+  void decide(index_t accepted) {
+    index_t const n = shape_.n_seq;
+    std::vector<index_t> ids(uz(n)), counts(uz(n), 0), lengths(uz(n_layers * shape_.n_kv_heads));
+    for (index_t i = 0; i < n; ++i) ids[uz(i)] = i;
+    counts.back() = accepted;
+    batch_ref<device_space> const b{n, ids.data(), ids.data()};
+    plan<device_space> p;
+    REQUIRE(session_->confirm(b, counts.data()) == status::ok);
+    REQUIRE(session_->choose(b, p) == status::ok);
+    REQUIRE(session_->commit(p) == status::ok);
+    REQUIRE(session_->verify() == status::ok);
+    report_buffer told;
+    told.lengths = lengths;
+    REQUIRE(session_->report(id_, told) == status::ok);
+    CHECK(session_->faults()[id_] == 0);
+    for (index_t l = 0; l < n_layers; ++l)
+      CHECK(lengths[uz(l * shape_.n_kv_heads)] == session_->lengths(l)(id_, 0));
   }
   std::vector<std::vector<index_t>> kept() const {
     std::vector<std::vector<index_t>> all;
@@ -194,6 +212,30 @@ TEST_CASE("the last of 64 sequences of 128k slots is treated as one alone") {
       REQUIRE(far.kept() == near.kept());
     }
     CHECK(near.kept()[0].size() < uz(prompt));
+  }
+}
+
+TEST_CASE("drafts and plans of 64 sequences of 128k slots are those of one alone") {
+  cache_shape alone = huge;
+  alone.n_seq = 1;
+  alone.max_slots = 256;
+  limits lim;
+  lim.max_draft = 2;
+  lim.engine_commits = true;
+  for (pairing const& p : pairings()) {
+    std::string const name = p.decode;
+    if (name != p.prompt || (name != "h2o" && name != "knorm")) continue;
+    INFO(name);
+    generator g(3);
+    text const t = make_text(g, alone, n_layers, n_tokens);
+    last_of far(p, huge, lim), near(p, alone, lim);
+    far.begin(t);
+    near.begin(t);
+    for (index_t i = prompt; i < prompt + 2; ++i) REQUIRE(far.step(t, i) == near.step(t, i));
+    far.decide(1);
+    near.decide(1);
+    REQUIRE(far.kept() == near.kept());
+    CHECK(near.kept()[0].size() == uz(p.o.capacity));
   }
 }
 

@@ -129,8 +129,8 @@ struct open_tables {
   }
 };
 
-/// Remembers the tables that remain after whole blocks leave, if any do. Of a plan of whole blocks all slots are listed, so the
-/// i-th block that stays begins at entry `i * block_size`.
+/// Remembers the tables that remain after whole blocks leave, if any do. Of a plan of whole blocks all slots are
+/// listed, so the i-th block that stays begins at entry `i * block_size`.
 /// Index: (entry * n_kv_heads + head) * steps() + i: the i-th block that stays, and those that leave in front of it.
 template <class Space>
 struct record_blocks {
