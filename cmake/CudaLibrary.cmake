@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 # kvkeep::cuda_ops: the CUDA backend's ops, compiled once, for programs with several units or of few ops. The headers
 # alone do as well, but a unit that includes them compiles every kernel.
+# kvkeep::cuda_engine: besides, the device session of run-time-chosen policies (engine/cuda_engine.cuh).
 if(NOT TARGET kvkeep_cuda)
   return()
 endif()
@@ -33,6 +34,14 @@ endfunction()
 
 kvkeep_add_cuda_ops(kvkeep_cuda_ops)
 add_library(kvkeep::cuda_ops ALIAS kvkeep_cuda_ops)
+add_library(kvkeep_cuda_engine STATIC EXCLUDE_FROM_ALL "${PROJECT_SOURCE_DIR}/src/cuda_engine.cu")
+add_library(kvkeep::cuda_engine ALIAS kvkeep_cuda_engine)
+target_compile_definitions(kvkeep_cuda_engine PUBLIC KVKEEP_CUDA_ENGINE_COMPILED)
+target_link_libraries(kvkeep_cuda_engine PUBLIC kvkeep_cuda_ops)
+if(TARGET kvkeep_dev)
+  target_link_libraries(kvkeep_cuda_engine PRIVATE kvkeep_dev)
+  kvkeep_strict_kernels(kvkeep_cuda_engine)
+endif()
 # Once more with Hopper's own instructions, for our benchmarks and checks: these are another target of the compiler.
 if(TARGET kvkeep_dev)
   set(KVKEEP_CUDA_90A "${CMAKE_CUDA_ARCHITECTURES}")

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// kvkeep-replay on the CUDA backend, through a device session.
-#include <kvkeep/cuda.cuh>
-#include <kvkeep/engine/device_session.hpp>
+#include <kvkeep/engine/cuda_engine.cuh>
 
 #include <optional>
 

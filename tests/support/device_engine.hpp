@@ -5,7 +5,11 @@
 
 #include <bit>
 
+#if defined(KVKEEP_TEST_CUDA)
+#include <kvkeep/engine/cuda_engine.cuh>
+#else
 #include <kvkeep/engine/device_session.hpp>
+#endif
 
 #include "run_op.hpp"
 #include "session_run.hpp"
