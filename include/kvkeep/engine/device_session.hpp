@@ -138,7 +138,7 @@ class device_session : public detail::device_core<Ctx> {
   // -- decisions beside what follows them -----------------------------------------------------------
   /// From now on decisions run in `other` (on CUDA: a second stream, both contexts with a mark), each after its own
   /// token's attention; only that, and what it leaves in the state, stays in the session's context. The kept sets are
-  /// the same. Decisions that come before attention stay there too. Set-up.
+  /// the same. Decisions before attention, of drafts, of plans and of whole sequences stay there too. Set-up.
   /// On CUDA neither stream is the legacy default one, nor `other` one that waits for it; of a lower priority it stands
   /// in nobody's way.
   /// @param other   outlives the session
