@@ -26,6 +26,7 @@ struct device_calls {
   std::optional<session_type> session;
   void bind(policy_type const& p, policy_type const& d, std::span<layer_spec<> const> host,
             limits const& lim) {
+    (void)test::other_context();  // streams are late
     for (auto const& s : host) specs.push_back({test::to_device(s.kv)});
     std::span<layer_spec<space> const> const all(specs);
     memory = std::make_unique<test::aligned_block>(

@@ -313,6 +313,7 @@ TEST_CASE("a sequence that finds no slot says so, and the others go on") {
   REQUIRE(device.session().end(x.id) == status::ok);
   test::stream again = device.begin(a, x.id);
   CHECK(again.id == x.id);
+  test::settle_device();
   CHECK(device.session().faults()[x.id] == 0);
 }
 

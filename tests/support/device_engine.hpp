@@ -39,6 +39,8 @@ class device_engine {
  public:
   device_engine(engine_options o, device_any const& prompt, device_any const& decode)
       : options_(std::move(o)), shape_(options_.cache.shape) {
+    (void)
+        other_context();  // from here on streams are late in emulation: nobody reads without waiting
     for (index_t l = 0; l < options_.n_layers; ++l) {
       cache_options c = options_.cache;
       c.seed = c.seed * 31 + static_cast<std::uint64_t>(l);
