@@ -456,6 +456,49 @@ TEST_CASE("prompts of no token and of one, in the cache and transient") {
     }
 }
 
+TEST_CASE("tokens of others may come between the layers of a prompt") {
+  for (char const* name : {"knorm", "h2o", "dynamickv", "adakv"})
+    for (scope const per : {scope::head, scope::sequence}) {
+      bool const own_budget = name[0] == 'd' || name[0] == 'a';
+      if (own_budget && per == scope::sequence) continue;
+      INFO(name << ", per " << to_string(per));
+      policy_options o = small(16), d = small(16);
+      o.per = d.per = per;
+      char const* const decode = own_budget ? "h2o" : name;
+      test::world w;
+      auto const options = w.options(test::make(decode, d), 60);
+      test::engine host(options, test::make(name, o), test::make(decode, d));
+      test::device_engine device(options, make_policy<test::op_context>(name, o),
+                                 make_policy<test::op_context>(decode, d));
+      auto const a = w.words(1), b = w.words(2);
+      test::stream x = host.begin(a), y = host.begin(b), s = device.begin(a), t = device.begin(b),
+                   alone = host.begin(b);
+      host.prompt(alone, 27);
+      host.prompt(x, 25);
+      device.prompt(s, 25, {25});
+      for (int step = 0; step < 3; ++step)
+        test::require_same(host.step({&x}), device.step({&s}), false);
+      host.observe_prompt(y, 0, 27);
+      REQUIRE(host.end_layer(y, 0) == status::ok);
+      auto const want = host.step({&x});
+      host.observe_prompt(y, 1, 27);
+      REQUIRE(host.end_layer(y, 1) == status::ok);
+      y.tokens = 27;
+      device.observe_prompt(t, 0, 0, 27);
+      REQUIRE(device.end_layer(t, 0) == status::ok);
+      test::require_same(want, device.step({&s}), false);
+      device.observe_prompt(t, 1, 0, 27);
+      REQUIRE(device.end_layer(t, 1) == status::ok);
+      t.tokens = 27;
+      for (index_t l = 0; l < w.n_layers; ++l) {
+        REQUIRE(host.kept(l, alone) == host.kept(l, y));
+        REQUIRE(host.kept(l, alone) == device.kept(l, t));
+      }
+      for (int step = 0; step < 3; ++step)
+        test::require_same(host.step({&x, &y}), device.step({&s, &t}), false);
+    }
+}
+
 TEST_CASE("a sequence begins as if no other had had its id") {
   for (pairing const& p : pairings()) {
     INFO(describe(p));

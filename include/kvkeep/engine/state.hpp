@@ -151,6 +151,7 @@ struct shared_state {
   tensor_ref<index_t, 2, Space> prompt_k{};      ///< [layer, H] budgets of the prompt that is ending
   tensor_ref<float, 4, Space> prompt_scores{};   ///< [layer, 1, H, slot] where budgets need them
   tensor_ref<float, 3, Space> sequence_scores{}; ///< [entry, H, slot] sum over layers
+  tensor_ref<float, 3, Space> prompt_sum{};      ///< [1, H, slot] that of the prompt that is ending
   staging_state<Space> staging;
   index_t prompt_owner = -1;   ///< sequence whose coupled layers are being decided
   index_t staging_layer = -1;  ///< owner of the transient prompt's state
@@ -172,6 +173,8 @@ void carve_shared(workspace& w, shared_state<Space>& s, state_shape const& shape
                                      h, slots);
   s.sequence_scores = row_major<Space>(w.take<float>(product(sequence_entries, h, slots)),
                                        sequence_entries, h, slots);
+  index_t const sums = sequence_entries > 0 ? 1 : 0;
+  s.prompt_sum = row_major<Space>(w.take<float>(product(sums, h, slots)), sums, h, slots);
   if (shape.max_prompt > 0) {
     carve_slots(w, s.staging.slots, 1, h, shape.rows.total, shape.max_prompt);
     s.staging.weight_sum =

@@ -73,7 +73,7 @@ status device_session<Ctx, P, D>::choose_layers(batch_ref<space> const& b, works
       KVKEEP_TRY(newest(l, chosen, in, w));
       if (sums || !wide) KVKEEP_TRY(score_tokens(by, in, scores));
       if (sums) {
-        KVKEEP_TRY(add_layer(by, l, in, scores));
+        KVKEEP_TRY(add_layer(by, l, in, scores, shared_.sequence_scores));
         continue;
       }
       KVKEEP_TRY(each(b.n * heads, resolving(l, chosen, 0, keep), w));

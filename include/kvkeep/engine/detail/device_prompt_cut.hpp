@@ -85,11 +85,11 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::join_layers(layer_data& l, index_t id, source const& to,
                                               score_map<space> scores, workspace& w) noexcept {
-  KVKEEP_TRY(add_layer({*ctx_, w}, l, input(l, to, true), scores));
+  KVKEEP_TRY(add_layer({*ctx_, w}, l, input(l, to, true), scores, shared_.prompt_sum));
   if (!is_last(l) && !w.measuring()) return status::ok;
   for (auto& each_layer : layers_) {
     source const at = pool(each_layer, to.batch);
-    KVKEEP_TRY(cut_prompt(each_layer, id, at, at, shared_.sequence_scores, w));
+    KVKEEP_TRY(cut_prompt(each_layer, id, at, at, shared_.prompt_sum, w));
   }
   return status::ok;
 }

@@ -23,9 +23,10 @@ status device_session<Ctx, P, D>::fold_token(score_input<space> const& in,
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::add_layer(runner const& by, layer_data const& l,
                                             score_input<space> const& in,
-                                            tensor_ref<float const, 3, space> scores) noexcept {
+                                            tensor_ref<float const, 3, space> scores,
+                                            score_map<space> sum) noexcept {
   return by(op::mean_layers<space>{in.batch, in.layer.slots, scores, l.number == 0, is_last(l),
-                                   n_layers(), shared_.sequence_scores});
+                                   n_layers(), sum});
 }
 
 template <backend Ctx, class P, class D>
@@ -51,7 +52,7 @@ status device_session<Ctx, P, D>::evict_sequences(batch_ref<space> const& b,
     score_input<space> in;
     KVKEEP_TRY(newest(l, b, in, w));
     KVKEEP_TRY(score_tokens(by, in, scores));
-    KVKEEP_TRY(add_layer(by, l, in, scores));
+    KVKEEP_TRY(add_layer(by, l, in, scores, shared_.sequence_scores));
   }
   for (auto& l : layers_) {
     score_input<space> const in = input(l, pool(l, b), false);
@@ -88,7 +89,7 @@ status device_session<Ctx, P, D>::cut_sequences(batch_ref<space> const& b, works
       }
       in.layer.slots.lengths = c.due;
       KVKEEP_TRY(score_tokens(by, in, c.scores));
-      KVKEEP_TRY(add_layer(by, l, in, c.scores));
+      KVKEEP_TRY(add_layer(by, l, in, c.scores, shared_.sequence_scores));
     }
   return status::ok;
 }

@@ -136,7 +136,7 @@ status session<Ctx, P, D>::join_layers(layer_data& l, source const& to, score_ma
   bool const last = l.number + 1 == n_layers;
   KVKEEP_TRY(run(*ctx_,
                  op::mean_layers<space>{to.batch, to.layer.slots, scores, l.number == 0, last,
-                                        n_layers, shared_.sequence_scores},
+                                        n_layers, shared_.prompt_sum},
                  w));
   return last || w.measuring() ? decide_sequence_prompt(to, w) : status::ok;
 }
@@ -253,7 +253,7 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::decide_sequence_prompt(source const& at, workspace& w) noexcept {
   for (auto& l : layers_) {
     source const s = pool(l, at.batch.id, at.batch.row, 1);
-    KVKEEP_TRY(cut_prompt(l, s, s, shared_.sequence_scores, w));
+    KVKEEP_TRY(cut_prompt(l, s, s, shared_.prompt_sum, w));
   }
   return status::ok;
 }
