@@ -5,20 +5,11 @@
 namespace {
 
 using namespace kvkeep;
+using test::bit;
 using test::generator;
+using test::small;
 using test::uz;
 using device_batch = batch_ref<test::device_memory>;
-
-constexpr index_t bit(device_fault f) { return static_cast<index_t>(f); }
-
-policy_options small(index_t capacity) {
-  policy_options o;
-  o.capacity = capacity;
-  o.window = 4;
-  o.sinks = 1;
-  o.kernel = 3;
-  return o;
-}
 
 struct pairing {
   char const* prompt;

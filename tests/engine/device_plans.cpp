@@ -6,11 +6,11 @@
 namespace {
 
 using namespace kvkeep;
+using test::bit;
 using test::generator;
+using test::small;
 using test::uz;
 using device_batch = batch_ref<test::device_memory>;
-
-constexpr index_t bit(device_fault f) { return static_cast<index_t>(f); }
 
 /// How a block_engine talks to a device session.
 struct device_calls {
@@ -54,15 +54,6 @@ struct device_calls {
   void refuse_plan(one const&, session_type::plan_type const&) {}
   static void wait() { test::settle_device(); }
 };
-
-policy_options small(index_t capacity) {
-  policy_options o;
-  o.capacity = capacity;
-  o.window = 4;
-  o.sinks = 1;
-  o.kernel = 3;
-  return o;
-}
 
 /// A plan of all of a batch, applied.
 void decide(test::device_engine& e, device_batch const& b) {

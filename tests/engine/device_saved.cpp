@@ -5,18 +5,10 @@
 namespace {
 
 using namespace kvkeep;
+using test::bit;
 using test::generator;
+using test::small;
 using test::uz;
-
-constexpr index_t bit(device_fault f) { return static_cast<index_t>(f); }
-
-policy_options small(index_t capacity) {
-  policy_options o;
-  o.capacity = capacity;
-  o.window = 4;
-  o.sinks = 1;
-  return o;
-}
 
 /// The state is the backend's: a test may damage it.
 template <class T, int R, class Space>

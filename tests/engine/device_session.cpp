@@ -5,23 +5,15 @@
 namespace {
 
 using namespace kvkeep;
+using test::bit;
 using test::generator;
+using test::small;
 using test::uz;
 
 struct pairing {
   std::string prompt, decode;
   policy_options o, d;
 };
-
-policy_options small(index_t capacity) {
-  policy_options o;
-  o.capacity = capacity;
-  o.window = 4;
-  o.sinks = 1;
-  o.kernel = 3;
-  o.lag = 4;
-  return o;
-}
 
 std::vector<pairing> pairings() {
   std::vector<pairing> all;
@@ -303,7 +295,7 @@ TEST_CASE("a sequence that finds no slot says so, and the others go on") {
   device.prompt(y, 5, {5});
   for (int t = 0; t < 4; ++t) {
     auto const r = device.step({&x, &y});
-    index_t const fault = t < 2 ? 0 : static_cast<index_t>(device_fault::no_slot);
+    index_t const fault = t < 2 ? 0 : bit(device_fault::no_slot);
     CHECK(device.session().faults()[x.id] == fault);
     CHECK(device.session().faults()[y.id] == 0);
     CHECK(oracle::count(r[1].done[0]) == 6 + t);
@@ -336,7 +328,7 @@ TEST_CASE("a slot that one KV head cannot have is taken by none") {
   for (test::stream* s : {&x, &y}) device.prompt(*s, 5, {5});
   auto const before = device.kept(0, x);
   auto const r = device.step({&x, &y});
-  CHECK(device.session().faults()[x.id] == static_cast<index_t>(device_fault::no_slot));
+  CHECK(device.session().faults()[x.id] == bit(device_fault::no_slot));
   CHECK(device.session().faults()[y.id] == 0);
   CHECK(r[0].done == before);
   CHECK(oracle::count(r[1].done[0]) == 6);
@@ -367,7 +359,7 @@ TEST_CASE("what a transient prompt leaves needs a place, or no head has any of i
   for (test::stream* s : {&y, &x}) device.prompt(*s, 40, {25, 15});
   device_fault const fault = pages ? device_fault::bad_table : device_fault::no_slot;
   for (int t = 0; t < 3; ++t) {
-    CHECK(device.session().faults()[y.id] == static_cast<index_t>(fault));
+    CHECK(device.session().faults()[y.id] == bit(fault));
     CHECK(device.session().faults()[x.id] == 0);
     for (oracle::kept_set const& head : device.kept(1, y)) CHECK(head.empty());
     for (oracle::kept_set const& head : device.kept(1, x)) CHECK(oracle::count(head) == 16);

@@ -19,6 +19,18 @@ namespace kvkeep::test {
 using device_any = any_policy<op_context>;
 using device_memory = space_of<op_context>;
 
+/// A policy over a small cache.
+inline policy_options small(index_t capacity) {
+  policy_options o;
+  o.capacity = capacity;
+  o.window = 4;
+  o.sinks = 1;
+  o.kernel = 3;
+  o.lag = 4;
+  return o;
+}
+constexpr index_t bit(device_fault f) { return static_cast<index_t>(f); }
+
 /// The tests' memory is the backend's: see op_cuda.hpp.
 template <template <class> class T>
 T<device_memory> to_device(T<host_space> const& x) {
