@@ -55,6 +55,20 @@ struct device_calls {
   static void wait() { test::settle_device(); }
 };
 
+/// A sequence in whole blocks, a set per layer, with a prompt.
+struct block_sequence {
+  test::text words = test::words_of(3, 2, 60);
+  test::block_engine<device_calls> e{
+      {},
+      device_calls::make_policy("knorm", test::block_policy(true, scope::layer)),
+      test::own_commits()};
+  index_t id[1] = {-1}, row[1] = {0};
+  explicit block_sequence(index_t prompt) {
+    REQUIRE(e.session().begin(id[0]) == status::ok);
+    e.prompt(id[0], row[0], words, prompt);
+  }
+};
+
 /// A plan of all of a batch, applied.
 void decide(test::device_engine& e, device_batch const& b) {
   plan<test::device_memory> p;
@@ -271,16 +285,36 @@ TEST_CASE("what a prompt's whole blocks leave is cut with the first token") {
                                                                lim)) == want);
 }
 
+TEST_CASE("a selector of blocks that never selects asks for no pages") {
+  policy_options o = small(12);
+  o.whole_blocks = true;
+  o.block = 4;
+  for (test::layout_id const layout : {test::layout_id::hnd, test::layout_id::ragged})
+    for (bool const commits : {false, true}) {
+      INFO(layout << (commits ? ", commits" : ""));
+      test::world w;
+      w.layout = layout;
+      w.lim.engine_commits = commits;
+      auto const options = w.options(test::make("fullkv", o), 3000);
+      auto const p = make_policy<test::op_context>("fullkv", o);
+      test::engine host(options, test::make("fullkv", o));
+      test::device_engine device(options, p, p);
+      auto const words = w.words(1);
+      test::stream x = host.begin(words), y = device.begin(words);
+      host.prompt(x, 9);
+      device.prompt(y, 9, {9});
+      for (int t = 0; t < 2; ++t) test::require_same(host.step({&x}), device.step({&y}), false);
+      if (layout == test::layout_id::ragged || commits) continue;
+      limits many;
+      many.max_sequences = 1 << 20;  // by which no slots are multiplied
+      CHECK_NOTHROW(device_session_bytes(test::one_thread(), p, p, device.specs(), many));
+    }
+}
+
 TEST_CASE("a refused plan of whole blocks leaves the tables alone") {
-  test::block_case c;
-  c.policy = test::block_policy(true, scope::layer);
-  test::block_engine<device_calls> e(c.pool, device_calls::make_policy("knorm", c.policy),
-                                     test::own_commits());
-  auto const words = test::words_of(3, 2, 60);
-  index_t id[1], row[] = {0};
+  block_sequence q(12);
+  auto& [words, e, id, row] = q;
   auto& s = e.session();
-  REQUIRE(s.begin(id[0]) == status::ok);
-  e.prompt(id[0], row[0], words, 12);
   index_t position = 12;
   while (s.lengths(0)(id[0], 0) < 20) e.token(id[0], row[0], words, position++);
   plan<test::device_memory> chosen;
@@ -428,15 +462,9 @@ TEST_CASE("a page that one layer lacks keeps a token out of all of them") {
 }
 
 TEST_CASE("tokens and plans wait until a report has told of the tables") {
-  test::block_case c;
-  c.policy = test::block_policy(true, scope::layer);
-  test::block_engine<device_calls> e(c.pool, device_calls::make_policy("knorm", c.policy),
-                                     test::own_commits());
-  auto const words = test::words_of(3, 2, 60);
-  index_t id[1], row[] = {0};
+  block_sequence q(33);
+  auto& [words, e, id, row] = q;
   auto& s = e.session();
-  REQUIRE(s.begin(id[0]) == status::ok);
-  e.prompt(id[0], row[0], words, 33);
   std::vector<index_t> short_list(uz(2 * e.per_table() - 1)), one(1);
   report_buffer small_buffer;
   small_buffer.lengths = std::span(short_list).first(3);

@@ -7,6 +7,7 @@
 
 #include "../slots.hpp"
 #include "offers.hpp"
+#include "tables.hpp"
 
 namespace kvkeep::detail {
 
@@ -24,23 +25,29 @@ KVKEEP_COLD void check_blocks_view(kv_ref<Space> const& kv, index_t block, scope
                  "layer or sequence, where KV heads share a block table and whole blocks leave");
 }
 
-/// @param one     one policy serves the prompt and decoding
-/// @param layers  the managed ones
-template <class P, class D, class Layers>
-KVKEEP_COLD void check_pair(P const& prompt, D const& decode, bool one, Layers const& layers,
-                            limits const& lim) {
+/// @param one  one policy serves the prompt and decoding
+template <class P, class D>
+KVKEEP_COLD void check_budgets(P const& prompt, D const& decode, bool one) {
   auto const pb = prompt.budget.traits(), db = decode.budget.traits();
   KVKEEP_EXPECTS(!pb.inherits, "budget", pb.name,
                  "a budget of its own (inherit is for a decode policy beside another)");
   KVKEEP_EXPECTS(one || !db.needs_scores, "decode.budget", db.name,
                  "uniform, per_layer, pyramid or inherit beside another prompt policy");
-  bool const cuts_prompt = !keeps_all(prompt.score);
-  bool const cuts_decode = cuts_while_decoding(decode.score);
   index_t const guarded = decode.keep.sinks + decode.keep.recent;
   KVKEEP_EXPECTS(
-      !db.inherits || !cuts_decode || prompt.budget.capacity() > guarded, "prompt.capacity",
-      prompt.budget.capacity(),
+      !db.inherits || !cuts_while_decoding(decode.score) || prompt.budget.capacity() > guarded,
+      "prompt.capacity", prompt.budget.capacity(),
       "> sinks + window = " + std::to_string(guarded) + " of the decode policy, which inherits it");
+}
+
+/// @param one     one policy serves the prompt and decoding
+/// @param layers  the managed ones
+template <class P, class D, class Layers>
+KVKEEP_COLD void check_pair(P const& prompt, D const& decode, bool one, Layers const& layers,
+                            limits const& lim) {
+  check_budgets(prompt, decode, one);
+  bool const cuts_prompt = !keeps_all(prompt.score);
+  bool const cuts_decode = cuts_while_decoding(decode.score);
   if (cuts_prompt && cuts_decode && !one) {
     KVKEEP_EXPECTS(decode.width() == scope::head || prompt.width() >= decode.width(), "decode.per",
                    to_string(decode.width()),
@@ -71,7 +78,7 @@ KVKEEP_COLD void check_pair(P const& prompt, D const& decode, bool one, Layers c
     if (ps.moves_tokens && ds.moves_tokens) continue;
     KVKEEP_EXPECTS(lim.max_prompt == 0, "limits.max_prompt", lim.max_prompt,
                    "0 with whole blocks, which never move");
-    offset_t const steps = offset_t{l.kv.k.layout.paged.blocks_per_table} + 1;
+    offset_t const steps = offset_t{table_entries(l.kv)} + 1;
     KVKEEP_EXPECTS(steps * lim.max_batch * l.kv.shape.n_kv_heads < offset_t{1} << 31,
                    "limits.max_batch", lim.max_batch,
                    "less, by which the blocks of all KV heads are multiplied");

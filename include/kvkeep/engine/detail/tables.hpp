@@ -39,6 +39,12 @@ enum table_state : index_t {
   prompt_open = -2  ///< the layer's prompt has not ended (a device session says so here)
 };
 
+/// Entries of a layer's block tables; without pages there are none.
+template <class Space>
+KVKEEP_HD index_t table_entries(kv_ref<Space> const& kv) noexcept {
+  return kv.k.layout.kind == layout_kind::paged ? kv.k.layout.paged.blocks_per_table : 0;
+}
+
 /// Whether head `h` of layer `l` reads the block table that head `owner_head` of `owner` reads.
 template <class Space>
 KVKEEP_HD bool same_table(layer_state<Space> const& owner, index_t owner_head,
@@ -99,8 +105,7 @@ void carve_plan(workspace& w, plan_memory<Space>& p, std::vector<layer_state<Spa
   p.count = row_major<Space>(w.take<index_t>(product(n, entries, heads)), n * entries, heads);
   index_t blocks = 0;
   for (auto const& l : layers)
-    if (whole && l.kv.k.layout.kind == layout_kind::paged)
-      blocks = std::max(blocks, l.kv.k.layout.paged.blocks_per_table * heads);
+    if (whole) blocks = std::max(blocks, table_entries(l.kv) * heads);
   auto const lists = [&](index_t extent) {
     index_t const s = shape.n_sequences;
     return row_major<Space>(w.take<index_t>(product(n, s, extent)), n, s, extent);
@@ -139,7 +144,7 @@ struct record_blocks {
   keep_plan<Space> plan;
   plan_memory<Space> to;
   index_t const* refused = nullptr;  ///< [entry] 0: the plan counts; null: all do
-  KVKEEP_HD index_t steps() const noexcept { return l.kv.k.layout.paged.blocks_per_table + 1; }
+  KVKEEP_HD index_t steps() const noexcept { return table_entries(l.kv) + 1; }
   KVKEEP_HD void operator()(index_t i) const noexcept {
     auto const& pages = l.kv.k.layout.paged;
     index_t const size = pages.block_size, heads = l.kv.shape.n_kv_heads;
