@@ -155,7 +155,7 @@ class device_session : public detail::device_core<Ctx> {
 
   // -- saved state, and proof -----------------------------------------------------------------------
   std::size_t saved_bytes() const noexcept;
-  /// Writes a sequence's state (K and V are the engine's) to the backend's memory. Not in the middle of a prompt.
+  /// Writes a sequence's state, `saved_bytes`, to the backend's memory; not K and V, nor in the middle of a prompt.
   status save(index_t id, std::span<std::byte> out) noexcept;
   /// Restores it into a sequence that was begun. Another version or configuration is device_fault::bad_save.
   status load(index_t id, std::span<std::byte const> in) noexcept;

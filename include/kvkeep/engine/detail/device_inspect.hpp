@@ -33,9 +33,7 @@ status device_session<Ctx, P, D>::save(index_t id, std::span<std::byte> out) noe
   if (in_prompt(id)) return status::bad_order;
   KVKEEP_TRY(join());
   workspace w = scratch();
-  KVKEEP_TRY(each(
-      1, detail::write_header{header(), shared_.frozen, layers_[0].seen, faults_, id, out.data()},
-      w));
+  KVKEEP_TRY(each(1, detail::write_header{header(), shared_.frozen, faults_, id, out.data()}, w));
   std::byte* to = out.data() + sizeof(detail::saved_header);
   for (auto const& l : layers_) {
     detail::sequence_arrays const all(l);

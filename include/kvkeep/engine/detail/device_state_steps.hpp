@@ -12,15 +12,13 @@ namespace kvkeep::detail {
 /// Writes the header of a saved sequence; index: 0.
 struct write_header {
   saved_header h;
-  index_t const* frozen;     ///< [id]
-  index_t const* confirmed;  ///< [id]
-  index_t const* faults;     ///< [id]
+  index_t const* frozen;  ///< [id]
+  index_t const* faults;  ///< [id]
   index_t id;
   std::byte* to;
   KVKEEP_HD void operator()(index_t) const noexcept {
     saved_header mine = h;
     mine.frozen = frozen[id];
-    mine.confirmed = confirmed[id];
     mine.faults = faults[id];
     std::memcpy(to, &mine, sizeof mine);
   }

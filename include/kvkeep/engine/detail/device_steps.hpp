@@ -32,7 +32,7 @@ enum class device_fault : index_t {
 namespace detail {
 
 /// numbers[i] = 0.
-template <class T = index_t>
+template <class T>
 struct count_none {
   T* numbers;
   KVKEEP_HD void operator()(index_t i) const noexcept { numbers[i] = 0; }

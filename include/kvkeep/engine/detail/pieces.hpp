@@ -56,8 +56,8 @@ struct saved_header {
   std::uint64_t config = 0;
   std::uint64_t bytes = 0;
   index_t frozen = 0;
-  index_t confirmed = 0;
-  index_t faults = 0;  ///< of a device session
+  index_t confirmed = 0;  ///< of a session: a device session counts per layer
+  index_t faults = 0;     ///< of a device session
   index_t on_device = 0;
 
   KVKEEP_HD bool fits(saved_header const& o) const noexcept {
