@@ -44,19 +44,15 @@ int main() {
   // Decoding.
   index_t const ids[] = {id};
   batch const b{ids};
-  std::vector<index_t> slot(toy::n_kv_heads);
-  std::vector<float> out(toy::n_q_heads * toy::dim);
+  std::vector<float> new_k(toy::n_kv_heads * toy::dim), new_v = new_k, out(toy::n_q_heads * toy::dim);
   for (index_t p = prompt_tokens; p < prompt_tokens + new_tokens; ++p) {
     for (index_t l = 0; l < toy::n_layers; ++l) {
-      toy::expect(s.append(l, b, slot.data()), "append");
-      for (index_t h = 0; h < toy::n_kv_heads; ++h) {
-        auto const at = (h * shape.max_slots + slot[static_cast<std::size_t>(h)]) * toy::dim;
-        auto const layer = static_cast<std::size_t>(l);
-        toy::write_token(k[layer].data() + at, v[layer].data() + at, l, h, p);
-      }
+      for (index_t h = 0; h < toy::n_kv_heads; ++h)
+        toy::write_token(new_k.data() + h * toy::dim, new_v.data() + h * toy::dim, l, h, p);
       auto const q = toy::make_queries(l, p, 1);
-      toy::expect(s.attend(l, b, make_queries(q.data(), toy::n_q_heads, 1, toy::dim), out.data()),
-                  "attend");
+      token_io const token{make_token_kv(new_k.data(), new_v.data(), shape),
+                           make_queries(q.data(), toy::n_q_heads, 1, toy::dim), out.data()};
+      toy::expect(s.decode(l, b, token), "decode");
     }
     toy::expect(s.confirm(b, 1), "confirm");
   }

@@ -205,6 +205,95 @@ TEST_CASE("decoding: append, attend, confirm in that order, with sane arguments"
   }
 }
 
+TEST_CASE("rows that a cache cannot take, and opaque queries, are refused") {
+  fixture f;
+  stream s = f.e->begin(f.words);
+  queries sealed = f.query();
+  sealed.type = dtype::opaque;
+  f.refused(status::unsupported, [&] { return f.s().observe(0, s.id, sealed); });
+  f.e->prompt(s, 20);
+  auto const b = engine::batch_of({&s});
+  test_cache const numbers = f.e->new_rows({&s}, 0, dtype::f32);
+  token_kv const good = engine::token_of(numbers.ref());
+  std::vector<std::byte> const before = f.e->cache(0).k().bytes();
+  auto const decode = [&](token_kv const& kv, queries const& q, float* out) {
+    return f.s().decode(0, b.batch(), {kv, q, out});
+  };
+  for (bool const values : {false, true}) {
+    token_kv bad = good;
+    head_vectors& rows = values ? bad.v : bad.k;
+    rows.type = dtype::opaque;
+    f.refused(status::unsupported, [&] { return f.s().append(0, b.batch(), bad); });
+    f.refused(status::unsupported, [&] { return decode(bad, f.query(), f.out.data()); });
+    rows.data = nullptr;
+    f.refused(status::bad_argument, [&] { return f.s().append(0, b.batch(), bad); });
+    f.refused(status::bad_argument, [&] { return decode(bad, f.query(), f.out.data()); });
+  }
+  f.refused(status::bad_argument, [&] { return f.s().append(2, b.batch(), good); });
+  f.refused(status::bad_argument, [&] { return f.s().append(0, {}, good); });
+  f.refused(status::bad_argument, [&] { return decode(good, f.query(2), f.out.data()); });
+  f.refused(status::bad_argument, [&] { return decode(good, {}, f.out.data()); });
+  f.refused(status::bad_argument, [&] { return decode(good, f.query(), nullptr); });
+  f.refused(status::unsupported, [&] { return decode(good, sealed, f.out.data()); });
+  CHECK(f.e->cache(0).k().bytes() == before);
+  REQUIRE(f.s().append(0, b.batch(), good) == status::ok);  // and nobody asks for the slots
+  CHECK(f.e->cache(0).k().bytes() != before);
+  f.refused(status::bad_order, [&] { return f.s().append(0, b.batch(), good); });
+  f.refused(status::bad_order, [&] { return decode(good, f.query(), f.out.data()); });
+  f.refused(status::unsupported, [&] { return f.s().attend(0, b.batch(), sealed, f.out.data()); });
+  f.refused(status::unsupported, [&] { return f.s().observe(0, b.batch(), sealed); });
+}
+
+TEST_CASE("decode is append and attend") {
+  for (char const* name : {"morphkv", "h2o", "streamingllm"})
+    for (layout_id const layout : all_layouts()) {
+      INFO(name << ", " << to_string(layout));
+      fixture one(layout, name), two(layout, name);
+      stream a = one.e->begin(one.words), b = two.e->begin(two.words);
+      one.e->prompt(a, 20);
+      two.e->prompt(b, 20);
+      for (index_t step = 0; step < 9; ++step) {
+        auto const want = one.e->step({&a});
+        auto const who = engine::batch_of({&b});
+        for (index_t l = 0; l < 2; ++l) {
+          test_cache const rows = two.e->new_rows({&b}, l, dtype::f32);
+          auto const q = two.e->query_rows(b, l, b.tokens, 1);
+          std::vector<float> out(uz(4 * 6));
+          REQUIRE(two.s().decode(l, who.batch(),
+                                 {engine::token_of(rows.ref()), make_queries(q.data(), 4, 1, 8),
+                                  out.data()}) == status::ok);
+          CHECK(out == want[uz(l)].out);
+        }
+        REQUIRE(two.s().confirm(who.batch(), 1) == status::ok);
+        ++b.tokens;
+        for (index_t l = 0; l < 2; ++l) CHECK(two.e->kept(l, b) == want[uz(l)].done);
+      }
+      two.e->check({&b});
+    }
+}
+
+TEST_CASE("skipped layers, and sessions that are shown other evidence, decode nothing") {
+  limits lim;
+  lim.decode = decode_offer::attention_rows;
+  fixture f(layout_id::hnd, "h2o", 0, lim);
+  stream s = f.e->begin(f.words);
+  f.e->prompt(s, 20);
+  auto const b = engine::batch_of({&s});
+  test_cache const rows = f.e->new_rows({&s}, 0, dtype::f32);
+  token_io const t{engine::token_of(rows.ref()), f.query(), f.out.data()};
+  f.refused(status::unsupported, [&] { return f.s().decode(0, b.batch(), t); });
+
+  fixture other;
+  engine_options o = other.w.options(make("morphkv", other.o));
+  o.skip = {true, false};
+  engine skipping(o, make("morphkv", other.o));
+  stream x = skipping.begin(other.words);
+  skipping.prompt(x, 20);
+  auto const c = engine::batch_of({&x});
+  CHECK(skipping.session().append(0, c.batch(), t.kv) == status::unsupported);
+  CHECK(skipping.session().decode(0, c.batch(), t) == status::unsupported);
+}
+
 TEST_CASE("a prompt-only policy runs until its cache is full, and says so") {
   fixture f(layout_id::hnd, "snapkv", 22);
   stream s = f.e->begin(f.words);

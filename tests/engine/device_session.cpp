@@ -625,6 +625,10 @@ TEST_CASE("rows that cannot become the cache's are refused before anything is en
   CHECK(s.append(0, b, kv) == status::ok);  // and nobody asks for the slots
   test::settle_device();
   CHECK(device.kept(0, x)[0].back() == 9);
+  CHECK(s.attend(0, b, sealed, out.data()) == status::unsupported);
+  index_t id = -1;
+  REQUIRE(s.begin(id) == status::ok);
+  CHECK(s.observe(0, id, sealed) == status::unsupported);
 }
 
 TEST_CASE("a decision before attention needs the session's attention") {

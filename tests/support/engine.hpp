@@ -125,6 +125,26 @@ class engine {
     return e;
   }
 
+  /// The newest tokens' keys and values, `[entry, kv_head, dim]`.
+  test_cache new_rows(std::vector<stream*> const& who, index_t l, dtype type) const {
+    cache_shape one = shape_;
+    one.n_seq = oracle::count(who);
+    one.max_slots = 1;
+    test_cache rows = test_cache::make(layout_id::hnd, type, one);
+    for (index_t i = 0; i < one.n_seq; ++i)
+      for (index_t h = 0; h < one.n_kv_heads; ++h)
+        write(rows, *who[uz(i)], i, l, h, 0, who[uz(i)]->tokens);
+    return rows;
+  }
+  /// Rows of a cache of one slot, as a session takes them.
+  static token_kv token_of(kv_ref<> const& rows) {
+    auto const one = [](plane_ref<> const& p) {
+      return head_vectors{p.data, p.type, p.layout.strided.seq_stride,
+                          p.layout.strided.head_stride};
+    };
+    return {one(rows.k), one(rows.v)};
+  }
+
   /// Appends and attends one token everywhere. `[layer * entries + entry]`; `done` is not filled.
   std::vector<token_record> token(std::vector<stream*> const& who) {
     entries const e = batch_of(who);
@@ -133,12 +153,16 @@ class engine {
     for (index_t l = 0; l < options_.n_layers; ++l) {
       std::vector<index_t> slots(uz(n) * uz(heads));
       std::vector<float> q, out(uz(n) * uz(shape_.n_q_heads) * uz(shape_.dim_v));
-      if (!skipped(l)) REQUIRE(session_->append(l, e.batch(), slots.data()) == status::ok);
+      bool const brought = !skipped(l) && append(l, e, who, slots);
       for (index_t i = 0; i < n; ++i) {
         stream const& s = *who[uz(i)];
         token_record t;
-        for (index_t h = 0; h < heads && !skipped(l); ++h)
-          write(caches_[uz(l)], s, s.row, l, h, slots[uz(i * heads + h)], s.tokens);
+        for (index_t h = 0; h < heads && !skipped(l); ++h) {
+          index_t const slot = slots[uz(i * heads + h)];
+          auto const before = caches_[uz(l)].raw(s.row, h, slot);
+          write(caches_[uz(l)], s, s.row, l, h, slot, s.tokens);
+          if (brought) REQUIRE(caches_[uz(l)].raw(s.row, h, slot) == before);
+        }
         if (!skipped(l)) t.appended = kept(l, s);
         auto const mine = query_rows(s, l, s.tokens, 1);
         q.insert(q.end(), mine.begin(), mine.end());
@@ -226,6 +250,20 @@ class engine {
   }
 
  private:
+  /// In turn: slots alone, and with rows in fp32 or as they are stored. Returns whether rows were brought.
+  bool append(index_t l, entries const& e, std::vector<stream*> const& who,
+              std::vector<index_t>& slots) {
+    int const way = turn_++ % 3;
+    if (way == 0) {
+      REQUIRE(session_->append(l, e.batch(), slots.data()) == status::ok);
+      return false;
+    }
+    dtype const stored = options_.cache.type;
+    test_cache const rows =
+        new_rows(who, l, way == 1 && stored != dtype::opaque ? dtype::f32 : stored);
+    REQUIRE(session_->append(l, e.batch(), token_of(rows.ref()), slots.data()) == status::ok);
+    return true;
+  }
   static cpu::context& plain() {
     static cpu::context c;
     return c;
@@ -257,6 +295,7 @@ class engine {
   std::vector<layer_spec<>> specs_;
   std::optional<test_cache> transient_;
   std::optional<any_session> session_;
+  int turn_ = 0;  ///< of the ways to append
 };
 
 }  // namespace kvkeep::test

@@ -11,6 +11,7 @@
 #include "../op/attend.hpp"
 #include "../op/reduce.hpp"
 #include "detail/tables.hpp"
+#include "detail/token_rows.hpp"
 #include "slots.hpp"
 #include "steps.hpp"
 
@@ -20,8 +21,8 @@ namespace kvkeep {
 /// is not `ok` has changed nothing. Per sequence and layer the calls are, in order:
 ///
 /// - prompt: `observe` (once per chunk, keys and values already written), then `end_prompt`;
-/// - decoding: `append`, write K and V into the slot, `attend` (or own attention and `observe`), and when
-///   all layers are through, `confirm`.
+/// - decoding: `decode`, or `append`, write K and V into the slot, `attend` (or own attention and `observe`), and
+///   when all layers are through, `confirm`.
 ///
 /// Threads: calls of one session do not overlap, except calls for different layers with
 /// `limits::concurrent_layers`; begin, fork, end, confirm, rollback, choose, commit are exclusive.
@@ -62,6 +63,13 @@ class session {
   // -- decoding -----------------------------------------------------------------------------------
   /// A slot per sequence and KV head for the next token; `slots` `[entry, kv_head]`, backend memory.
   status append(index_t layer, batch const& b, index_t* slots = nullptr) noexcept;
+  /// The same, and writes the token's keys and values there: any element type, rounded to the cache's (opaque rows from
+  /// opaque ones), any layout. Bytes: the rows, read and written.
+  /// @return unsupported if the types do not fit or the layer is skipped
+  status append(index_t layer, batch const& b, token_kv const& kv,
+                index_t* slots = nullptr) noexcept;
+  /// Both in one call: append, then attend (limits.decode = attend). Unsupported for skipped layers.
+  status decode(index_t layer, batch const& b, token_io const& t) noexcept;
   /// The engine has allocated: one token at the tail in every layer. `slot_mapping[entry]` is the pool row
   /// `block * block_size + offset` (null: not checked).
   status append_at(batch const& b, std::int64_t const* slot_mapping = nullptr) noexcept;
@@ -204,6 +212,7 @@ class session {
   // decode_slots.hpp, decode_evidence.hpp, decide.hpp
   status check_append(layer_data const& l, batch const& b) const noexcept;
   status take_slots(layer_data& l, batch const& b, index_t* slots, workspace& w) noexcept;
+  status check_rows(index_t layer, batch const& b, token_kv const& kv) const noexcept;
   status check_token(layer_data const& l, batch const& b) const noexcept;
   status show_token(index_t m, batch const& b, queries const& q, float* out, float* lse) noexcept;
   bool wants_weights(layer_data const& l, entries const& e) const noexcept;

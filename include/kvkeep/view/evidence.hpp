@@ -3,6 +3,7 @@
 /// Evidence: what an engine can show of its attention, and what a scorer asks for.
 #pragma once
 
+#include "../core/status.hpp"
 #include "../core/tensor_ref.hpp"
 
 namespace kvkeep {
@@ -28,7 +29,7 @@ constexpr char const* to_string(evidence e) noexcept {
 /// Unit of a log-sum-exp: FlashAttention returns natural logarithms, FlashInfer base 2.
 enum class log_base : std::uint8_t { natural, two };
 
-/// Queries after RoPE, in the view's memory space: `[entry, q_head, row, dim_k]` with any strides. The
+/// Queries after RoPE, not opaque, in the view's memory space: `[entry, q_head, row, dim_k]` with any strides. The
 /// rows are those of the last `n_rows` of `tokens` new tokens, oldest first.
 struct queries {
   void const* data = nullptr;
@@ -46,6 +47,22 @@ struct queries {
 
   index_t n_tokens() const noexcept { return tokens > 0 ? tokens : n_rows; }
 };
+
+namespace detail {
+
+/// Whether these can be the queries of a prompt's chunk.
+inline status check_chunk(queries const& q) noexcept {
+  if (q.n_rows < 0 || q.n_rows > q.n_tokens() || (q.n_rows > 0 && q.data == nullptr))
+    return status::bad_argument;
+  return q.n_rows > 0 && q.type == dtype::opaque ? status::unsupported : status::ok;
+}
+/// Whether these can be the newest tokens' queries.
+inline status check_token_query(queries const& q) noexcept {
+  if (q.data == nullptr || q.n_rows != 1) return status::bad_argument;
+  return q.type == dtype::opaque ? status::unsupported : status::ok;
+}
+
+}  // namespace detail
 
 /// Element `at` of numbers that are not opaque, as fp32.
 KVKEEP_HD inline float number_at(void const* data, dtype type, offset_t at) noexcept {

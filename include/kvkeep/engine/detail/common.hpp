@@ -58,6 +58,11 @@ void session<Ctx, P, D>::measure() {
     take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
     if (limits_.decode == decode_offer::attend)
       take([&](workspace& w) { return weigh(l, largest, q, nullptr, nullptr, w); });
+    take([&](workspace& w) {  // append: ids, rows, slots; positions and the like
+      for (int i = 0; i < 5; ++i) w.take<index_t>(static_cast<std::size_t>(n));
+      w.take<index_t>(product(n, shape_.cache.n_kv_heads));
+      return status::ok;
+    });
     take([&](workspace& w) {  // confirm and rollback
       for (int i = 0; i < 4; ++i) w.take<index_t>(static_cast<std::size_t>(n));
       KVKEEP_TRY(after_token(l, nullptr, nullptr, n, w));

@@ -26,7 +26,7 @@ status session<Ctx, P, D>::attend(index_t layer, batch const& b, queries const& 
                                   float* lse) noexcept {
   index_t const m = managed(layer);
   if (m == -1) return status::unsupported;
-  if (m < 0 || q.data == nullptr || q.n_rows != 1 || out == nullptr) return status::bad_argument;
+  if (m < 0 || out == nullptr) return status::bad_argument;
   return show_token(m, b, q, out, lse);
 }
 
@@ -34,7 +34,7 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::observe(index_t layer, batch const& b, queries const& q) noexcept {
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
-  if (m < 0 || q.data == nullptr || q.n_rows != 1) return status::bad_argument;
+  if (m < 0) return status::bad_argument;
   if (detail::decides_late(decode_.when)) return status::unsupported;
   return show_token(m, b, q, nullptr, nullptr);
 }
@@ -43,6 +43,7 @@ status session<Ctx, P, D>::observe(index_t layer, batch const& b, queries const&
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::show_token(index_t m, batch const& b, queries const& q, float* out,
                                       float* lse) noexcept {
+  KVKEEP_TRY(detail::check_token_query(q));
   KVKEEP_TRY(check_batch(b));
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   KVKEEP_TRY(check_token(l, b));

@@ -66,6 +66,45 @@ status session<Ctx, P, D>::append(index_t layer, batch const& b, index_t* slots)
   return take_slots(l, b, slots, w);
 }
 
+/// Whether a token's rows can be written in this layer.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::check_rows(index_t layer, batch const& b,
+                                      token_kv const& kv) const noexcept {
+  index_t const m = managed(layer);
+  if (m == -1) return status::unsupported;  // nobody would write them
+  if (m < 0 || kv.k.data == nullptr || kv.v.data == nullptr) return status::bad_argument;
+  layer_data const& l = layers_[static_cast<std::size_t>(m)];
+  if (!detail::same_kind(l.kv.k, kv.k) || !detail::same_kind(l.kv.v, kv.v))
+    return status::unsupported;
+  KVKEEP_TRY(check_batch(b));
+  return check_append(l, b);
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::append(index_t layer, batch const& b, token_kv const& kv,
+                                  index_t* slots) noexcept {
+  KVKEEP_TRY(check_rows(layer, b, kv));
+  index_t const m = managed(layer), heads = shape_.cache.n_kv_heads;
+  layer_data& l = layers_[static_cast<std::size_t>(m)];
+  workspace w = scratch(m);
+  entries const e = list(b, w);
+  index_t* const own = w.take<index_t>(product(e.n, heads));
+  if (!w.ok()) return status::workspace_too_small;
+  if (slots == nullptr) slots = own;
+  KVKEEP_TRY(take_slots(l, b, slots, w));
+  return each(e.n * heads, detail::write_token_rows{l.kv, {e.n, e.rows, e.ids}, kv, slots}, w);
+}
+
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::decode(index_t layer, batch const& b, token_io const& t) noexcept {
+  if (limits_.decode != decode_offer::attend) return status::unsupported;
+  KVKEEP_TRY(check_rows(layer, b, t.kv));
+  KVKEEP_TRY(detail::check_token_query(t.q));
+  if (t.out == nullptr) return status::bad_argument;
+  KVKEEP_TRY(append(layer, b, t.kv));
+  return attend(layer, b, t.q, t.out, t.lse);
+}
+
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::append_at(batch const& b, std::int64_t const* slot_mapping) noexcept {
   KVKEEP_TRY(check_batch(b));

@@ -28,8 +28,8 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::decode(index_t layer, batch_ref<space> const& b,
                                          token_io const& t) noexcept {
   if (managed(layer) == -1) return status::unsupported;
-  if (t.q.data == nullptr || t.q.n_rows != 1 || t.out == nullptr) return status::bad_argument;
-  if (t.q.type == dtype::opaque) return status::unsupported;
+  KVKEEP_TRY(detail::check_token_query(t.q));
+  if (t.out == nullptr) return status::bad_argument;
   KVKEEP_TRY(append_rows(layer, b, t.kv, &t.q, nullptr));
   return show_token(layer, b, t.q, true, t.out, t.lse);
 }

@@ -29,8 +29,8 @@ status device_session<Ctx, P, D>::show_token(index_t layer, batch_ref<space> con
                                              float* lse) noexcept {
   index_t const m = managed(layer);
   if (m == -1) return out != nullptr ? status::unsupported : status::ok;
-  if (m < 0 || q.data == nullptr || q.n_rows != 1 || b.n < 1 || b.n > limits_.max_batch)
-    return status::bad_argument;
+  KVKEEP_TRY(detail::check_token_query(q));
+  if (m < 0 || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
   KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
   return weigh(layers_[static_cast<std::size_t>(m)], b, q, pushed, out, lse, w);

@@ -54,8 +54,7 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries con
   if (m < 0) return status::bad_argument;
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   index_t const n = q.n_tokens();
-  if (q.n_rows < 0 || q.n_rows > n || (q.n_rows > 0 && q.data == nullptr))
-    return status::bad_argument;
+  KVKEEP_TRY(detail::check_chunk(q));
   bool const all =
       prompt_.score.traits().prompt == evidence::all_queries ||
       (decode_.score.traits().at_decode && decode_.score.traits().prompt == evidence::all_queries);

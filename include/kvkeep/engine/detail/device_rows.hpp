@@ -1,74 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Device session: what an engine brings per row goes to its place: keys and values, attention, scores.
+/// Device session: what an engine brings per row goes to its place: attention and scores (token_rows.hpp: keys and values).
 #pragma once
 
-#include "../../view/evidence.hpp"
-#include "../../view/kv_ref.hpp"
+#include "token_rows.hpp"
 
 namespace kvkeep::detail {
 
-/// Whether steps on a backend can write rows `from` into a plane: no layout behind host functions, and opaque rows
-/// from opaque rows alone.
+/// Whether a backend can write rows `from` into a plane: no layout behind host functions.
 template <class Space>
 bool can_write(plane_ref<Space> const& to, head_vectors const& from) noexcept {
-  return to.layout.kind != layout_kind::custom &&
-         (to.type == dtype::opaque) == (from.type == dtype::opaque);
+  return to.layout.kind != layout_kind::custom && same_kind(to, from);
 }
-/// Elements of a row: features, or bytes of an opaque one.
-template <class Space>
-KVKEEP_HD index_t row_elements(plane_ref<Space> const& p) noexcept {
-  return p.type == dtype::opaque ? p.row_bytes : p.dim;
-}
-
-/// Writes keys and values of one token per entry, rounded to the cache's type, into the slots it has been given.
-/// Index: (entry * n_kv_heads + head) * (elements of a key row and a value row) + element. Bytes: the rows, read and
-/// written.
-template <class Space>
-struct write_token_kv {
-  kv_ref<Space> kv;
-  batch_ref<Space> batch;
-  token_kv from;
-  index_t const* slots;  ///< [entry, kv_head]; -1: nothing is written
-
-  KVKEEP_HD index_t elements() const noexcept { return row_elements(kv.k) + row_elements(kv.v); }
-  KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const of_key = row_elements(kv.k), heads = kv.shape.n_kv_heads;
-    index_t const place = i / elements(), d = i % elements(), slot = slots[place];
-    if (slot < 0) return;
-    index_t const entry = place / heads, h = place % heads, row = batch.row_of(entry);
-    if (d < of_key)
-      write(kv.k, row, h, slot, d, from.k, entry);
-    else
-      write(kv.v, row, h, slot, d - of_key, from.v, entry);
-  }
-
- private:
-  KVKEEP_HD static void write(plane_ref<Space> const& to, index_t row, index_t h, index_t slot,
-                              index_t d, head_vectors const& from, index_t entry) noexcept {
-    any_layout const& l = to.layout;
-    offset_t const at = (l.kind == layout_kind::paged    ? l.paged.offset(row, h, slot)
-                         : l.kind == layout_kind::ragged ? l.ragged.offset(row, h, slot)
-                                                         : l.strided.offset(row, h, slot)) +
-                        to.features(d);
-    offset_t const source = entry * from.entry_stride + h * from.head_stride + d;
-    if (to.type == dtype::opaque) {
-      to.data[at] = static_cast<std::byte const*>(from.data)[source];
-      return;
-    }
-    float const x = number_at(from.data, from.type, source);
-    switch (to.type) {
-      case dtype::f16:
-        reinterpret_cast<fp16*>(to.data)[at] = to_fp16(x);
-        break;
-      case dtype::bf16:
-        reinterpret_cast<bf16*>(to.data)[at] = to_bf16(x);
-        break;
-      default:
-        reinterpret_cast<float*>(to.data)[at] = x;
-    }
-  }
-};
 
 /// Floats per slot in use that an engine brings, and the state rows that they belong to.
 struct row_evidence {
