@@ -7,6 +7,7 @@
 #include <kvkeep/cuda.cuh>
 #include <kvkeep/engine/device_session.hpp>
 
+#include "support/cuda_engine.hpp"
 #include "support/toy_model.hpp"
 
 namespace {
@@ -19,38 +20,11 @@ constexpr cache_shape shape_of(index_t slots) {
 }
 constexpr cache_shape shape = shape_of(capacity + 1), prompt_shape = shape_of(prompt_tokens);
 
-void expect(bool good, char const* what) {
-  if (good) return;
-  std::fprintf(stderr, "%s failed\n", what);
-  std::exit(1);
-}
-
-/// Memory that both sides reach, because the toy model runs on the host. An engine brings its own.
-class managed_memory {
- public:
-  managed_memory() = default;
-  managed_memory(managed_memory const&) = delete;
-  managed_memory& operator=(managed_memory const&) = delete;
-  ~managed_memory() {
-    for (void* const p : all_) cudaFree(p);
-  }
-  template <class T>
-  T* take(std::size_t n) {
-    void* p = nullptr;
-    expect(cudaMallocManaged(&p, n * sizeof(T)) == cudaSuccess, "cudaMallocManaged");
-    all_.push_back(p);
-    return static_cast<T*>(p);
-  }
-
- private:
-  std::vector<void*> all_;
-};
-
 /// One layer's cache `[kv_head, slot, dim]`, and what a token brings and gets.
 struct layer_memory {
   float *k, *v, *new_k, *new_v, *q, *out;
 
-  explicit layer_memory(managed_memory& m)
+  explicit layer_memory(toy::managed_memory& m)
       : k(m.take<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim))),
         v(m.take<float>(product(toy::n_kv_heads, shape.max_slots, toy::dim))),
         new_k(m.take<float>(product(toy::n_kv_heads, toy::dim))),
@@ -63,7 +37,7 @@ struct layer_memory {
 /// first cut comes into the cache.
 template <class Session>
 void run_prompt(Session& s, index_t id, cudaStream_t stream) {
-  managed_memory memory;
+  toy::managed_memory memory;
   std::size_t const rows = product(toy::n_kv_heads, prompt_tokens, toy::dim);
   float* const k = memory.take<float>(rows);
   float* const v = memory.take<float>(rows);
@@ -80,7 +54,7 @@ void run_prompt(Session& s, index_t id, cudaStream_t stream) {
     queries const shown = make_queries(q, toy::n_q_heads, prompt_tokens, toy::dim);
     toy::expect(s.observe(l, id, shown, &prompt), "observe");
     toy::expect(s.end_prompt(l, id, &prompt), "end_prompt");
-    expect(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
+    toy::expect(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   }
 }
 
@@ -108,41 +82,14 @@ void bring_token(std::vector<layer_memory> const& layers, index_t position) {
   }
 }
 
-/// A stream of the caller's, and an event by which another one can wait for it.
-cuda::context new_context() {
-  cudaStream_t stream = nullptr;
-  cudaEvent_t mark = nullptr;
-  expect(cudaStreamCreate(&stream) == cudaSuccess, "cudaStreamCreate");
-  expect(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming) == cudaSuccess,
-         "cudaEventCreateWithFlags");
-  return cuda::context(stream, mark);
-}
-void destroy(cuda::context const& c) {
-  cudaEventDestroy(c.mark);
-  cudaStreamDestroy(c.stream);
-}
-
-cudaGraphExec_t end_recording(cudaStream_t stream) {
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t exec = nullptr;
-  expect(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "cudaStreamEndCapture");
-  expect(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess, "cudaGraphInstantiate");
-  cudaGraphDestroy(graph);
-  return exec;
-}
-
 }  // namespace
 
 int main() {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::puts("SKIPPED: no CUDA device");
-    return 77;
-  }
-  cuda::context ctx = new_context(), beside = new_context();
+  if (!toy::has_device()) return 77;
+  cuda::context ctx = toy::new_context(), beside = toy::new_context();
   cudaStream_t const stream = ctx.stream;
 
-  managed_memory memory;
+  toy::managed_memory memory;
   std::vector<layer_memory> layers;
   std::vector<layer_spec<device_space>> specs;
   for (index_t l = 0; l < toy::n_layers; ++l) {
@@ -168,16 +115,11 @@ int main() {
   index_t* const row = memory.take<index_t>(1);
   index_t* const ids = memory.take<index_t>(1);
   *row = 0, *ids = id;
-  // Relaxed: the first launch of a kernel loads its code.
-  expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed) == cudaSuccess,
-         "cudaStreamBeginCapture");
-  enqueue_step(s, {1, row, ids}, layers);
-  cudaGraphExec_t const step = end_recording(stream);
+  cudaGraphExec_t const step = toy::record(stream, [&] { enqueue_step(s, {1, row, ids}, layers); });
 
   for (index_t p = prompt_tokens; p < prompt_tokens + new_tokens; ++p) {
     bring_token(layers, p);
-    expect(cudaGraphLaunch(step, stream) == cudaSuccess, "cudaGraphLaunch");
-    expect(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
+    toy::launch(step, stream);
   }
   cudaGraphExecDestroy(step);
 
@@ -186,7 +128,7 @@ int main() {
       "%d tokens seen, %d slots in use per head, faults %d, %zu bytes of state and scratch\n",
       s.tokens(0)[id], slots, s.faults()[id], bytes + aside);
   bool const good = slots == capacity + 1 && s.faults()[id] == 0;
-  destroy(beside);
-  destroy(ctx);
+  toy::destroy(beside);
+  toy::destroy(ctx);
   return good ? 0 : 1;
 }

@@ -1,4 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include <kvkeep/kvkeep.hpp>  // the library's headers come in any order
 
-#include "../../examples/05_cuda.cu"
+#include KVKEEP_EXAMPLE
