@@ -2,7 +2,8 @@
 # kvkeep::cuda_ops: the CUDA backend's ops, compiled once, for programs with several units or of few ops. The headers
 # alone do as well, but a unit that includes them compiles every kernel.
 # kvkeep::cuda_engine: besides, the device session of run-time-chosen policies (engine/cuda_engine.cuh).
-if(NOT TARGET kvkeep_cuda)
+# Installed with its sources: see kvkeepConfig.cmake.in.
+if(NOT TARGET kvkeep::cuda OR TARGET kvkeep_cuda_ops)
   return()
 endif()
 
@@ -10,10 +11,10 @@ endif()
 # same.
 function(kvkeep_add_cuda_ops name)
   set(units attend attend_f32 attend_f16 attend_bf16 window slots)
-  list(TRANSFORM units REPLACE "(.+)" "${PROJECT_SOURCE_DIR}/src/cuda_\\1.cu")
+  list(TRANSFORM units REPLACE "(.+)" "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../src/cuda_\\1.cu")
   add_library(${name} STATIC EXCLUDE_FROM_ALL ${units})
   target_compile_definitions(${name} PUBLIC KVKEEP_CUDA_COMPILED)
-  target_link_libraries(${name} PUBLIC kvkeep_cuda)
+  target_link_libraries(${name} PUBLIC kvkeep::cuda)
   if(ARGN)
     set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${ARGN}")
   endif()
@@ -34,7 +35,7 @@ endfunction()
 
 kvkeep_add_cuda_ops(kvkeep_cuda_ops)
 add_library(kvkeep::cuda_ops ALIAS kvkeep_cuda_ops)
-add_library(kvkeep_cuda_engine STATIC EXCLUDE_FROM_ALL "${PROJECT_SOURCE_DIR}/src/cuda_engine.cu")
+add_library(kvkeep_cuda_engine STATIC EXCLUDE_FROM_ALL "${CMAKE_CURRENT_LIST_DIR}/../src/cuda_engine.cu")
 add_library(kvkeep::cuda_engine ALIAS kvkeep_cuda_engine)
 target_compile_definitions(kvkeep_cuda_engine PUBLIC KVKEEP_CUDA_ENGINE_COMPILED)
 target_link_libraries(kvkeep_cuda_engine PUBLIC kvkeep_cuda_ops)

@@ -6,6 +6,13 @@ set(kvkeep_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/kvkeep")
 
 install(DIRECTORY include/kvkeep DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
         FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh")
+# What the components cpu, cuda_ops and cuda_engine are compiled from; the build tree refers to ours.
+install(DIRECTORY src DESTINATION "${kvkeep_package_dir}")
+foreach(library IN ITEMS CpuLibrary CudaLibrary)
+  install(FILES cmake/${library}.cmake DESTINATION "${kvkeep_package_dir}/cmake")
+  file(WRITE "${PROJECT_BINARY_DIR}/cmake/${library}.cmake"
+       "include(\"${PROJECT_SOURCE_DIR}/cmake/${library}.cmake\")\n")
+endforeach()
 install(FILES LICENSE DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 
 install(TARGETS kvkeep EXPORT kvkeepTargets INCLUDES DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
