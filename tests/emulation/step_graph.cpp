@@ -64,7 +64,8 @@ struct step_memory {
 /// A device session over sequences of different lengths.
 class stepper {
  public:
-  stepper(pairing const& p, test::layout_id layout, decisions how = decisions::in_step)
+  stepper(pairing const& p, test::layout_id layout, decisions how = decisions::in_step,
+          index_t drafts = 1)
       : how_(how),
         prompt_policy_(make_policy<test::op_context>(p.prompt, p.o)),
         decode_policy_(make_policy<test::op_context>(p.decode, p.o)) {
@@ -80,7 +81,7 @@ class stepper {
     limits lim;
     lim.max_sequences = shape_.n_seq;
     lim.engine_commits = how == decisions::by_plan;
-    lim.max_draft = how == decisions::of_drafts ? 1 : 0;
+    lim.max_draft = how == decisions::of_drafts ? drafts : 0;
     std::span<layer_spec<device_space> const> const specs(specs_);
     memory_ = std::make_unique<test::aligned_block>(
         device_session_bytes(ctx(), prompt_policy_, decode_policy_, specs, lim));
@@ -357,6 +358,27 @@ TEST_CASE("a decode step launches kernels and does nothing else, as many as it s
       CHECK(launches == p.launches);
     }
     CHECK(s.sound());
+  }
+}
+
+TEST_CASE("more drafts cost launches where their evidence is folded, and nowhere else") {
+  for (pairing const& p : pairings()) {
+    std::string const name = p.decode;
+    if (p.o.per != scope::head || p.o.include_current || p.o.per_head_mask) continue;
+    INFO(describe(p));
+    bool const folds = name != "fullkv" && name != "keydiff" && name != "morphkv";
+    long launches[2] = {};
+    for (index_t const drafts : {1, 4}) {
+      stepper s(p, test::layout_id::hnd, decisions::of_drafts, drafts);
+      s.show_next();
+      long const before = emulation::count().launches;
+      s.enqueue_step();
+      launches[drafts / 4] = emulation::count().launches - before;
+      if (name == "fullkv") CHECK(launches[drafts / 4] == 3 * n_layers + 1);
+      test::settle_device();
+      CHECK(s.sound());
+    }
+    CHECK(launches[1] - launches[0] == (folds ? 3 * n_layers : 0));
   }
 }
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Drafts: appended tokens that are dropped again leave no trace, for every draft-safe policy.
+#include <kvkeep/engine/device_session.hpp>
+
 #include "../support/catch.hpp"
 #include "../support/session_run.hpp"
 
@@ -128,4 +130,68 @@ TEST_CASE("limits of drafts") {
   CHECK(e.session().rollback(b.batch(), 2) == status::ok);
   s.tokens -= 2;
   e.check({&s});
+}
+
+namespace {
+
+/// A score that says of which token it is, and when it was made.
+struct folded_at_fn {
+  static constexpr char const* name = "folded_at";
+  static constexpr bool reads_k = false;
+  static constexpr bool reads_v = false;
+  float operator()(slot_values const& s) const noexcept {
+    return static_cast<float>((s.seen * 37 + s.position * 11) % 101);
+  }
+};
+using folded_at = policy<slot_score<folded_at_fn>>;
+
+/// Positions that are left in layer 1, head 1.
+template <class Session>
+std::vector<index_t> kept(Session const& s, index_t id) {
+  std::vector<index_t> all;
+  for (index_t t = 0; t < s.lengths(1)(id, 1); ++t)
+    if (t != s.free_slots(1)(id, 1)) all.push_back(s.positions(1)(id, 1, t));
+  std::sort(all.begin(), all.end());
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("a draft is folded as of its own token, whoever counts") {
+  cache_shape const shape{1, 2, 2, 4, 4, 40};
+  test_cache const cache = test_cache::make(layout_id::hnd, dtype::f32, shape);
+  layer_spec<> const specs[] = {cache.ref(), cache.ref()};
+  folded_at const p{"folded_at", {}, {12}};
+  limits lim;
+  lim.max_draft = 3;
+  lim.decode = decode_offer::nothing;
+  cpu::context ctx;
+  auto host = bind_session(ctx, p, p, std::span<layer_spec<> const>(specs), lim);
+  std::vector<std::byte> memory(device_session_bytes(ctx, p, p, specs, lim));
+  auto device = bind_device_session(ctx, p, p, specs, lim, memory);
+  index_t id = 0, row = 0;
+  REQUIRE(host.begin(id) == status::ok);
+  REQUIRE(device.begin(id) == status::ok);
+  for (index_t l = 0; l < 2; ++l) {
+    REQUIRE(host.observe(l, id, tokens_only(9)) == status::ok);
+    REQUIRE(device.observe(l, id, tokens_only(9)) == status::ok);
+  }
+  REQUIRE(host.end_prompt(id) == status::ok);
+  REQUIRE(device.end_prompt(id) == status::ok);
+  index_t const ids[] = {id};
+  for (index_t const accepted : {3, 1, 2, 0, 3, 3, 2}) {
+    for (index_t t = 0; t < 3; ++t)
+      for (index_t l = 0; l < 2; ++l) {
+        index_t a[2], b[2];
+        REQUIRE(host.append(l, {ids}, a) == status::ok);
+        REQUIRE(device.append(l, {1, &row, &id}, b) == status::ok);
+        REQUIRE(device.observe(l, {1, &row, &id}, tokens_only(1)) == status::ok);
+      }
+    if (accepted < 3) REQUIRE(host.rollback({ids}, 3 - accepted) == status::ok);
+    if (accepted > 0) REQUIRE(host.confirm({ids}, accepted) == status::ok);
+    REQUIRE(device.confirm({1, &row, &id}, &accepted) == status::ok);
+    CHECK(kept(host, id) == kept(device, id));
+  }
+  CHECK(device.faults()[id] == 0);
+  CHECK(device.tokens(0)[id] == host.tokens(id));
 }

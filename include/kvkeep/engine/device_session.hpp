@@ -258,7 +258,7 @@ class device_session : public detail::device_core<Ctx> {
 
   // device_drafts.hpp
   status confirm_drafts(batch_ref<space> const& b, index_t const* accepted, workspace& w) noexcept;
-  status fold_drafts(batch_ref<space> const& b, detail::draft_counts const& counts,
+  status fold_drafts(batch_ref<space> const& b, detail::draft_folds<space> const& folds,
                      workspace& w) noexcept;
 
   // device_sequences.hpp

@@ -191,11 +191,11 @@ tensor_ref<T, R, Space> rebase(tensor_ref<T, R, Space> t, index_t i) noexcept {
 }
 
 /// `t[i, ...]`, a tensor of one rank less.
-template <class T, class Space>
-tensor_ref<T, 2, Space> slice(tensor_ref<T, 3, Space> const& t, index_t i) noexcept {
-  tensor_ref<T, 2, Space> s{};
+template <class T, int R, class Space>
+tensor_ref<T, R - 1, Space> slice(tensor_ref<T, R, Space> const& t, index_t i) noexcept {
+  tensor_ref<T, R - 1, Space> s{};
   s.data = rebase(t, i).data;
-  for (int a = 0; a < 2; ++a) {
+  for (int a = 0; a < R - 1; ++a) {
     s.extent[a] = t.extent[a + 1];
     s.stride[a] = t.stride[a + 1];
   }

@@ -69,23 +69,34 @@ struct drop_drafts {
   }
 };
 
-/// Before the evidence of draft `t` is folded: as lengths those of the sequences that have it, 0 for others, which ops
-/// leave alone. Index: that of every_layer.
+/// What the ops read that fold the evidence of drafts, one draft after another.
 template <class Space>
-struct open_draft {
+struct draft_folds {
+  /// [draft, layer, id, kv_head]: 0, which ops leave alone, for sequences without this draft
+  tensor_ref<index_t, 4, Space> lengths;
+  index_t* newest;  ///< [draft, entry] ring row
+  index_t* seen;    ///< [draft, id] confirmed tokens, this one among them
+};
+
+/// Confirms what stays, and writes what its folds read.
+/// Index: (entry * drafts + draft) * each_entry() + layer * n_kv_heads + head.
+template <class Space>
+struct open_drafts {
   every_layer<Space> at;
   draft_counts of;
-  index_t t;
-  index_t ring;                           ///< rows of the ring of weights, at least 1
-  tensor_ref<index_t, 3, Space> lengths;  ///< [layer, id, kv_head]
-  index_t* newest;                        ///< [entry] ring row
+  index_t drafts;
+  index_t ring;  ///< rows of the ring of weights, at least 1
+  draft_folds<Space> to;
   KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const each = at.each_entry(), e = i / each / drafts, t = i / each % drafts;
+    index_t const h = at.head(i), id = at.batch.id_of(e);
     layer_state<Space> const& l = at.layer(i);
-    index_t const e = at.entry(i), h = at.head(i), id = at.batch.id_of(e);
-    bool const has = t < of.taken[e];
-    lengths(l.number, id, h) = has ? l.slots.lengths(id, h) : 0;
-    if (has && h == 0) l.seen[id] = of.first[e] + t + 1;
-    if (i % at.each_entry() == 0) newest[e] = (of.first[e] + t) % ring;
+    index_t const n = of.taken[e], first = of.first[e];
+    to.lengths(t, l.number, id, h) = t < n ? l.slots.lengths(id, h) : 0;
+    if (t == 0 && h == 0) l.seen[id] = first + n;
+    if (i % each > 0) return;
+    to.newest[t * at.batch.n + e] = (first + t) % ring;
+    to.seen[t * to.lengths.extent[2] + id] = first + t + 1;
   }
 };
 

@@ -25,17 +25,25 @@ status device_session<Ctx, P, D>::confirm_drafts(batch_ref<space> const& b, inde
                                                  workspace& w) noexcept {
   using count = detail::count_drafts<space>;
   using drop = detail::drop_drafts<space>;
+  using open = detail::open_drafts<space>;
   auto const at = every(b);
-  index_t const n = b.n * at.each_entry();
+  index_t const n = b.n * at.each_entry(), drafts = limits_.max_draft, ids = shape_.n_sequences;
   auto* const found = w.take<index_t>(static_cast<std::size_t>(n));
   detail::draft_counts const counts{w.take<index_t>(product(b.n, n_layers())),
                                     w.take<index_t>(product(b.n)), w.take<index_t>(product(b.n))};
+  index_t const heads = shape_.cache.n_kv_heads;
+  auto* const lengths = w.take<index_t>(product(drafts, n_layers(), ids, heads));
+  detail::draft_folds<space> const folds{row_major<space>(lengths, drafts, n_layers(), ids, heads),
+                                         w.take<index_t>(product(drafts, b.n)),
+                                         w.take<index_t>(product(drafts, ids))};
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   op::for_each<count, space> const look{n, {at, n_kept(), accepted, counts, found}};
   op::for_each<drop, space> const act{n,
                                       {at, accepted, counts, found, faults_, shared_.generation}};
-  KVKEEP_TRY(run(*ctx_, op::make_chain<space>(b.n, 1, at.each_entry(), look, act), w));
-  KVKEEP_TRY(fold_drafts(b, counts, w));
+  index_t const ring = std::max(1, shape_.rows.weight_ring), each_entry = drafts * at.each_entry();
+  op::for_each<open, space> const confirm{b.n * each_entry, {at, counts, drafts, ring, folds}};
+  KVKEEP_TRY(run(*ctx_, op::make_chain<space>(b.n, 1, each_entry, look, act, confirm), w));
+  KVKEEP_TRY(fold_drafts(b, folds, w));
   if (limits_.engine_commits || !detail::cuts_while_decoding(decode_.score)) return status::ok;
   if (decode_.width() == scope::sequence) return cut_sequences(b, w);
   for (auto& l : layers_) {
@@ -47,30 +55,24 @@ status device_session<Ctx, P, D>::confirm_drafts(batch_ref<space> const& b, inde
   return status::ok;
 }
 
+/// A launch per draft and layer, for scorers that fold anything.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::fold_drafts(batch_ref<space> const& b,
-                                              detail::draft_counts const& counts,
+                                              detail::draft_folds<space> const& folds,
                                               workspace& w) noexcept {
-  workspace::frame const frame(w);
-  auto const at = every(b);
-  index_t const layers = n_layers(), ids = shape_.n_sequences, heads = shape_.cache.n_kv_heads;
-  auto const lengths =
-      row_major<space>(w.take<index_t>(product(layers, ids, heads)), layers, ids, heads);
-  auto* const rows = w.take<index_t>(product(b.n));
-  if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  index_t const ring = std::max(1, shape_.rows.weight_ring);
-  for (index_t t = 0; t < limits_.max_draft; ++t) {
-    detail::open_draft<space> const open{at, counts, t, ring, lengths, rows};
-    KVKEEP_TRY(each(b.n * at.each_entry(), open, w));
-    if (!decode_.score.traits().at_decode) continue;
+  if (!decode_.score.traits().at_decode) return status::ok;
+  for (index_t t = 0; t < limits_.max_draft; ++t)
     for (auto& l : layers_) {
       auto in = input(l, pool(l, b), false);
-      in.layer.slots.lengths = detail::slice(lengths, l.number);
       in.fresh = detail::slice(l.fresh, t);
-      in.newest_row = w.measuring() ? &shape_.n_sequences : rows;  // measuring: any pointer
+      in.layer.slots.lengths = detail::slice(detail::slice(folds.lengths, t), l.number);
+      in.newest_row = &shape_.n_sequences;  // measuring: any pointer
+      if (!w.measuring()) {
+        in.seen = folds.seen + t * shape_.n_sequences;
+        in.newest_row = folds.newest + t * b.n;
+      }
       KVKEEP_TRY(decode_.score.fold(*ctx_, in, w));
     }
-  }
   return status::ok;
 }
 
