@@ -45,9 +45,9 @@ std::vector<pairing> pairings() {
           {"knorm", "knorm", sequence, 8},
           {"keydiff", "keydiff", o, 8},
           {"morphkv", "morphkv", lazy, 3},
-          {"morphkv", "morphkv", cached, 11},
+          {"morphkv", "morphkv", cached, 10},
           {"morphkv", "morphkv", direct, 8},
-          {"morphkv", "morphkv", burst, 14},
+          {"morphkv", "morphkv", burst, 13},
           {"morphkv", "morphkv", current, 12},
           {"morphkv", "morphkv", masks, 16},
           {"snapkv", "morphkv", lazy, 3}};

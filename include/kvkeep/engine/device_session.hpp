@@ -51,8 +51,8 @@ class device_session : public detail::device_core<Ctx> {
   using core::n_layers, core::is_last, core::alive, core::find_place, core::managed,
       core::prompt_of, core::one, core::pool, core::scratch, core::each, core::each_number,
       core::every, core::holding, core::n_kept, core::extend, core::mark, core::newest_rows_of,
-      core::pushing, core::settling, core::plan_of, core::take_scores, core::take_cut,
-      core::in_prompt, core::one_leaves_, core::tracks_tables_;
+      core::pushing, core::listing, core::settling, core::plan_of, core::take_scores,
+      core::take_cut, core::in_prompt, core::one_leaves_, core::tracks_tables_;
 
  public:
   using space = space_of<Ctx>;
@@ -227,7 +227,7 @@ class device_session : public detail::device_core<Ctx> {
   status decide_by_rows(layer_data& l, batch_ref<space> const& b, row_evidence const* e,
                         workspace& w) noexcept;
   status newest(layer_data const& l, batch_ref<space> const& b, score_input<space>& in,
-                workspace& w) const noexcept;
+                workspace& w, bool listed = false) const noexcept;
 
   // device_decode.hpp
   status weigh(layer_data& l, batch_ref<space> const& b, queries const& q, bool pushed, float* out,

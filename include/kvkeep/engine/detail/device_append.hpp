@@ -34,7 +34,7 @@ status device_session<Ctx, P, D>::decode(index_t layer, batch_ref<space> const& 
   return show_token(layer, b, t.q, true, t.out, t.lse);
 }
 
-/// @param q  queries to be stored too, or null
+/// @param q  queries to be stored too, for an attention that follows with the same batch; or null
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::append_rows(index_t layer, batch_ref<space> const& b,
                                               token_kv const& kv, queries const* q,
@@ -74,10 +74,12 @@ status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> con
   detail::write_token_kv<space> const write{l.kv, b, *kv, slots};
   index_t const each_entry = heads * write.elements();
   op::for_each<detail::write_token_kv<space>, space> const put{b.n * each_entry, write};
-  if (q == nullptr || !bound_.rings_tokens)
+  if (q == nullptr || (!bound_.rings_tokens && shape_.rows.weight_ring <= 1))
     return run(*ctx_, op::make_chain<space>(b.n, 1, each_entry, look, give, put), w);
-  return run(*ctx_, op::make_chain<space>(b.n, 1, each_entry, look, give, put, pushing(l, b, *q)),
-             w);
+  return run(
+      *ctx_,
+      op::make_chain<space>(b.n, 1, each_entry, look, give, put, pushing(l, b, *q), listing(l, b)),
+      w);
 }
 
 }  // namespace kvkeep

@@ -163,6 +163,12 @@ class device_core {
     return {bound_.rings_tokens ? b.n * shape_.cache.n_q_heads * shape_.cache.dim_k : 0,
             {l.ring_q, l.appended, b, q}};
   }
+  /// The newest tokens' rows in a ring of weights, as ops read them: nothing where there is one row.
+  op::for_each<ring_rows_of<space>, space> listing(layer_data const& l,
+                                                   batch_ref<space> const& b) const noexcept {
+    index_t const ring = shape_.rows.weight_ring;
+    return {ring > 1 ? b.n : 0, {l.appended, b, ring, newest_rows_of(l)}};
+  }
   /// What follows a token: nothing is decided yet.
   settle_victims<space> settling(layer_data const& l, batch_ref<space> const& b) const noexcept {
     settle_victims<space> s{b, shape_.cache.n_kv_heads};

@@ -7,7 +7,8 @@
 
 namespace kvkeep {
 
-/// Attention (or, without `out`, weights alone), the query ring if nobody has done so, and what follows a token.
+/// Attention (or, without `out`, weights alone), and what follows a token.
+/// @param pushed  the append of the same batch has pushed queries and listed ring rows
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b, queries const& q,
                                         bool pushed, float* out, float* lse,
@@ -15,7 +16,7 @@ status device_session<Ctx, P, D>::weigh(layer_data& l, batch_ref<space> const& b
   bool const measuring = w.measuring();
   index_t const hq = shape_.cache.n_q_heads, ring = shape_.rows.weight_ring;
   score_input<space> in;
-  KVKEEP_TRY(newest(l, b, in, w));
+  KVKEEP_TRY(newest(l, b, in, w, pushed));
   op::attend<space> a{b, {l.kv, l.slots}};
   a.raw = q;
   if (out != nullptr || measuring) a.out = row_major<space>(out, b.n, hq, shape_.cache.dim_v);

@@ -111,14 +111,14 @@ status device_session<Ctx, P, D>::decide_by_rows(layer_data& l, batch_ref<space>
 /// What scorers see of the newest tokens.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::newest(layer_data const& l, batch_ref<space> const& b,
-                                         score_input<space>& in, workspace& w) const noexcept {
-  index_t const ring = shape_.rows.weight_ring;
-  index_t* const rows = newest_rows_of(l);
-  if (ring > 1) KVKEEP_TRY(each(b.n, detail::ring_rows_of<space>{l.appended, b, ring, rows}, w));
+                                         score_input<space>& in, workspace& w,
+                                         bool listed) const noexcept {
+  auto const list = listing(l, b);
+  if (list.n > 0 && !listed) KVKEEP_TRY(each(list.n, list.fn, w));
   in = input(l, pool(l, b), false);
   in.seen = l.appended;  // the newest tokens count, though not all heads may know it yet
   // While measuring any pointer says that there is a newest token.
-  in.newest_row = w.measuring() ? &shape_.n_sequences : rows;
+  in.newest_row = w.measuring() ? &shape_.n_sequences : newest_rows_of(l);
   return status::ok;
 }
 
