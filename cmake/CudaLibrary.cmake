@@ -10,7 +10,7 @@ endif()
 # kvkeep_add_cuda_ops(NAME [ARCHITECTURES]): for CMAKE_CUDA_ARCHITECTURES or those. Whoever links it compiles for the
 # same.
 function(kvkeep_add_cuda_ops name)
-  set(units attend attend_f32 attend_f16 attend_bf16 window slots)
+  set(units attend attend_f32 attend_f16 attend_bf16 attend_e4m3 window slots)
   list(TRANSFORM units REPLACE "(.+)" "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../src/cuda_\\1.cu")
   add_library(${name} STATIC EXCLUDE_FROM_ALL ${units})
   target_compile_definitions(${name} PUBLIC KVKEEP_CUDA_COMPILED)

@@ -10,6 +10,7 @@ namespace kvkeep::cuda {
 KVKEEP_OTHER_UNIT(float);
 KVKEEP_OTHER_UNIT(fp16);
 KVKEEP_OTHER_UNIT(bf16);
+KVKEEP_OTHER_UNIT(fp8_e4m3);
 }  // namespace kvkeep::cuda
 
 #include <kvkeep/backend/cuda/attend.cuh>

@@ -205,11 +205,12 @@ TEST_CASE("decoding: append, attend, confirm in that order, with sane arguments"
   }
 }
 
-TEST_CASE("rows that a cache cannot take, and opaque queries, are refused") {
+TEST_CASE("rows that a cache cannot take, and opaque or FP8 queries, are refused") {
+  dtype const type = GENERATE(dtype::opaque, dtype::e4m3);
   fixture f;
   stream s = f.e->begin(f.words);
   queries sealed = f.query();
-  sealed.type = dtype::opaque;
+  sealed.type = type;
   f.refused(status::unsupported, [&] { return f.s().observe(0, s.id, sealed); });
   f.e->prompt(s, 20);
   auto const b = engine::batch_of({&s});

@@ -158,7 +158,8 @@ TEST_CASE("a device session keeps and computes what a session does, under every 
       INFO(describe(p));
       test::world w;
       w.layout = g.one_of(test::all_layouts());
-      w.type = g.one_of(std::array<dtype, 3>{dtype::f32, dtype::f16, dtype::bf16});
+      w.type = g.one_of(
+          std::array<dtype, 5>{dtype::f32, dtype::f16, dtype::bf16, dtype::e4m3, dtype::e5m2});
       compare(p, w, g.next());
     });
 }

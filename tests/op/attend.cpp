@@ -284,6 +284,23 @@ TEST_CASE("queries of 16 bits, with gaps, give the bits of the same numbers as f
     }
 }
 
+TEST_CASE("every FP8 key counts as its number, NaN as the least") {
+  for (dtype const type : {dtype::e4m3, dtype::e5m2})
+    for (index_t const dim : {20, 64}) {
+      INFO(type << " dim " << dim);
+      test::layer_options o;
+      o.cache = {test::layout_id::hnd, type, {1, 2, 1, dim, dim, 256}, 4, 3, {}, true};
+      o.min_length = 256;
+      test::test_layer l(o);
+      test::fill_with_bytes(l);
+      generator g(5);
+      attend_run a(l, g, 1);
+      a.op.layer.kv.scale = type == dtype::e4m3 ? 0x1p-6F : 0x1p-13F;
+      a.run();
+      check(l, a, false);
+    }
+}
+
 TEST_CASE("outputs may be left out one by one") {
   test::layer_options o;
   o.cache.shape = {2, 6, 3, 16, 8, 33};
@@ -434,6 +451,21 @@ TEST_CASE("logits far apart underflow to exact zeros and never overflow") {
   bool finite = true;
   a.out.each([&](float x) { finite = finite && std::isfinite(x); });
   CHECK(finite);
+}
+
+TEST_CASE("queries of other types than an engine computes in are refused") {
+  test::layer_options o;
+  o.cache.shape = {1, 1, 1, 4, 4, 5};
+  test::test_layer const l(o);
+  generator g(1);
+  attend_run a(l, g, 1);
+  a.op.raw = make_queries(a.q.data().data(), 1, 1, 4);
+  workspace ws;
+  CHECK(test::call(test::one_thread(), a.op, ws) == status::ok);
+  for (dtype const type : {dtype::e4m3, dtype::e5m2, dtype::opaque}) {
+    a.op.raw.type = type;
+    CHECK(test::call(test::one_thread(), a.op, ws) == status::unsupported);
+  }
 }
 
 TEST_CASE("opaque rows without a reader are refused") {

@@ -212,6 +212,24 @@ TEST_CASE("queries far from 1 keep their precision") {
     }
 }
 
+TEST_CASE("every FP8 key counts as its number, NaN as the least") {
+  for (dtype const type : {dtype::e4m3, dtype::e5m2})
+    for (index_t const dim : {20, 64}) {
+      INFO(type << " dim " << dim);
+      test::layer_options o;
+      o.cache = {test::layout_id::hnd, type, {1, 2, 1, dim, 4, 256}, 4, 3, {}, true};
+      o.min_length = 256;
+      test::test_layer l(o);
+      test::fill_with_bytes(l);
+      generator g(3);
+      test_rows const rows(l, g, 6, false);
+      sums_run s(l, rows.ref(), false, false);
+      s.op.layer.kv.scale = type == dtype::e4m3 ? 0x1p-6F : 0x1p-13F;
+      test::run_op(s.op, s.out);
+      check(l, rows, s);
+    }
+}
+
 TEST_CASE("column sums have the same bits in every layout") {
   test::same_in_every_layout({2, 6, 2, 20, 4, 45}, [](test::test_layer const& l) {
     generator g(9);

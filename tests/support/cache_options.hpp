@@ -57,11 +57,11 @@ inline std::vector<layout_id> all_layouts() {
 }
 /// Types of rows that can be moved.
 inline std::vector<dtype> all_dtypes() {
-  return {dtype::f32, dtype::f16, dtype::bf16, dtype::opaque};
+  return {dtype::f32, dtype::f16, dtype::bf16, dtype::e4m3, dtype::e5m2, dtype::opaque};
 }
 /// Types of rows that the backend under test can look into.
 inline std::vector<dtype> readable_dtypes() {
-  std::vector<dtype> all{dtype::f32, dtype::f16, dtype::bf16};
+  std::vector<dtype> all{dtype::f32, dtype::f16, dtype::bf16, dtype::e4m3, dtype::e5m2};
   if (host_reads_rows) all.push_back(dtype::opaque);
   return all;
 }

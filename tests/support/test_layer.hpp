@@ -192,6 +192,15 @@ class test_layer {
   index_t state_rows_;
 };
 
+/// Keys of 8 bits: slot t has byte t throughout, so that 256 slots hold every number there is.
+inline void fill_with_bytes(test_layer& l) {
+  l.each_head([&](index_t b, index_t h) {
+    for (index_t t = 0; t < l.length(b, h); ++t)
+      l.cache.k().set_raw(l.row[uz(b)], h, t,
+                          std::vector<std::byte>(uz(l.shape().dim_k), static_cast<std::byte>(t)));
+  });
+}
+
 /// A random small shape; `max_group` query heads per KV head at most.
 inline cache_shape random_shape(generator& g, index_t max_slots, index_t max_group = 4) {
   index_t const heads = g.integer(1, 3);

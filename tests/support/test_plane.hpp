@@ -219,6 +219,12 @@ class test_plane {
       case dtype::bf16:
         custom_view<bf16>(l);
         break;
+      case dtype::e4m3:
+        custom_view<fp8_e4m3>(l);
+        break;
+      case dtype::e5m2:
+        custom_view<fp8_e5m2>(l);
+        break;
       case dtype::opaque:
         custom_view<std::byte>(l);
         break;
@@ -259,21 +265,23 @@ class test_plane {
     }
   }
   void store(float x, std::byte* to) const {
-    fp16 const half = to_fp16(x);
-    bf16 const brain = to_bf16(x);
-    std::memcpy(to,
-                type_ == dtype::f32   ? static_cast<void const*>(&x)
-                : type_ == dtype::f16 ? static_cast<void const*>(&half)
-                                      : static_cast<void const*>(&brain),
-                element_);
+    std::uint32_t const bits = type_ == dtype::f32    ? bit_copy<std::uint32_t>(x)
+                               : type_ == dtype::f16  ? to_fp16(x).bits
+                               : type_ == dtype::bf16 ? to_bf16(x).bits
+                               : type_ == dtype::e4m3 ? to_e4m3(x).bits
+                                                      : to_e5m2(x).bits;
+    std::memcpy(to, &bits, element_);
   }
   float load(std::byte const* from) const {
     std::uint32_t bits = 0;
     std::memcpy(&bits, from, element_);
     auto const low = static_cast<std::uint16_t>(bits);
-    return type_ == dtype::f32   ? bit_copy<float>(bits)
-           : type_ == dtype::f16 ? to_float(fp16{low})
-                                 : to_float(bf16{low});
+    auto const byte = static_cast<std::uint8_t>(bits);
+    return type_ == dtype::f32    ? bit_copy<float>(bits)
+           : type_ == dtype::f16  ? to_float(fp16{low})
+           : type_ == dtype::bf16 ? to_float(bf16{low})
+           : type_ == dtype::e4m3 ? to_float(fp8_e4m3{byte})
+                                  : to_float(fp8_e5m2{byte});
   }
 
   dtype type_;
@@ -282,7 +290,7 @@ class test_plane {
   std::size_t element_;
   bool aligned_;
   std::size_t lead_;  // elements before the data
-  index_t row_ = 0;  // elements of a row; bytes of an opaque one
+  index_t row_ = 0;   // elements of a row; bytes of an opaque one
   std::vector<std::byte> bytes_;
   std::vector<char> owned_;
   std::vector<offset_t> row_at_, feature_at_;

@@ -10,7 +10,11 @@ using namespace kvkeep;
 using test::generator;
 
 float rounded(float x, dtype type) {
-  return type == dtype::f32 ? x : type == dtype::f16 ? to_float(to_fp16(x)) : to_float(to_bf16(x));
+  return type == dtype::f16    ? to_float(to_fp16(x))
+         : type == dtype::bf16 ? to_float(to_bf16(x))
+         : type == dtype::e4m3 ? to_float(to_e4m3(x))
+         : type == dtype::e5m2 ? to_float(to_e5m2(x))
+                               : x;
 }
 
 bool close_to(std::vector<float> const& stored, std::vector<float> const& x, dtype type) {

@@ -32,15 +32,26 @@ struct bf16 {
   std::uint16_t bits;
 };
 
+/// 8 bits as in FP8 caches: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinities, the largest number is 448.
+/// Micikevicius et al., arXiv 2209.05433. Storage only; a scale of the plane is the engine's (see kv_ref).
+struct fp8_e4m3 {
+  std::uint8_t bits;
+};
+/// 5 bits of exponent, 2 of mantissa: the upper half of an IEEE binary16. Storage only.
+struct fp8_e5m2 {
+  std::uint8_t bits;
+};
+
 /// Element type of a plane (K or V). `opaque` rows are moved bytewise and read through a row_reader.
-enum class dtype : std::uint8_t { f32, f16, bf16, opaque };
+enum class dtype : std::uint8_t { f32, f16, bf16, e4m3, e5m2, opaque };
 
 KVKEEP_HD constexpr index_t dtype_bytes(dtype t) noexcept {
-  return t == dtype::f32 ? 4 : t == dtype::opaque ? 1 : 2;
+  return t == dtype::f32 ? 4 : t == dtype::f16 || t == dtype::bf16 ? 2 : 1;
 }
 
 constexpr char const* to_string(dtype t) noexcept {
-  return t == dtype::f32 ? "f32" : t == dtype::f16 ? "f16" : t == dtype::bf16 ? "bf16" : "opaque";
+  constexpr char const* names[] = {"f32", "f16", "bf16", "e4m3", "e5m2", "opaque"};
+  return names[static_cast<int>(t)];
 }
 
 template <class T>
@@ -51,6 +62,10 @@ template <>
 struct dtype_of<fp16> : std::integral_constant<dtype, dtype::f16> {};
 template <>
 struct dtype_of<bf16> : std::integral_constant<dtype, dtype::bf16> {};
+template <>
+struct dtype_of<fp8_e4m3> : std::integral_constant<dtype, dtype::e4m3> {};
+template <>
+struct dtype_of<fp8_e5m2> : std::integral_constant<dtype, dtype::e5m2> {};
 template <>
 struct dtype_of<std::byte> : std::integral_constant<dtype, dtype::opaque> {};
 
@@ -77,6 +92,19 @@ KVKEEP_HD inline float to_float(fp16 x) noexcept {
   return bit_copy<float>(sign | bit_copy<std::uint32_t>(magnitude));
 }
 
+KVKEEP_HD inline float to_float(fp8_e4m3 x) noexcept {
+  std::uint32_t const sign = static_cast<std::uint32_t>(x.bits & 0x80u) << 24;
+  std::uint32_t const body = x.bits & 0x7fu;
+  if (body == 0x7fu) return bit_copy<float>(sign | 0x7fc00000u);
+  // As for fp16, by 2^120.
+  float const magnitude = bit_copy<float>(body << 20) * bit_copy<float>(0x7b800000u);
+  return bit_copy<float>(sign | bit_copy<std::uint32_t>(magnitude));
+}
+
+KVKEEP_HD inline float to_float(fp8_e5m2 x) noexcept {
+  return to_float(fp16{static_cast<std::uint16_t>(x.bits << 8)});
+}
+
 /// Round to nearest even; NaN stays NaN.
 KVKEEP_HD inline bf16 to_bf16(float x) noexcept {
   std::uint32_t const u = bit_copy<std::uint32_t>(x);
@@ -98,6 +126,37 @@ KVKEEP_HD inline fp16 to_fp16(float x) noexcept {
   }
   std::uint32_t const r = a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u;
   return {static_cast<std::uint16_t>(sign | (r >> 13))};
+}
+
+namespace detail {
+
+struct fp8_format {
+  int dropped;            ///< bits of a float's mantissa that it lacks
+  std::uint32_t offset;   ///< difference of the exponents' biases, as bits of a float
+  std::uint32_t aligned;  ///< bits of the float whose last bit is worth the smallest number
+  std::uint32_t largest;  ///< bits of the largest number
+};
+
+KVKEEP_HD inline std::uint8_t to_fp8(float x, fp8_format const& f) noexcept {
+  std::uint32_t const u = bit_copy<std::uint32_t>(x), a = u & 0x7fffffffu;
+  std::uint32_t r = 0x7fu;
+  if (a < f.offset + (1u << 23))
+    r = bit_copy<std::uint32_t>(bit_copy<float>(a) + bit_copy<float>(f.aligned)) - f.aligned;
+  else if (a <= 0x7f800000u)
+    r = (a - f.offset + (1u << (f.dropped - 1)) - 1 + ((a >> f.dropped) & 1u)) >> f.dropped;
+  if (a <= 0x7f800000u && r > f.largest) r = f.largest;
+  return static_cast<std::uint8_t>(((u >> 24) & 0x80u) | r);
+}
+
+}  // namespace detail
+
+/// Round to nearest even; what is larger than 448, infinities too, becomes that; NaN stays NaN.
+KVKEEP_HD inline fp8_e4m3 to_e4m3(float x) noexcept {
+  return {detail::to_fp8(x, {20, 120u << 23, 0x46800000u, 0x7eu})};
+}
+/// The same, up to 57344.
+KVKEEP_HD inline fp8_e5m2 to_e5m2(float x) noexcept {
+  return {detail::to_fp8(x, {21, 112u << 23, 0x43000000u, 0x7bu})};
 }
 
 /// Sizes of one layer's cache. All counts; `max_slots` bounds every length.

@@ -29,7 +29,7 @@ constexpr char const* to_string(evidence e) noexcept {
 /// Unit of a log-sum-exp: FlashAttention returns natural logarithms, FlashInfer base 2.
 enum class log_base : std::uint8_t { natural, two };
 
-/// Queries after RoPE, not opaque, in the view's memory space: `[entry, q_head, row, dim_k]` with any strides. The
+/// Queries after RoPE (fp32, fp16 or bf16) in the view's memory space: `[entry, q_head, row, dim_k]` with any strides. The
 /// rows are those of the last `n_rows` of `tokens` new tokens, oldest first.
 struct queries {
   void const* data = nullptr;
@@ -48,18 +48,23 @@ struct queries {
   index_t n_tokens() const noexcept { return tokens > 0 ? tokens : n_rows; }
 };
 
+/// Element types of queries.
+constexpr bool is_query(dtype t) noexcept {
+  return t == dtype::f32 || t == dtype::f16 || t == dtype::bf16;
+}
+
 namespace detail {
 
 /// Whether these can be the queries of a prompt's chunk.
 inline status check_chunk(queries const& q) noexcept {
   if (q.n_rows < 0 || q.n_rows > q.n_tokens() || (q.n_rows > 0 && q.data == nullptr))
     return status::bad_argument;
-  return q.n_rows > 0 && q.type == dtype::opaque ? status::unsupported : status::ok;
+  return q.n_rows > 0 && !is_query(q.type) ? status::unsupported : status::ok;
 }
 /// Whether these can be the newest tokens' queries.
 inline status check_token_query(queries const& q) noexcept {
   if (q.data == nullptr || q.n_rows != 1) return status::bad_argument;
-  return q.type == dtype::opaque ? status::unsupported : status::ok;
+  return is_query(q.type) ? status::ok : status::unsupported;
 }
 
 }  // namespace detail
@@ -69,6 +74,8 @@ KVKEEP_HD inline float number_at(void const* data, dtype type, offset_t at) noex
   switch (type) {
     case dtype::f16: return to_float(static_cast<fp16 const*>(data)[at]);
     case dtype::bf16: return to_float(static_cast<bf16 const*>(data)[at]);
+    case dtype::e4m3: return to_float(static_cast<fp8_e4m3 const*>(data)[at]);
+    case dtype::e5m2: return to_float(static_cast<fp8_e5m2 const*>(data)[at]);
     default: return static_cast<float const*>(data)[at];
   }
 }

@@ -47,7 +47,7 @@ inline void head_logits(head_rows const& k, query_rows const& q, index_t n, void
   }
   visit_type(k.p->type, [&](auto const* type) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    if constexpr (!std::is_same_v<T, std::byte>) {
+    if constexpr (in_place<T>) {
       T const** const rows = reinterpret_cast<T const**>(pointers);
       row_pointers(k, 0, n, rows);
       qk_rows(q, row_list<T>{rows, n}, z, stride);
@@ -64,7 +64,7 @@ inline void head_output(head_rows const& v, value_weights const& w, index_t n,
   if (direct(*v.p)) {
     visit_type(v.p->type, [&](auto const* type) {
       using T = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-      if constexpr (!std::is_same_v<T, std::byte>) {
+      if constexpr (in_place<T>) {
         T const** const rows = reinterpret_cast<T const**>(pointers);
         row_pointers(v, 0, n, rows);
         av_rows(w, row_list<T>{rows, n}, dim, out, stride);
@@ -189,7 +189,8 @@ inline op::attend<host_space> with_floats(op::attend<host_space> const& o, float
 /// Attention of every entry and KV head. Cost as the op says.
 KVKEEP_CPU_OP status enqueue(context& c, op::attend<host_space> const& o, workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
-  if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v))) return status::unsupported;
+  if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v)) || !is_query(o.raw.type))
+    return status::unsupported;
   if (!slots_contiguous(o.q) || !slots_contiguous(o.out) || !slots_contiguous(o.weights) ||
       !slots_contiguous(o.visible) || !slots_contiguous(o.fold.out))
     return status::bad_argument;

@@ -15,8 +15,11 @@ using plane = plane_ref<host_space>;
 inline constexpr index_t row_chunk = 32;  ///< rows handed over at once
 static_assert(row_chunk == row_block, "value sums run in the blocks of the kernels");
 
-/// Kernels read such rows where they lie; others are first gathered as floats.
-inline bool direct(plane const& p) noexcept { return p.type != dtype::opaque && p.contiguous(); }
+/// Element types that kernels read where they lie.
+template <class T>
+inline constexpr bool in_place = sizeof(T) > 1;
+/// Whether they do so with a plane's rows; others are first gathered as floats.
+inline bool direct(plane const& p) noexcept { return dtype_bytes(p.type) > 1 && p.contiguous(); }
 /// Opaque rows need a reader before anybody can look into them.
 inline bool readable(plane const& p) noexcept {
   return p.type != dtype::opaque || p.reader.read != nullptr;
@@ -80,6 +83,10 @@ void visit_type(dtype t, F&& f) {
       return f(static_cast<fp16 const*>(nullptr));
     case dtype::bf16:
       return f(static_cast<bf16 const*>(nullptr));
+    case dtype::e4m3:
+      return f(static_cast<fp8_e4m3 const*>(nullptr));
+    case dtype::e5m2:
+      return f(static_cast<fp8_e5m2 const*>(nullptr));
     case dtype::opaque:
       return f(static_cast<std::byte const*>(nullptr));
   }
@@ -128,7 +135,7 @@ void for_row_chunks(head_rows const& h, slot_span const& slots, float* gathered,
         row_pointers(h, slots.list + at, n, rows);
       else
         row_pointers(h, slots.first + at, n, rows);
-      if constexpr (!std::is_same_v<T, std::byte>) {
+      if constexpr (in_place<T>) {
         if (as_is) {
           f(at, n, static_cast<T const* const*>(rows));
           continue;

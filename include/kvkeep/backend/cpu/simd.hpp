@@ -59,6 +59,22 @@ inline vf load(bf16 const* p) noexcept {
   __m128i const h = _mm_loadu_si128(reinterpret_cast<__m128i const*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
 }
+/// Eight bytes as 16-bit numbers.
+inline __m128i load_narrow(void const* p) noexcept {
+  return _mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<__m128i const*>(p)));
+}
+inline vf load(fp8_e5m2 const* p) noexcept {
+  return {_mm256_cvtph_ps(_mm_slli_epi16(load_narrow(p), 8))};
+}
+/// By fp16: the exponent there says 2^8 less, for subnormal numbers too. NaN is set apart.
+inline vf load(fp8_e4m3 const* p) noexcept {
+  __m128i const x = load_narrow(p), body = _mm_and_si128(x, _mm_set1_epi16(0x7f));
+  __m128i const sign = _mm_slli_epi16(_mm_xor_si128(x, body), 8);
+  __m128i const nan = _mm_cmpeq_epi16(body, _mm_set1_epi16(0x7f));
+  __m128i const half =
+      _mm_or_si128(_mm_slli_epi16(body, 7), _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
+  return {_mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(half, sign)), _mm256_set1_ps(256))};
+}
 
 inline vf operator+(vf a, vf b) noexcept { return {_mm256_add_ps(a.v, b.v)}; }
 inline vf operator-(vf a, vf b) noexcept { return {_mm256_sub_ps(a.v, b.v)}; }

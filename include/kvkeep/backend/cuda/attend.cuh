@@ -10,23 +10,35 @@ namespace kvkeep::cuda {
 
 inline constexpr int weight_threads = 256;
 
-/// Which heads the kernels for rows can take: contiguous features, of K and V alike.
+/// Which heads the kernels for rows can take: contiguous features, of K and V alike. There is none for e5m2.
 inline alignment rows_of(attend_task const& t) noexcept {
   plane_ref<device_space> const& k = t.kv.k;
   plane_ref<device_space> const& v = t.kv.v;
-  if ((k.dim != 64 && k.dim != 128 && k.dim != 256) || !k.contiguous()) return alignment::none;
+  if ((k.dim != 64 && k.dim != 128 && k.dim != 256) || !k.contiguous() || k.type == dtype::e5m2)
+    return alignment::none;
   if (t.out.data == nullptr) return alignment_of(k);
   if (v.type != k.type || v.dim != k.dim || !v.contiguous()) return alignment::none;
   return std::min(alignment_of(k), alignment_of(v));
 }
 
+inline status launch_aligned(context const& c, attend_plan const& plan,
+                             attend_task const& t) noexcept {
+  switch (t.kv.k.type) {
+    case dtype::f16:
+      return launch_rows<fp16>(c, plan, t);
+    case dtype::bf16:
+      return launch_rows<bf16>(c, plan, t);
+    case dtype::e4m3:
+      return launch_rows<fp8_e4m3>(c, plan, t);
+    default:
+      return launch_rows<float>(c, plan, t);
+  }
+}
+
 KVKEEP_CUDA_OP status launch_splits(context const& c, attend_plan const& plan,
                                     attend_task const& t) noexcept {
   alignment const rows = rows_of(t);
-  if (rows != alignment::none)
-    KVKEEP_TRY(t.kv.k.type == dtype::f32   ? launch_rows<float>(c, plan, t)
-               : t.kv.k.type == dtype::f16 ? launch_rows<fp16>(c, plan, t)
-                                           : launch_rows<bf16>(c, plan, t));
+  if (rows != alignment::none) KVKEEP_TRY(launch_aligned(c, plan, t));
   if (rows == alignment::all) return status::ok;
   attend_plain_kernel const plain{t,
                                   rows == alignment::none ? rows_taken::all : rows_taken::others};

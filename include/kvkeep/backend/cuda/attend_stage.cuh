@@ -45,7 +45,7 @@ inline void take_scratch(attend_task& t, attend_plan const& plan, workspace& ws)
 /// The task of an op whose arrays are such that the kernels can read them.
 inline status make_task(op::attend<device_space> const& o, attend_task& t) noexcept {
   kv_ref<device_space> const& kv = o.layer.kv;
-  if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v)) || o.raw.type == dtype::opaque)
+  if (!readable(kv.k) || (o.out.data != nullptr && !readable(kv.v)) || !is_query(o.raw.type))
     return status::unsupported;
   if (!slots_contiguous(o.q) || !slots_contiguous(o.out) || !slots_contiguous(o.weights) ||
       !slots_contiguous(o.visible) || !slots_contiguous(o.fold.out))

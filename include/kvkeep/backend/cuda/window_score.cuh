@@ -37,9 +37,9 @@ struct mma_shape {
 
 /// Whether matrix products serve the keys: it depends on their type and size, never on the layout.
 inline bool fits_mma(plane_ref<device_space> const& k) noexcept {
-  return (k.type == dtype::f16 || k.type == dtype::bf16) && k.dim <= 256;
+  return dtype_bytes(k.type) <= 2 && k.dim <= 256;
 }
-/// f(mma_shape) of the smallest shape that holds the keys.
+/// f(mma_shape) of the smallest shape that holds the keys. FP8 ones are multiplied as fp16, which holds them exactly.
 template <class F>
 status with_mma(plane_ref<device_space> const& k, F const& f) noexcept {
   auto const sized = [&]<class T>(T) {
@@ -47,12 +47,13 @@ status with_mma(plane_ref<device_space> const& k, F const& f) noexcept {
            : k.dim <= 128 ? f(mma_shape<T, 4>{})
                           : f(mma_shape<T, 8>{});
   };
-  return k.type == dtype::f16 ? sized(fp16{}) : sized(bf16{});
+  return k.type == dtype::bf16 ? sized(bf16{}) : sized(fp16{});
 }
 
 /// Whether every head's 16-bit keys are certain to be whole pieces of 16 bytes.
 inline bool whole_pieces(plane_ref<device_space> const& k) noexcept {
-  return k.contiguous() && k.dim % 8 == 0 && alignment_of(k) == alignment::all;
+  return dtype_bytes(k.type) == 2 && k.contiguous() && k.dim % 8 == 0 &&
+         alignment_of(k) == alignment::all;
 }
 
 /// Takes memory for the split queries of `n_rows` rows at a time.

@@ -25,7 +25,7 @@ KVKEEP_HD index_t row_elements(plane_ref<Space> const& p) noexcept {
 template <class Space>
 KVKEEP_HD void store_element(plane_ref<Space> const& to, offset_t at, head_vectors const& from,
                              offset_t source) noexcept {
-  if (to.type == dtype::opaque) {
+  if (to.type == from.type && dtype_bytes(to.type) == 1) {
     to.data[at] = static_cast<std::byte const*>(from.data)[source];
     return;
   }
@@ -36,6 +36,12 @@ KVKEEP_HD void store_element(plane_ref<Space> const& to, offset_t at, head_vecto
       break;
     case dtype::bf16:
       reinterpret_cast<bf16*>(to.data)[at] = to_bf16(x);
+      break;
+    case dtype::e4m3:
+      reinterpret_cast<fp8_e4m3*>(to.data)[at] = to_e4m3(x);
+      break;
+    case dtype::e5m2:
+      reinterpret_cast<fp8_e5m2*>(to.data)[at] = to_e5m2(x);
       break;
     default:
       reinterpret_cast<float*>(to.data)[at] = x;

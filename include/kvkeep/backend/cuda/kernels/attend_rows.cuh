@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
 /// The fast path of decode attention: contiguous, aligned rows of one type with 64, 128 or 256 features.
-/// K and V stream through registers in pieces of 16 bytes. A row's lanes have 8 features each, and with
+/// K and V stream through registers in pieces of 16 bytes (FP8: 8). A row's lanes have 8 features each, and with
 /// them those of all query heads of the tile, so that each piece is loaded once for all of them. While rows are
 /// multiplied the next ones are on their way: registers for those rather than for more blocks.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace kvkeep::cuda {
 
-/// The numbers of 16 bytes.
+/// The numbers of a piece.
 __device__ inline void unpack(uint4 const& w, float (&x)[4], float) {
   x[0] = __uint_as_float(w.x), x[1] = __uint_as_float(w.y);
   x[2] = __uint_as_float(w.z), x[3] = __uint_as_float(w.w);
@@ -31,16 +31,25 @@ __device__ inline void unpack(uint4 const& w, float (&x)[8], fp16) {
     x[2 * i + 1] = fast_float(fp16{static_cast<std::uint16_t>(words[i] >> 16)});
   }
 }
+__device__ inline void unpack(uint2 const& w, float (&x)[8], fp8_e4m3) {
+  float low[4], high[4];
+  floats_of_e4m3(w.x, low);
+  floats_of_e4m3(w.y, high);
+  for (int i = 0; i < 4; ++i) x[i] = low[i], x[4 + i] = high[i];
+}
+__device__ inline void read_piece(void const* from, uint4& to) { to = read_16(from); }
+__device__ inline void read_piece(void const* from, uint2& to) { to = read_8(from); }
 
 /// @tparam D features of a row  @tparam G query heads of a tile
 template <class T, int D, int G>
 struct row_path {
-  static constexpr int mine = 8;                                 ///< features of a lane
-  static constexpr int lanes = D / mine;                         ///< of a row
-  static constexpr int each = 16 / static_cast<int>(sizeof(T));  ///< features of a piece
-  static constexpr int pieces = mine / each;                     ///< of a lane and row
-  static constexpr int batch = 8 / pieces;                       ///< rows in flight per lane
-  static constexpr int groups = split_threads / lanes;           ///< rows of a block at a time
+  using piece_type = std::conditional_t<sizeof(T) == 1, uint2, uint4>;
+  static constexpr int mine = 8;                                    ///< features of a lane
+  static constexpr int lanes = D / mine;                            ///< of a row
+  static constexpr int each = int{sizeof(piece_type) / sizeof(T)};  ///< features of a piece
+  static constexpr int pieces = mine / each;                        ///< of a lane and row
+  static constexpr int batch = 8 / pieces;                          ///< rows in flight per lane
+  static constexpr int groups = split_threads / lanes;              ///< rows of a block at a time
   static constexpr index_t step = batch * groups;
   static constexpr int warps = split_threads / warp_size;
   static constexpr index_t sums_floats = warps * G * D;
@@ -53,14 +62,15 @@ struct row_path {
   /// Rows of `N` slots, `groups` apart, on their way.
   template <int N>
   struct rows {
-    uint4 piece[N][pieces];
+    piece_type piece[N][pieces];
 
     /// @param at  addresses of the split's rows  @param last  slot that stands for those behind it
     __device__ void load(std::byte const* const* at, index_t slot, index_t last) {
       for (int s = 0; s < N; ++s) {
-        auto const* const row = reinterpret_cast<uint4 const*>(at[min(slot + s * groups, last)]);
+        auto const* const row =
+            reinterpret_cast<piece_type const*>(at[min(slot + s * groups, last)]);
         for (int p = 0; p < pieces; ++p)
-          piece[s][p] = read_16(row + p * lanes + lane_of_warp() % lanes);
+          read_piece(row + p * lanes + lane_of_warp() % lanes, piece[s][p]);
       }
     }
   };

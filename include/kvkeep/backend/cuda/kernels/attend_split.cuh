@@ -54,12 +54,12 @@ struct plain_path {
     __device__ first_rows(split_place const&, split_box const&, bool) {}
   };
 
-  /// Lane l of a row takes pieces l, l + lanes, ... of 16 bytes, as the fast path does.
+  /// Lane l of a row takes pieces l, l + lanes, ... of 16 bytes (8 where a feature has one), as the fast path does.
   __device__ static void dot_products(attend_task const& t, split_place const& at,
                                       split_box const& box) {
     index_t const dim = t.kv.shape.dim_k, lanes = row_lanes(dim), groups = split_threads / lanes;
     index_t const group = thread_of_block() / lanes, lane = thread_of_block() % lanes;
-    index_t const each = 16 / dtype_bytes(t.kv.k.type);
+    index_t const each = min(16 / dtype_bytes(t.kv.k.type), 8);
     offset_t const q = t.query_at(at.entry, at.q_head(t), at.row);
     for (index_t base = 0; base < at.n; base += groups) {
       index_t const slot = base + group;

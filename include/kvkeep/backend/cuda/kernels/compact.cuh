@@ -159,8 +159,10 @@ struct compact_kernel {
       };
       if (size == 4)
         element(static_cast<unsigned const*>(nullptr));
-      else
+      else if (size == 2)
         element(static_cast<unsigned short const*>(nullptr));
+      else
+        element(static_cast<unsigned char const*>(nullptr));
       return;
     }
     auto const words = [&](auto const* type) {

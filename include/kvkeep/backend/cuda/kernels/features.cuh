@@ -26,6 +26,12 @@ __device__ void for_features(plane_ref<device_space> const& p, std::byte const* 
       return for_features_of(reinterpret_cast<fp16 const*>(row), p.features, p.dim, first, step, f);
     case dtype::bf16:
       return for_features_of(reinterpret_cast<bf16 const*>(row), p.features, p.dim, first, step, f);
+    case dtype::e4m3:
+      return for_features_of(reinterpret_cast<fp8_e4m3 const*>(row), p.features, p.dim, first, step,
+                             f);
+    case dtype::e5m2:
+      return for_features_of(reinterpret_cast<fp8_e5m2 const*>(row), p.features, p.dim, first, step,
+                             f);
     default:
       return for_features_of(reinterpret_cast<float const*>(row), p.features, p.dim, first, step,
                              f);

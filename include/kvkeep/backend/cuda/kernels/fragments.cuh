@@ -22,17 +22,21 @@ struct mma_tiles {
   static constexpr index_t keys = warps * key_tiles * 16;  ///< of a block
 };
 
-/// Keys of one head by pieces of 8 features, whatever the layout: so a result does not depend on it.
+/// Keys of one head by pieces of 8 features, whatever the layout: so a result does not depend on it. Pieces of FP8 keys
+/// are fp16 numbers.
 template <class T>
 class key_pieces {
  public:
   __device__ explicit key_pieces(window_head const& h)
       : plane_(h.job.layer.kv.k),
         rows_(plane_, h.seq, h.at.head),
-        whole_(plane_.features.contiguous(plane_.dim) && rows_.alignment(plane_.dim * 2) == 16) {}
+        aligned_(plane_.features.contiguous(plane_.dim) &&
+                 rows_.alignment(plane_.dim * (narrow() ? 1 : 2)) == 16) {}
 
+  /// What a number of the pieces is worth: e4m3 numbers, the subnormal ones too, have the bits of fp16 ones 2^8 smaller.
+  __device__ static float unit(dtype t) { return t == dtype::e4m3 ? 256.0f : 1.0f; }
   /// Pieces are 16 aligned bytes.
-  __device__ bool whole() const { return whole_; }
+  __device__ bool whole() const { return aligned_ && !narrow(); }
   __device__ bool has(index_t piece) const { return piece * 8 < plane_.dim; }
   __device__ std::byte const* row(index_t slot) const { return rows_.bytes(slot); }
   __device__ void const* address(index_t slot, index_t piece) const {
@@ -42,8 +46,9 @@ class key_pieces {
   __device__ uint4 load(std::byte const* row, index_t piece) const {
     return has(piece) ? reinterpret_cast<uint4 const*>(row)[piece] : make_uint4(0, 0, 0, 0);
   }
-  /// A row's piece feature by feature.
+  /// A row's piece that is none of those.
   __device__ uint4 gather(std::byte const* at, index_t piece) const {
+    if (narrow()) return widen(at, piece);
     auto const* const row = reinterpret_cast<T const*>(at);
     unsigned long long low = 0, high = 0;
     for (index_t d = piece * 8; d < min(piece * 8 + 8, plane_.dim); ++d) {
@@ -55,9 +60,31 @@ class key_pieces {
   }
 
  private:
+  /// Whether keys are FP8: these go with fp16 alone.
+  __device__ bool narrow() const {
+    if constexpr (std::is_same_v<T, fp16>)
+      return dtype_bytes(plane_.type) == 1;
+    else
+      return false;
+  }
+  /// A piece of FP8 keys.
+  __device__ uint4 widen(std::byte const* at, index_t piece) const {
+    uint2 bytes = make_uint2(0, 0);
+    if (aligned_) {
+      if (has(piece)) bytes = read_8(at + piece * 8);
+    } else {
+      for (index_t d = piece * 8; d < min(piece * 8 + 8, plane_.dim); ++d)
+        (d % 8 < 4 ? bytes.x : bytes.y) |= static_cast<unsigned>(at[plane_.features(d)])
+                                           << d % 4 * 8;
+    }
+    bool const e4m3 = plane_.type == dtype::e4m3;
+    return make_uint4(low_halves(bytes.x, e4m3), high_halves(bytes.x, e4m3),
+                      low_halves(bytes.y, e4m3), high_halves(bytes.y, e4m3));
+  }
+
   plane_ref<device_space> const& plane_;
   head_rows rows_;
-  bool whole_;
+  bool aligned_;
 };
 
 /// What a product with a query becomes: a logit and then a probability.

@@ -3,7 +3,7 @@
 /// Instructions that CUDA C++ has no name for.
 #pragma once
 
-#include "block.cuh"
+#include "fp8.cuh"
 
 namespace kvkeep::cuda {
 
@@ -57,6 +57,12 @@ __device__ inline uint4 read_16(void const* from) {
       : "l"(from));
   return r;
 }
+/// The same with 8 bytes.
+__device__ inline uint2 read_8(void const* from) {
+  uint2 r;
+  asm("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+  return r;
+}
 /// Starts copying 16 bytes from device to shared memory, both aligned, or zeros if not `wanted`.
 __device__ inline void copy_16(void* to, void const* from, bool wanted) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
@@ -90,6 +96,24 @@ __device__ inline float fast_float(fp16 x) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x.bits));
   return r;
+}
+/// The e4m3 numbers of a word (an instruction for two of them from sm_89 on).
+__device__ inline void floats_of_e4m3(unsigned word, float (&x)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned low, high;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; "
+      "}"
+      : "=r"(low), "=r"(high)
+      : "r"(word));
+  constexpr float unit = 1;
+#else
+  unsigned const low = low_halves(word, true), high = high_halves(word, true);
+  constexpr float unit = 256;
+#endif
+  x[0] = fast_float(fp16{static_cast<std::uint16_t>(low & 0xffffu)}) * unit;
+  x[1] = fast_float(fp16{static_cast<std::uint16_t>(low >> 16)}) * unit;
+  x[2] = fast_float(fp16{static_cast<std::uint16_t>(high & 0xffffu)}) * unit;
+  x[3] = fast_float(fp16{static_cast<std::uint16_t>(high >> 16)}) * unit;
 }
 
 }  // namespace kvkeep::cuda

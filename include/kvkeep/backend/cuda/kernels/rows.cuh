@@ -64,6 +64,10 @@ __device__ inline float feature(plane_ref<device_space> const& p, std::byte cons
       return to_float(reinterpret_cast<fp16 const*>(row)[at]);
     case dtype::bf16:
       return to_float(reinterpret_cast<bf16 const*>(row)[at]);
+    case dtype::e4m3:
+      return to_float(reinterpret_cast<fp8_e4m3 const*>(row)[at]);
+    case dtype::e5m2:
+      return to_float(reinterpret_cast<fp8_e5m2 const*>(row)[at]);
     default:
       return reinterpret_cast<float const*>(row)[at];
   }

@@ -34,7 +34,8 @@ struct query_splitter {
     bool const more = write(x, up, at * (Blocks * 4) + lane_of_warp());
     int const some = __any_sync(all_lanes, more ? 1 : 0);
     if (lane_of_warp() != 0) return;
-    job.split.query[at] = {__fmul_rn(logit2_form(job.layer.kv).factor, down_of(up)),
+    float const down = down_of(up) * key_pieces<T>::unit(job.layer.kv.k.type);
+    job.split.query[at] = {__fmul_rn(logit2_form(job.layer.kv).factor, down),
                            h.limit(query / h.group), some};
     if (job.rows.lse.data != nullptr) job.norms[at] = h.norm(query / h.group, query % h.group);
   }

@@ -6,6 +6,8 @@
 
 #include <kvkeep/core/types.hpp>
 
+#include <kvkeep/backend/cuda/kernels/fp8.cuh>
+
 #include <cuda_runtime.h>
 
 namespace emulation {
@@ -69,6 +71,11 @@ inline uint4 read_16(void const* from) {
     emulation::fail("reads 16 bytes that are not aligned");
   return *static_cast<uint4 const*>(from);
 }
+inline uint2 read_8(void const* from) {
+  if (reinterpret_cast<std::uintptr_t>(from) % 8 != 0)
+    emulation::fail("reads 8 bytes that are not aligned");
+  return *static_cast<uint2 const*>(from);
+}
 inline void copy_16(void* to, void const* from, bool wanted) {
   emulation::start_copy(to, from, wanted ? 16 : 0, wanted ? 0 : 16);
   emulation::note_copy(to);
@@ -87,5 +94,11 @@ inline void let_next_start() { emulation::let_next_start(); }
 inline void wait_for_previous() { emulation::wait_for_previous(); }
 
 inline float fast_float(fp16 x) { return to_float(x); }
+/// As before sm_89.
+inline void floats_of_e4m3(unsigned word, float (&x)[4]) {
+  unsigned const halves[] = {low_halves(word, true), high_halves(word, true)};
+  for (int i = 0; i < 4; ++i)
+    x[i] = 256 * to_float(fp16{static_cast<std::uint16_t>(halves[i / 2] >> i % 2 * 16)});
+}
 
 }  // namespace kvkeep::cuda
