@@ -111,6 +111,18 @@ KVKEEP_HD inline float normal(std::uint64_t bits) {
 KVKEEP_HD inline void store(float* to, float x) { *to = x; }
 KVKEEP_HD inline void store(bf16* to, float x) { *to = to_bf16(x); }
 KVKEEP_HD inline void store(fp16* to, float x) { *to = to_fp16(x); }
+KVKEEP_HD inline void store(fp8_e4m3* to, float x) { *to = to_e4m3(x); }
+
+/// Element types of the rows' caches.
+inline constexpr dtype cache_types[] = {dtype::f32, dtype::f16, dtype::bf16, dtype::e4m3};
+/// f(T{}) with one of them.
+template <class F>
+auto with_type(dtype t, F const& f) {
+  return t == dtype::f32    ? f(float{})
+         : t == dtype::f16  ? f(fp16{})
+         : t == dtype::e4m3 ? f(fp8_e4m3{})
+                            : f(bf16{});
+}
 
 template <class T>
 struct normal_numbers {
@@ -185,21 +197,18 @@ inline void fill_random(cuda::context& c, void* to, dtype type, std::size_t n, s
     void* const from = bytes + at * size;
     std::size_t const part = std::min(piece, n - at);
     std::uint64_t const first = scrambled(seed) + at;
-    if (type == dtype::f32)
-      fill(c, part, normal_numbers<float>{static_cast<float*>(from), first});
-    else if (type == dtype::f16)
-      fill(c, part, normal_numbers<fp16>{static_cast<fp16*>(from), first});
-    else
-      fill(c, part, normal_numbers<bf16>{static_cast<bf16*>(from), first});
+    with_type(type, [&]<class T>(T) {
+      fill(c, part, normal_numbers<T>{static_cast<T*>(from), first});
+    });
   }
 }
-/// Random queries beside keys of a type.
+/// Random queries beside keys of a type (FP8: of bf16).
 inline void fill_queries(cuda::context& c, rotated<float> const& a, dtype type,
                          std::uint64_t seed) {
   std::uint64_t const first = scrambled(seed);
   if (type == dtype::f16)
     fill(c, a.size(), rounded_numbers<fp16>{a.data(), first});
-  else if (type == dtype::bf16)
+  else if (type != dtype::f32)
     fill(c, a.size(), rounded_numbers<bf16>{a.data(), first});
   else
     fill_random(c, a.data(), dtype::f32, a.size(), seed);
@@ -218,11 +227,9 @@ inline std::size_t plane_bytes(point const& p, index_t slots) {
 template <class Space>
 kv_ref<Space> cache_view(point const& p, index_t slots, std::byte* k, std::byte* v) {
   cache_shape const s = shape_of(p, slots);
-  auto const of = [&](auto t) -> kv_ref<Space> {
-    using T = decltype(t);
+  return with_type(p.type, [&]<class T>(T) {
     return contiguous_view<Space>(reinterpret_cast<T*>(k), reinterpret_cast<T*>(v), s).ref();
-  };
-  return p.type == dtype::f32 ? of(float{}) : p.type == dtype::f16 ? of(fp16{}) : of(bf16{});
+  });
 }
 
 inline std::string shape_name(point const& p) {

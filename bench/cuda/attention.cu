@@ -108,7 +108,7 @@ void check_attend(suite& s, dtype type) {
 }
 
 void check_attention(suite& s) {
-  for (dtype t : all_types) check_attend(s, t);
+  for (dtype t : cache_types) check_attend(s, t);
 }
 
 void add_attention_rows(suite& s) {
@@ -130,7 +130,8 @@ void add_attention_rows(suite& s) {
       for (auto kind : {attention_kind::plain, attention_kind::folded})
         add_attend(s, with(c, b, dtype::bf16), kind);
   for (index_t b : {1, 8, 64}) add_attend(s, with(1024, b, dtype::bf16), attention_kind::apart);
-  for (dtype t : {dtype::f16, dtype::f32}) add_attend(s, with(1024, 8, t), attention_kind::plain);
+  for (dtype t : {dtype::f16, dtype::f32, dtype::e4m3})
+    add_attend(s, with(1024, 8, t), attention_kind::plain);
 }
 
 parts_of_unit const attention({{"attention", add_attention_rows, check_attention}});

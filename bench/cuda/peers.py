@@ -33,6 +33,7 @@ except ModuleNotFoundError:
 
 HEADS, GROUP, DIM = 8, 4, 128
 TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+NO_PEER = {"e4m3"}  # element types of ours alone
 ROTATE_BYTES, SAMPLES = 256e6, 200
 MOST_SECONDS = 60  # of one peer and row
 
@@ -64,7 +65,7 @@ def parse(name):
         key, colon, value = part.partition(":")
         if colon:
             setattr(shape, key, int(value))
-        elif key in TYPES:
+        elif key in TYPES or key in NO_PEER:
             shape.dtype = key
         else:
             shape.words.add(key)
@@ -72,6 +73,8 @@ def parse(name):
 
 
 def normal(s, *extents):
+    if s.dtype in NO_PEER:
+        raise Skip("of 16 or 32 bits")
     return torch.randn(*extents, device=s.device, dtype=getattr(torch, TYPES[s.dtype]))
 
 

@@ -197,7 +197,7 @@ void check_case(suite& s, dtype type, bool given_lse, products which) {
 }
 
 void check_all(suite& s, products which) {
-  for (dtype t : all_types)
+  for (dtype t : cache_types)
     for (bool lse : {true, false}) check_case(s, t, lse, which);
 }
 
@@ -236,7 +236,8 @@ void add_scoring_rows(suite& s) {
     for (index_t w : {16, 32, 64})
       for (bool lse : {true, false})
         add_window(s, with([=](point& p) { p.tokens = t, p.window = w; }), lse);
-  for (dtype t : {dtype::f16, dtype::f32}) add_window(s, with([=](point& p) { p.type = t; }), true);
+  for (dtype t : {dtype::f16, dtype::f32, dtype::e4m3})
+    add_window(s, with([=](point& p) { p.type = t; }), true);
   for (index_t b : {8, 64}) add_window(s, with([=](point& p) { p.batch = b; }), true);
   for (index_t t : {8192, 32768}) add_prompt(s, with([=](point& p) { p.tokens = t; }));
   for (index_t t : {1024, 8192, 32768}) add_fused(s, with([=](point& p) { p.tokens = t; }));
