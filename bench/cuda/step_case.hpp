@@ -26,12 +26,19 @@ struct write_token {
   }
 };
 
-/// Caches of some layers under one session, queries and new rows of `tokens` tokens for each.
+/// Caches of some layers under one session, queries and new rows of `tokens` tokens for each. With `drafts` tokens are
+/// drafts, so many at a time.
 template <class Policy>
 class step_case {
  public:
-  step_case(suite& s, point const& p, Policy const& policy, std::size_t layers, std::size_t tokens)
-      : s_(s), p_(p), layers_(layers), tokens_(tokens), slots_(p.capacity + 1) {
+  step_case(suite& s, point const& p, Policy const& policy, std::size_t layers, std::size_t tokens,
+            index_t drafts = 0)
+      : s_(s),
+        p_(p),
+        layers_(layers),
+        tokens_(tokens),
+        drafts_(drafts),
+        slots_(p.capacity + 1 + drafts) {
     k_ = {layers, plane_bytes(p, slots_)};
     v_ = {layers, plane_bytes(p, slots_)};
     auto const heads = product(p.batch, p.kv_heads), rows = heads * product(p.group, p.dim);
@@ -45,11 +52,13 @@ class step_case {
     plain_v_ = {layers, heads * product(p.dim)};
     lengths_ = {1, heads};
     numbers_ = {1, product(p.batch)};
+    accepted_ = {1, product(p.batch)};
     fill_random(s.ctx, k_.data(), p.type, k_.size() / sizeof(bf16), 11);
     fill_random(s.ctx, v_.data(), p.type, v_.size() / sizeof(bf16), 12);
     fill(s.ctx, heads, counted{plain_slot_.data(), 0, 1});
     fill(s.ctx, heads, counted{lengths_.data(), slots_, 1});
     fill(s.ctx, product(p.batch), counted{numbers_.data(), 0, p.batch});
+    fill(s.ctx, product(p.batch), counted{accepted_.data(), drafts, 1});
     out_.poison();
     plain_out_.poison();
     bind(policy);
@@ -106,6 +115,8 @@ class step_case {
     }
     expect(session_->join(), "join");
   }
+  /// Accepts all drafts.
+  void confirm() { expect(session_->confirm(entries(), accepted_.data()), "confirm"); }
   /// The same without a session, which owns the caches: new rows go to slots beside them.
   void plain_step(std::size_t token) {
     for (std::size_t l = 0; l < layers_; ++l) {
@@ -155,6 +166,7 @@ class step_case {
       specs_.push_back({cache_view<device_space>(p_, slots_, k_.at(l), v_.at(l))});
     limits lim;
     lim.max_sequences = p_.batch;
+    lim.max_draft = drafts_;
     std::span<layer_spec<device_space> const> const specs(specs_);
     memory_ = {1, device_session_bytes(s_.ctx, policy, policy, specs, lim)};
     session_.emplace(bind_device_session(s_.ctx, policy, policy, specs, lim,
@@ -173,13 +185,16 @@ class step_case {
     for (index_t i = 0; i < p_.batch * p_.kv_heads; ++i) {
       index_t const id = i / p_.kv_heads, h = i % p_.kv_heads;
       index_t const n = length[static_cast<std::size_t>(lengths.offset(id, h))];
-      if (n != slots_) return "a head is not at its capacity";
+      if (n != (drafts_ > 0 ? p_.capacity : slots_)) return "a head is not at its capacity";
       auto const first = position.begin() + positions.offset(id, h);
       std::vector<index_t> live(first, first + n);
       std::sort(live.begin(), live.end());
       if (std::adjacent_find(live.begin(), live.end()) != live.end())
         return "a position occurs twice";
-      if (live.back() != p_.capacity + steps - 1) return "the newest token is not there";
+      // A cut may drop the newest token too.
+      index_t const newest = p_.capacity + steps - 1;
+      if (drafts_ > 0 ? live.back() > newest : live.back() != newest)
+        return "the newest token is not there";
     }
     return "";
   }
@@ -203,11 +218,11 @@ class step_case {
   suite& s_;
   point p_;
   std::size_t layers_, tokens_;
-  index_t slots_;
+  index_t drafts_, slots_;
   rotated<std::byte> k_, v_, memory_, memory_aside_, memory_plain_;
   rotated<float> q_, out_, plain_out_;
   rotated<bf16> new_k_, new_v_, plain_k_, plain_v_;
-  rotated<index_t> plain_slot_, tickets_, lengths_, numbers_;
+  rotated<index_t> plain_slot_, tickets_, lengths_, numbers_, accepted_;
   std::vector<layer_spec<device_space>> specs_;
   std::optional<session_type> session_;
   std::uint64_t draws_ = 0;

@@ -6,6 +6,7 @@
 ///   overhead  of the step over that; overhead_us in microseconds
 /// `aside` is `step` with decisions in a second stream: a layer's runs beside the next layers' attention.
 /// `overlapped` is `step` with kernels that are placed before those in front have ended (allow_overlap).
+/// `drafts` is four tokens that wait for confirm, and that; figures are a token's.
 /// `steady` asks whether a step's time grows: one layer, eight tokens per replay, from token 1k to 100k.
 /// Each policy is a unit, and a program, of its own: they take long to compile.
 #pragma once
@@ -19,20 +20,14 @@ namespace bench {
 /// Tokens before anything is timed: the window's queries and bounds are then those of decoded tokens.
 inline int warm_steps(suite const& s, point const& p) { return s.tiny ? 10 : p.window + 16; }
 
-template <class Policy>
-void measure_step(benchmark::State& state, suite& s, point const& p, Policy const& policy,
-                  bool all_queries, bool aside = false) {
-  auto const bytes = static_cast<double>(2 * plane_bytes(p, p.capacity + 1));
-  std::size_t const layers = rotate(bytes, s.rotate_bytes, 1).sets;
-  step_case<Policy> c(s, p, policy, layers, 1);
-  if (aside) c.decide_aside();
-  c.fill_prompts(all_queries);
-  recording const step(s.ctx.stream, [&] { c.step(0); });
-  recording const plain(s.ctx.stream, [&] { c.plain_step(0); });
-  int const warm = warm_steps(s, p), n = s.samples;
-  stopwatch with(s.ctx.stream, static_cast<std::size_t>(n));
-  stopwatch without(s.ctx.stream, static_cast<std::size_t>(n));
-  for (int i = -warm; i < n; ++i) {
+/// Times a replay of `step` and one of `plain` in turn, and reports both for each of the `parts` (tokens and layers) of
+/// them.
+template <class Case>
+void measure_pairs(benchmark::State& state, suite& s, Case& c, recording const& step,
+                   recording const& plain, int warm, double parts) {
+  stopwatch with(s.ctx.stream, static_cast<std::size_t>(s.samples));
+  stopwatch without(s.ctx.stream, static_cast<std::size_t>(s.samples));
+  for (int i = -warm; i < s.samples; ++i) {
     auto const at = static_cast<std::size_t>(std::max(i, 0));  // warm-up is timed over
     c.next_tokens();
     with.start(at);
@@ -44,19 +39,57 @@ void measure_step(benchmark::State& state, suite& s, point const& p, Policy cons
   }
   std::vector<double> t = with.seconds(), bare = without.seconds(), more(t.size());
   for (std::size_t i = 0; i < t.size(); ++i) {
-    t[i] /= static_cast<double>(layers);
-    bare[i] /= static_cast<double>(layers);
+    t[i] /= parts;
+    bare[i] /= parts;
     more[i] = t[i] - bare[i];
   }
-  if (std::string const what = c.fault(warm + n); !what.empty()) throw std::runtime_error(what);
   report(state, s, c.work_of_step(), t);
   auto& counters = state.counters;
   counters["plain_us"] = quantile(bare, 0.5) * 1e6;
   counters["overhead_us"] = quantile(more, 0.5) * 1e6;
   counters["overhead"] = quantile(more, 0.5) / quantile(bare, 0.5);
   counters["p99_ratio"] = quantile(t, 0.99) / quantile(t, 0.5);
-  counters["launches"] = static_cast<double>(step.launches()) / static_cast<double>(layers);
-  counters["sets"] = static_cast<double>(layers);
+  counters["launches"] = static_cast<double>(step.launches()) / parts;
+}
+
+template <class Policy>
+void measure_step(benchmark::State& state, suite& s, point const& p, Policy const& policy,
+                  bool all_queries, bool aside = false) {
+  auto const bytes = static_cast<double>(2 * plane_bytes(p, p.capacity + 1));
+  std::size_t const layers = rotate(bytes, s.rotate_bytes, 1).sets;
+  step_case<Policy> c(s, p, policy, layers, 1);
+  if (aside) c.decide_aside();
+  c.fill_prompts(all_queries);
+  recording const step(s.ctx.stream, [&] { c.step(0); });
+  recording const plain(s.ctx.stream, [&] { c.plain_step(0); });
+  int const warm = warm_steps(s, p);
+  measure_pairs(state, s, c, step, plain, warm, static_cast<double>(layers));
+  state.counters["sets"] = static_cast<double>(layers);
+  if (std::string const what = c.fault(warm + s.samples); !what.empty())
+    throw std::runtime_error(what);
+}
+
+/// All drafts are accepted, so that a replay is as many tokens, and a decision of every layer.
+template <class Policy>
+void measure_drafts(benchmark::State& state, suite& s, point const& p, Policy const& policy,
+                    bool all_queries) {
+  constexpr index_t drafts = 4;
+  auto const bytes = static_cast<double>(2 * plane_bytes(p, p.capacity + 1 + drafts));
+  std::size_t const layers = rotate(bytes, s.rotate_bytes, 1).sets;
+  step_case<Policy> c(s, p, policy, layers, drafts, drafts);
+  c.fill_prompts(all_queries);
+  recording const step(s.ctx.stream, [&] {
+    for (std::size_t t = 0; t < drafts; ++t) c.step(t);
+    c.confirm();
+  });
+  recording const plain(s.ctx.stream, [&] {
+    for (std::size_t t = 0; t < drafts; ++t) c.plain_step(t);
+  });
+  int const warm = warm_steps(s, p) / drafts;
+  measure_pairs(state, s, c, step, plain, warm, static_cast<double>(layers) * drafts);
+  state.counters["sets"] = static_cast<double>(layers);
+  if (std::string const what = c.fault(drafts * (warm + s.samples)); !what.empty())
+    throw std::runtime_error(what);
 }
 
 /// While it lives, launches overlap if device and code allow it.
@@ -140,11 +173,13 @@ void add_policy_rows(suite& s, std::string const& name, bool all_queries, Make c
   auto const step = [](auto&&... x) { measure_step(x...); };
   auto const aside = [](auto&&... x) { measure_step(x..., true); };
   auto const overlapped = [](auto&&... x) { measure_overlapped(x...); };
+  auto const drafts = [](auto&&... x) { measure_drafts(x...); };
   auto const steady = [](auto&&... x) { measure_steady(x...); };
   if (s.tiny) {
     add("step/", 40, 2, step);
     add("aside/", 40, 2, aside);
     add("overlapped/", 40, 2, overlapped);
+    add("drafts/", 40, 2, drafts);
     return add("steady/", 24, 1, steady);
   }
   for (index_t b : {1, 8, 64})
@@ -153,6 +188,7 @@ void add_policy_rows(suite& s, std::string const& name, bool all_queries, Make c
   for (index_t b : {1, 8, 64}) add("aside/", 1024, b, aside);
   add("aside/", 4096, 8, aside);
   for (index_t b : {1, 8}) add("overlapped/", 1024, b, overlapped);
+  add("drafts/", 1024, 8, drafts);
   add("steady/", 1024, 1, steady);
 }
 
