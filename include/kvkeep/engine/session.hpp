@@ -213,6 +213,7 @@ class session {
   status check_append(layer_data const& l, batch const& b) const noexcept;
   status take_slots(layer_data& l, batch const& b, index_t* slots, workspace& w) noexcept;
   status check_rows(index_t layer, batch const& b, token_kv const& kv) const noexcept;
+  status store_rows(index_t m, batch const& b, token_kv const& kv, index_t* slots) noexcept;
   status check_token(layer_data const& l, batch const& b) const noexcept;
   status show_token(index_t m, batch const& b, queries const& q, float* out, float* lse) noexcept;
   bool wants_weights(layer_data const& l, entries const& e) const noexcept;

@@ -21,6 +21,7 @@ inline alignment rows_of(attend_task const& t) noexcept {
   return std::min(alignment_of(k), alignment_of(v));
 }
 
+/// Precondition: `rows_of(t)` is not none.
 inline status launch_aligned(context const& c, attend_plan const& plan,
                              attend_task const& t) noexcept {
   switch (t.kv.k.type) {

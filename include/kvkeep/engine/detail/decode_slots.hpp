@@ -84,8 +84,15 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::append(index_t layer, batch const& b, token_kv const& kv,
                                   index_t* slots) noexcept {
   KVKEEP_TRY(check_rows(layer, b, kv));
-  index_t const m = managed(layer), heads = shape_.cache.n_kv_heads;
+  return store_rows(managed(layer), b, kv, slots);
+}
+
+/// Slots for the newest tokens of managed layer `m`, and their rows there; checked before.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::store_rows(index_t m, batch const& b, token_kv const& kv,
+                                      index_t* slots) noexcept {
   layer_data& l = layers_[static_cast<std::size_t>(m)];
+  index_t const heads = shape_.cache.n_kv_heads;
   workspace w = scratch(m);
   entries const e = list(b, w);
   index_t* const own = w.take<index_t>(product(e.n, heads));
@@ -101,7 +108,7 @@ status session<Ctx, P, D>::decode(index_t layer, batch const& b, token_io const&
   KVKEEP_TRY(check_rows(layer, b, t.kv));
   KVKEEP_TRY(detail::check_token_query(t.q));
   if (t.out == nullptr) return status::bad_argument;
-  KVKEEP_TRY(append(layer, b, t.kv));
+  KVKEEP_TRY(store_rows(managed(layer), b, t.kv, nullptr));
   return attend(layer, b, t.q, t.out, t.lse);
 }
 
