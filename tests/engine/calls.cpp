@@ -214,8 +214,8 @@ TEST_CASE("rows that a cache cannot take, and opaque or FP8 queries, are refused
   f.refused(status::unsupported, [&] { return f.s().observe(0, s.id, sealed); });
   f.e->prompt(s, 20);
   auto const b = engine::batch_of({&s});
-  test_cache const numbers = f.e->new_rows({&s}, 0, dtype::f32);
-  token_kv const good = engine::token_of(numbers.ref());
+  test_cache const numbers = new_rows({&s}, 0, f.w.shape, dtype::f32);
+  token_kv const good = token_of(numbers.ref());
   std::vector<std::byte> const before = f.e->cache(0).k().bytes();
   auto const decode = [&](token_kv const& kv, queries const& q, float* out) {
     return f.s().decode(0, b.batch(), {kv, q, out});
@@ -257,11 +257,11 @@ TEST_CASE("decode is append and attend") {
         auto const want = one.e->step({&a});
         auto const who = engine::batch_of({&b});
         for (index_t l = 0; l < 2; ++l) {
-          test_cache const rows = two.e->new_rows({&b}, l, dtype::f32);
+          test_cache const rows = new_rows({&b}, l, two.w.shape, dtype::f32);
           auto const q = two.e->query_rows(b, l, b.tokens, 1);
           std::vector<float> out(uz(4 * 6));
           REQUIRE(two.s().decode(l, who.batch(),
-                                 {engine::token_of(rows.ref()), make_queries(q.data(), 4, 1, 8),
+                                 {token_of(rows.ref()), make_queries(q.data(), 4, 1, 8),
                                   out.data()}) == status::ok);
           CHECK(out == want[uz(l)].out);
         }
@@ -280,8 +280,8 @@ TEST_CASE("skipped layers, and sessions that are shown other evidence, decode no
   stream s = f.e->begin(f.words);
   f.e->prompt(s, 20);
   auto const b = engine::batch_of({&s});
-  test_cache const rows = f.e->new_rows({&s}, 0, dtype::f32);
-  token_io const t{engine::token_of(rows.ref()), f.query(), f.out.data()};
+  test_cache const rows = new_rows({&s}, 0, f.w.shape, dtype::f32);
+  token_io const t{token_of(rows.ref()), f.query(), f.out.data()};
   f.refused(status::unsupported, [&] { return f.s().decode(0, b.batch(), t); });
 
   fixture other;

@@ -225,14 +225,13 @@ class device_engine {
       for (stream const* s : who)
         for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
           auto const& words = s->words->layer[uz(l)];
-          for (double x : words.k.row(h, s->tokens)) k.push_back(static_cast<float>(x));
-          for (double x : words.v.row(h, s->tokens)) v.push_back(static_cast<float>(x));
+          for (double x : words.k.row(h, s->tokens)) k.push_back(4 * static_cast<float>(x));
+          for (double x : words.v.row(h, s->tokens)) v.push_back(4 * static_cast<float>(x));
         }
-    status const result =
-        appends_rows_
-            ? session_->append(l, b, make_token_kv(k.data(), v.data(), shape_), slots.data())
-            : session_->append(l, b, slots.data());
-    REQUIRE(result == status::ok);
+    token_kv kv = make_token_kv(k.data(), v.data(), shape_);
+    kv.k.scale = kv.v.scale = 0.25F;
+    REQUIRE((appends_rows_ ? session_->append(l, b, kv, slots.data())
+                           : session_->append(l, b, slots.data())) == status::ok);
     settle_device();
   }
   /// The newest token's rows lie in their slot: by now, or because the session has put them there.

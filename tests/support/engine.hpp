@@ -125,26 +125,6 @@ class engine {
     return e;
   }
 
-  /// The newest tokens' keys and values, `[entry, kv_head, dim]`.
-  test_cache new_rows(std::vector<stream*> const& who, index_t l, dtype type) const {
-    cache_shape one = shape_;
-    one.n_seq = oracle::count(who);
-    one.max_slots = 1;
-    test_cache rows = test_cache::make(layout_id::hnd, type, one);
-    for (index_t i = 0; i < one.n_seq; ++i)
-      for (index_t h = 0; h < one.n_kv_heads; ++h)
-        write(rows, *who[uz(i)], i, l, h, 0, who[uz(i)]->tokens);
-    return rows;
-  }
-  /// Rows of a cache of one slot, as a session takes them.
-  static token_kv token_of(kv_ref<> const& rows) {
-    auto const one = [](plane_ref<> const& p) {
-      return head_vectors{p.data, p.type, p.layout.strided.seq_stride,
-                          p.layout.strided.head_stride};
-    };
-    return {one(rows.k), one(rows.v)};
-  }
-
   /// Appends and attends one token everywhere. `[layer * entries + entry]`; `done` is not filled.
   std::vector<token_record> token(std::vector<stream*> const& who) {
     entries const e = batch_of(who);
@@ -250,7 +230,8 @@ class engine {
   }
 
  private:
-  /// In turn: slots alone, and with rows in fp32 or as they are stored. Returns whether rows were brought.
+  /// In turn: slots alone, and with rows in fp32, four times as large, or as they are stored. Returns whether rows were
+  /// brought.
   bool append(index_t l, entries const& e, std::vector<stream*> const& who,
               std::vector<index_t>& slots) {
     int const way = turn_++ % 3;
@@ -259,9 +240,11 @@ class engine {
       return false;
     }
     dtype const stored = options_.cache.type;
+    bool const raises = way == 1 && stored != dtype::opaque;
     test_cache const rows =
-        new_rows(who, l, way == 1 && stored != dtype::opaque ? dtype::f32 : stored);
-    REQUIRE(session_->append(l, e.batch(), token_of(rows.ref()), slots.data()) == status::ok);
+        new_rows(who, l, shape_, raises ? dtype::f32 : stored, raises ? 4.0F : 1.0F);
+    token_kv const token = token_of(rows.ref(), raises ? 0.25F : 1.0F);
+    REQUIRE(session_->append(l, e.batch(), token, slots.data()) == status::ok);
     return true;
   }
   static cpu::context& plain() {

@@ -55,6 +55,34 @@ struct stream {
   index_t tokens = 0;  ///< appended
 };
 
+/// The newest tokens' keys and values in one layer, times `factor`, `[entry, kv_head, dim]`.
+inline test_cache new_rows(std::vector<stream*> const& who, index_t l, cache_shape shape,
+                           dtype type, float factor = 1) {
+  shape.n_seq = oracle::count(who);
+  shape.max_slots = 1;
+  test_cache rows = test_cache::make(layout_id::hnd, type, shape);
+  auto const times = [&](auto const& x) {
+    std::vector<float> y;
+    for (double e : x) y.push_back(factor * static_cast<float>(e));
+    return y;
+  };
+  for (index_t i = 0; i < shape.n_seq; ++i)
+    for (index_t h = 0; h < shape.n_kv_heads; ++h) {
+      auto const& words = who[uz(i)]->words->layer[uz(l)];
+      rows.set_k(i, h, 0, times(words.k.row(h, who[uz(i)]->tokens)));
+      rows.set_v(i, h, 0, times(words.v.row(h, who[uz(i)]->tokens)));
+    }
+  return rows;
+}
+/// Rows of a cache of one slot, as a session takes them.
+inline token_kv token_of(kv_ref<> const& rows, float scale = 1) {
+  auto const one = [&](plane_ref<> const& p) {
+    return head_vectors{p.data, p.type, p.layout.strided.seq_stride, p.layout.strided.head_stride,
+                        scale};
+  };
+  return {one(rows.k), one(rows.v)};
+}
+
 /// How a prompt reaches the session.
 struct prompt_options {
   std::vector<index_t> chunks{};  ///< tokens per observe; empty: one chunk

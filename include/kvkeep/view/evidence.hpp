@@ -115,6 +115,7 @@ struct head_vectors {
   dtype type = dtype::f32;
   offset_t entry_stride = 0;  ///< elements (opaque: bytes) between batch entries
   offset_t head_stride = 0;   ///< ... between KV heads
+  float scale = 1;            ///< of numbers before they are rounded: one over the scale of an FP8 plane
 };
 
 /// Keys and values of one new token per entry, `[entry, kv_head, dim]` each.

@@ -21,15 +21,21 @@ KVKEEP_HD index_t row_elements(plane_ref<Space> const& p) noexcept {
   return p.type == dtype::opaque ? p.row_bytes : p.dim;
 }
 
+/// Whether the new rows' bytes are those to be stored.
+template <class Space>
+KVKEEP_HD bool stored_as_is(plane_ref<Space> const& to, head_vectors const& from) noexcept {
+  return to.type == from.type && (from.scale == 1 || to.type == dtype::opaque);
+}
+
 /// Element `source` of the new rows as element `at` of a plane, rounded to the plane's type.
 template <class Space>
 KVKEEP_HD void store_element(plane_ref<Space> const& to, offset_t at, head_vectors const& from,
                              offset_t source) noexcept {
-  if (to.type == from.type && dtype_bytes(to.type) == 1) {
+  if (dtype_bytes(to.type) == 1 && stored_as_is(to, from)) {
     to.data[at] = static_cast<std::byte const*>(from.data)[source];
     return;
   }
-  float const x = number_at(from.data, from.type, source);
+  float const x = from.scale * number_at(from.data, from.type, source);
   switch (to.type) {
     case dtype::f16:
       reinterpret_cast<fp16*>(to.data)[at] = to_fp16(x);
@@ -101,7 +107,7 @@ struct write_token_rows {
         to.layout, [&](auto const& l) { return l.offset(batch.row_of(entry), h, slots[i]); });
     offset_t const source = entry * rows.entry_stride + h * rows.head_stride;
     index_t const n = row_elements(to);
-    if (rows.type == to.type && to.contiguous()) {
+    if (stored_as_is(to, rows) && to.contiguous()) {
       auto const bytes = static_cast<offset_t>(dtype_bytes(to.type));
       std::memcpy(to.data + at * bytes, static_cast<std::byte const*>(rows.data) + source * bytes,
                   static_cast<std::size_t>(n * bytes));
