@@ -132,8 +132,9 @@ status session<Ctx, P, D>::check_blocks(layer_data const& l, index_t row, index_
   for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
     if (plan_.n_kept(l.number, id, h) >= 0) return status::bad_order;  // report not taken yet
     index_t const tail = more > 0 && l.victim(id, h) >= 0 ? more - 1 : more;
-    index_t const used = l.slots.lengths(id, h), n = used + tail;
+    index_t const used = l.slots.lengths(id, h);
     if (tail > l.kv.shape.max_slots - used) return status::capacity_exceeded;
+    index_t const n = used + tail;
     for (auto const* p : {&l.kv.k, &l.kv.v}) {
       index_t const room =
           visit_layout(p->layout, [&](auto const& layout) { return layout.capacity(row, h); });
