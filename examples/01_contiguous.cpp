@@ -36,15 +36,17 @@ int main() {
         toy::write_token(tmp_k.data() + at, tmp_v.data() + at, l, h, p);
       }
     auto const q = toy::make_queries(l, 0, prompt_tokens);
-    toy::expect(s.observe(l, id, make_queries(q.data(), toy::n_q_heads, prompt_tokens, toy::dim), &tmp),
-                "observe");
+    toy::expect(
+        s.observe(l, id, make_queries(q.data(), toy::n_q_heads, prompt_tokens, toy::dim), &tmp),
+        "observe");
     toy::expect(s.end_prompt(l, id, &tmp), "end_prompt");
   }
 
   // Decoding.
   index_t const ids[] = {id};
   batch const b{ids};
-  std::vector<float> new_k(toy::n_kv_heads * toy::dim), new_v = new_k, out(toy::n_q_heads * toy::dim);
+  std::vector<float> new_k(toy::n_kv_heads * toy::dim), new_v = new_k;
+  std::vector<float> out(toy::n_q_heads * toy::dim);
   for (index_t p = prompt_tokens; p < prompt_tokens + new_tokens; ++p) {
     for (index_t l = 0; l < toy::n_layers; ++l) {
       for (index_t h = 0; h < toy::n_kv_heads; ++h)
@@ -59,10 +61,11 @@ int main() {
   toy::expect(s.verify(), "verify");
 
   counters const c = s.count();
-  std::printf("%d tokens seen, %d slots in use per head, %lld victims reused in place, %lld cuts, "
-              "%zu bytes of policy state\n",
-              s.tokens(id), s.lengths(0)(id, 0), static_cast<long long>(c.victims),
-              static_cast<long long>(c.cuts), c.state_bytes);
+  std::printf(
+      "%d tokens seen, %d slots in use per head, %lld victims reused in place, %lld cuts, "
+      "%zu bytes of policy state\n",
+      s.tokens(id), s.lengths(0)(id, 0), static_cast<long long>(c.victims),
+      static_cast<long long>(c.cuts), c.state_bytes);
   bool const constant = s.lengths(0)(id, 0) == capacity + 1;
   toy::expect(s.end(id), "end");
   return constant ? 0 : 1;

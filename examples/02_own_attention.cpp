@@ -87,7 +87,8 @@ int main() {
       for (index_t i = 0; i < n_seq; ++i)
         for (index_t h = 0; h < toy::n_q_heads; ++h) {
           index_t const kv_head = h / shape.group();
-          flash(q.data() + (i * toy::n_q_heads + h) * toy::dim, k[layer].data() + row(ids[i], kv_head, 0),
+          flash(q.data() + (i * toy::n_q_heads + h) * toy::dim,
+                k[layer].data() + row(ids[i], kv_head, 0),
                 v[layer].data() + row(ids[i], kv_head, 0), lengths(ids[i], kv_head), out.data());
         }
       toy::expect(s.observe(l, b, make_queries(q.data(), toy::n_q_heads, 1, toy::dim)), "observe");

@@ -12,7 +12,8 @@ int main() {
   constexpr index_t prompt_tokens = 120, chunk = 48, new_tokens = 100;
 
   // The engine's pool (NHD inside a block), its free list, and one table.
-  cache_shape const shape{1, toy::n_q_heads, toy::n_kv_heads, toy::dim, toy::dim, per_table * block};
+  constexpr index_t max_slots = per_table * block;
+  cache_shape const shape{1, toy::n_q_heads, toy::n_kv_heads, toy::dim, toy::dim, max_slots};
   std::size_t const floats = std::size_t{n_blocks} * block * toy::n_kv_heads * toy::dim;
   std::vector<std::vector<float>> k(toy::n_layers, std::vector<float>(floats)), v = k;
   std::vector<index_t> free(n_blocks), table(per_table, 0);
@@ -26,18 +27,23 @@ int main() {
   };
   std::vector<layer_spec<>> layers;
   for (std::size_t l = 0; l < toy::n_layers; ++l)
-    layers.push_back(paged_view(k[l].data(), v[l].data(), shape, {block, n_blocks, table.data(), per_table}));
+    layers.push_back(
+        paged_view(k[l].data(), v[l].data(), shape, {block, n_blocks, table.data(), per_table}));
   auto const write = [&](index_t slot, index_t p) {
     for (index_t l = 0; l < toy::n_layers; ++l)
       for (index_t h = 0; h < toy::n_kv_heads; ++h) {
         auto const layer = static_cast<std::size_t>(l);
-        auto const at = (static_cast<std::ptrdiff_t>(table[static_cast<std::size_t>(slot / block)]) * block +
-                         slot % block) * toy::n_kv_heads * toy::dim + h * toy::dim;
+        auto const at =
+            (static_cast<std::ptrdiff_t>(table[static_cast<std::size_t>(slot / block)]) * block +
+             slot % block) *
+                toy::n_kv_heads * toy::dim +
+            h * toy::dim;
         toy::write_token(k[layer].data() + at, v[layer].data() + at, l, h, p);
       }
   };
 
-  policy<heavy_hitter_score, uniform, whole_blocks> keep{"h2o by blocks", {}, {capacity}, {block}, {4, 16}};
+  policy<heavy_hitter_score, uniform, whole_blocks> keep{
+      "h2o by blocks", {}, {capacity}, {block}, {4, 16}};
   keep.per = scope::sequence;
   cpu::context ctx;
   limits lim;
@@ -74,8 +80,8 @@ int main() {
   for (index_t p = prompt_tokens; p < prompt_tokens + new_tokens; ++p) {
     index_t const slot = s.lengths(0)(id, 0);
     allocate(slot + 1);
-    std::int64_t const mapping[] = {std::int64_t{table[static_cast<std::size_t>(slot / block)]} * block +
-                                    slot % block};
+    std::int64_t const mapping[] = {
+        std::int64_t{table[static_cast<std::size_t>(slot / block)]} * block + slot % block};
     toy::expect(s.append_at(b, mapping), "append_at");
     write(slot, p);
     for (index_t l = 0; l < toy::n_layers; ++l) {
@@ -92,8 +98,8 @@ int main() {
     most = std::max(most, in_table);
   }
   toy::expect(s.verify(), "verify");
-  std::printf("%d tokens seen; at most %d of %d blocks in use, %zu free at the end\n", s.tokens(id), most,
-              n_blocks, free.size());
+  std::printf("%d tokens seen; at most %d of %d blocks in use, %zu free at the end\n", s.tokens(id),
+              most, n_blocks, free.size());
   toy::expect(s.end(id), "end");
   return most <= capacity / block + 1 ? 0 : 1;
 }

@@ -3,5 +3,6 @@
 #include <kvkeep/backend/cuda/attend_rows.cuh>
 
 namespace kvkeep::cuda {
-template status launch_rows<fp8_e4m3>(context const&, attend_plan const&, attend_task const&) noexcept;
+template status launch_rows<fp8_e4m3>(context const&, attend_plan const&,
+                                      attend_task const&) noexcept;
 }

@@ -37,8 +37,7 @@ void check_budgets(arguments& a, trace const& t) {
 std::vector<outcome> replay_all(contestant const& c, std::vector<trace> const& traces,
                                 std::vector<full_attention> const& full) try {
   std::vector<outcome> outcomes;
-  for (std::size_t i = 0; i < traces.size(); ++i)
-    outcomes.push_back(replay(c, traces[i], full[i]));
+  for (std::size_t i = 0; i < traces.size(); ++i) outcomes.push_back(replay(c, traces[i], full[i]));
   return outcomes;
 } catch (std::exception const& e) {
   throw std::runtime_error(c.name + ": " + e.what());

@@ -140,8 +140,8 @@ inline void read_window(parameters& p, index_t& window, index_t& capacity,
   capacity = p.integer("capacity", {2, most_tokens});
   window = p.integer("window", {1, most_window}, fallback);
   if (window >= capacity)
-    p.fail("window", std::to_string(window) + ", allowed: below params.capacity = " +
-                         std::to_string(capacity));
+    p.fail("window", std::to_string(window) +
+                         ", allowed: below params.capacity = " + std::to_string(capacity));
 }
 
 /// Reduction over the query heads of a group; `none` needs one head per group.

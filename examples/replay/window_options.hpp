@@ -19,8 +19,7 @@ inline void read_window_options(parameters& p, policy_options& o, index_t group,
   static constexpr std::array<named<reduction>, 2> rows{
       {{"sum", reduction::sum}, {"mean", reduction::mean}}};
   o.kernel = p.integer("kernel", {1, (1 << 16) - 1}, 5);
-  if (o.kernel % 2 == 0)
-    p.fail("kernel", std::to_string(o.kernel) + ", allowed: odd numbers");
+  if (o.kernel % 2 == 0) p.fail("kernel", std::to_string(o.kernel) + ", allowed: odd numbers");
   o.pooling = p.word("pooling", poolings, "avgpool");
   o.group = read_group(p, group);
   o.group_before_pool = p.flag("gqa_before_pool", form != window_form::kvpress);

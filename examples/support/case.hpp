@@ -30,7 +30,7 @@ struct recorded_case {
 
   std::filesystem::path dir;
   nlohmann::json meta;
-  std::map<std::string, array_info> output_info;   ///< every output that the case names
+  std::map<std::string, array_info> output_info;     ///< every output that the case names
   std::map<std::string, npy_array> inputs, outputs;  ///< outputs: empty if they were not asked for
 
   std::string name() const { return text("name"); }

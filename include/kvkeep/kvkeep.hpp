@@ -5,8 +5,8 @@
 
 #include "backend/cpu/cpu.hpp"
 #include "engine/cpu_engine.hpp"
-#include "engine/policy_table.hpp"
 #include "engine/device_session.hpp"
+#include "engine/policy_table.hpp"
 #include "engine/session.hpp"
 #include "policy/adakv.hpp"
 #include "policy/dynamickv.hpp"

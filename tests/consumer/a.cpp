@@ -10,7 +10,8 @@ int kept_in_a() {
   std::vector<float> k(12 * 4, 0.5F), v = k;
   layer_spec<> const layers[] = {contiguous_view(k.data(), v.data(), shape)};
   cpu::context ctx;
-  auto s = bind_session(ctx, make_knorm({.capacity = 8}), std::span<layer_spec<> const>(layers), limits{});
+  auto s = bind_session(ctx, make_knorm({.capacity = 8}), std::span<layer_spec<> const>(layers),
+                        limits{});
   index_t id = 0;
   if (s.begin(id) != status::ok || s.observe(0, id, tokens_only(12)) != status::ok ||
       s.end_prompt(id) != status::ok)

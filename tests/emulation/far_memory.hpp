@@ -263,10 +263,9 @@ TEST_CASE("one launch counts over any number of layers, up to what 32 bits count
     o.batch.n = 1;
     o.n_maps = n_maps;
     // Addresses that nobody looks at: recorded kernels do not run.
-    o.scores = row_major<device_space>(static_cast<float const*>(memory.floats()), n_maps, 1, 8,
-                                       131072);
-    o.candidates =
-        row_major<device_space>(static_cast<index_t const*>(candidates.data()), 1, 8);
+    o.scores =
+        row_major<device_space>(static_cast<float const*>(memory.floats()), n_maps, 1, 8, 131072);
+    o.candidates = row_major<device_space>(static_cast<index_t const*>(candidates.data()), 1, 8);
     o.best_per_head = 1024;
     o.out = row_major<device_space>(reinterpret_cast<index_t*>(memory.floats()), n_maps, 1, 8);
     workspace w(memory.span());

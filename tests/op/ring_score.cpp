@@ -207,7 +207,8 @@ TEST_CASE("old columns whose weights vanish beside the window's are told apart")
     rows.q.each([](float& q) { q = 1; });
     // Logits of the old columns: -94, -92, ... -42; the window's are 0.
     for (index_t t = 0; t < 30; ++t)
-      l.cache.set_k(0, 0, t, std::vector<float>{t < 27 ? -94.0F + 2.0F * static_cast<float>(t) : 0.0F});
+      l.cache.set_k(0, 0, t,
+                    std::vector<float>{t < 27 ? -94.0F + 2.0F * static_cast<float>(t) : 0.0F});
     ring_run x(l, rows, 3, 3, fuse);
     x.run();
     check_scores(l, x);

@@ -80,7 +80,7 @@ class other_lengths {
 
  private:
   template <class T>
-    requires std::is_same_v<std::remove_const_t<T>, index_t>
+  requires std::is_same_v<std::remove_const_t<T>, index_t>
   void change(tensor_ref<T, 2, host_space> const& t) {
     if (t.data == nullptr) return;
     for (index_t i = 0; i < t.extent[0]; ++i)

@@ -11,8 +11,8 @@
 namespace {
 
 constexpr int dim = 16;
-constexpr int rows = 4; // queries that share one pass over the keys
-constexpr float scale = 0.25f; // 1 / sqrt(dim)
+constexpr int rows = 4;         // queries that share one pass over the keys
+constexpr float scale = 0.25f;  // 1 / sqrt(dim)
 typedef float lane __attribute__((vector_size(32), aligned(4)));
 
 // [T][16] -> [16][stride]
@@ -35,10 +35,10 @@ void products(float const* a, float const* bt, int n, int stride, float factor, 
 
 int stride_for(int tokens) { return (tokens + 7) / 8 * 8; }
 
-} // namespace
+}  // namespace
 
-extern "C" void forward(float const* q, float const* k, float const* v, float* o, float* lse, int batch, int heads,
-                        int kv_heads, int tokens) {
+extern "C" void forward(float const* q, float const* k, float const* v, float* o, float* lse,
+                        int batch, int heads, int kv_heads, int tokens) {
   int const stride = stride_for(tokens);
   std::vector<float> kt(dim * stride), s(rows * stride);
   for (int bh = 0; bh < batch * heads; ++bh) {
@@ -46,7 +46,8 @@ extern "C" void forward(float const* q, float const* k, float const* v, float* o
     float const* qh = q + long(bh) * tokens * dim;
     float const* vh = v + long(kv) * tokens * dim;
     float* oh = o + long(bh) * tokens * dim;
-    if (bh % (heads / kv_heads) == 0) transpose(k + long(kv) * tokens * dim, tokens, stride, kt.data());
+    if (bh % (heads / kv_heads) == 0)
+      transpose(k + long(kv) * tokens * dim, tokens, stride, kt.data());
     for (int i = 0; i < tokens; i += rows) {
       products(qh + i * dim, kt.data(), i + rows, stride, scale, s.data());
       for (int r = 0; r < rows; ++r) {
@@ -73,9 +74,9 @@ extern "C" void forward(float const* q, float const* k, float const* v, float* o
 }
 
 // dk and dv arrive zeroed; tokens is a multiple of 4
-extern "C" void backward(float const* q, float const* k, float const* v, float const* o, float const* lse,
-                         float const* grad, float* dq, float* dk, float* dv, int batch, int heads, int kv_heads,
-                         int tokens) {
+extern "C" void backward(float const* q, float const* k, float const* v, float const* o,
+                         float const* lse, float const* grad, float* dq, float* dk, float* dv,
+                         int batch, int heads, int kv_heads, int tokens) {
   int const stride = stride_for(tokens);
   std::vector<float> kt(dim * stride), vt(dim * stride), p(rows * stride), ds(rows * stride);
   for (int bh = 0; bh < batch * heads; ++bh) {
@@ -99,7 +100,7 @@ extern "C" void backward(float const* q, float const* k, float const* v, float c
         for (int j = 0; j <= i + r; ++j) dr[j] = pr[j] * (dr[j] - delta) * scale;
         for (int j = i + r + 1; j < i + rows; ++j) pr[j] = dr[j] = 0;
       }
-      for (int half = 0; half < dim; half += 8) { // 15 vector registers
+      for (int half = 0; half < dim; half += 8) {  // 15 vector registers
         lane qi[rows], gi[rows], acc[rows] = {};
         for (int r = 0; r < rows; ++r) {
           qi[r] = *reinterpret_cast<lane const*>(qh + (i + r) * dim + half);
@@ -108,7 +109,8 @@ extern "C" void backward(float const* q, float const* k, float const* v, float c
         for (int j = 0; j < i + rows; ++j) {
           long const to = kv_at + j * dim + half;
           lane const key = *reinterpret_cast<lane const*>(k + to);
-          lane a = *reinterpret_cast<lane const*>(dk + to), b = *reinterpret_cast<lane const*>(dv + to);
+          lane a = *reinterpret_cast<lane const*>(dk + to),
+               b = *reinterpret_cast<lane const*>(dv + to);
           for (int r = 0; r < rows; ++r) {
             acc[r] += ds[r * stride + j] * key;
             a += ds[r * stride + j] * qi[r];
@@ -117,7 +119,8 @@ extern "C" void backward(float const* q, float const* k, float const* v, float c
           *reinterpret_cast<lane*>(dk + to) = a;
           *reinterpret_cast<lane*>(dv + to) = b;
         }
-        for (int r = 0; r < rows; ++r) *reinterpret_cast<lane*>(dq + (at + i + r) * dim + half) = acc[r];
+        for (int r = 0; r < rows; ++r)
+          *reinterpret_cast<lane*>(dq + (at + i + r) * dim + half) = acc[r];
       }
     }
   }

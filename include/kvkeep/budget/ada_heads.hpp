@@ -22,9 +22,9 @@ enum class ada_form : std::uint8_t {
 /// Deviations: totals are exact (`published` reproduces the reference's rounding); dropped keys are freed
 /// instead of masked. Lengths differ among the heads of a layer.
 struct ada_heads {
-  index_t tokens = 1024;  ///< C, the mean over heads, protected tokens included
-  double alpha = 0.2;     ///< share of the budget that every head is sure of
-  bool normalize = false; ///< scale a head by its share of mass in its best C - W scores first
+  index_t tokens = 1024;   ///< C, the mean over heads, protected tokens included
+  double alpha = 0.2;      ///< share of the budget that every head is sure of
+  bool normalize = false;  ///< scale a head by its share of mass in its best C - W scores first
   ada_form form = ada_form::exact;
 
   budget_traits traits() const {
@@ -59,9 +59,9 @@ struct ada_heads {
       if (!ws.ok()) return status::workspace_too_small;
       if (base > in.candidates())
         return detail::fill_layer(ctx, in, in.layer, in.candidates() + in.protect(), ws);
-      KVKEEP_TRY(run(ctx, op::for_each<fill, space>{in.n_kv_heads,
-                                                    fill{room, in.sinks + in.candidates()}},
-                     ws));
+      KVKEEP_TRY(
+          run(ctx, op::for_each<fill, space>{in.n_kv_heads, fill{room, in.sinks + in.candidates()}},
+              ws));
     }
     op::layer_counts<space> count;
     count.batch.n = 1;

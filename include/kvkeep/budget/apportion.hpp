@@ -14,8 +14,8 @@ namespace kvkeep {
 /// @param[out] part         [n]
 /// @param      remainder    [n] scratch
 /// Cost: O(n^2) worst case, n is a number of layers or heads. Products must stay below 2^63.
-KVKEEP_HD inline void apportion(offset_t total, index_t const* weight, index_t const* cap, index_t n,
-                                index_t* part, offset_t* remainder) noexcept {
+KVKEEP_HD inline void apportion(offset_t total, index_t const* weight, index_t const* cap,
+                                index_t n, index_t* part, offset_t* remainder) noexcept {
   offset_t room = 0;
   for (index_t i = 0; i < n; ++i) {
     room += cap[i];

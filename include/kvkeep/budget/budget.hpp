@@ -15,10 +15,10 @@ struct budget_traits {
   char const* name = "";
   bool varies_over_layers = false;
   bool varies_over_heads = false;
-  bool needs_scores = false;   ///< reads the prompt's scores
-  bool inherits = false;       ///< decode only: keeps what the prompt's policy left
-  bool fixed = false;          ///< does not depend on the prompt
-  bool couples_layers = false; ///< a layer's budget may shrink when later layers are known
+  bool needs_scores = false;    ///< reads the prompt's scores
+  bool inherits = false;        ///< decode only: keeps what the prompt's policy left
+  bool fixed = false;           ///< does not depend on the prompt
+  bool couples_layers = false;  ///< a layer's budget may shrink when later layers are known
 };
 
 /// Layers [first, last).
@@ -31,19 +31,21 @@ struct layer_range {
 /// One sequence at the end of its prompt. Arrays are in the backend's space.
 template <class Space = host_space>
 struct budget_input {
-  index_t n_layers = 0;    ///< managed layers of the model
-  index_t layer = 0;       ///< the layer whose prompt just ended
+  index_t n_layers = 0;  ///< managed layers of the model
+  index_t layer = 0;     ///< the layer whose prompt just ended
   index_t n_kv_heads = 0;
-  index_t tokens = 0;      ///< T, slots in use at the end of the prompt
-  index_t sinks = 0;       ///< protected at the front
-  index_t recent = 0;      ///< protected at the end (W)
+  index_t tokens = 0;  ///< T, slots in use at the end of the prompt
+  index_t sinks = 0;   ///< protected at the front
+  index_t recent = 0;  ///< protected at the end (W)
   /// [layer, 1, kv_head, slot] scores of layers 0..layer in slot order, where `needs_scores`
   tensor_ref<float const, 4, Space> scores{};
   tensor_ref<index_t, 2, Space> k{};  ///< [layer, kv_head] tokens to keep, protected ones included
 
   KVKEEP_HD index_t protect() const noexcept { return sinks + recent; }
   /// Unprotected tokens, T'.
-  KVKEEP_HD index_t candidates() const noexcept { return tokens > protect() ? tokens - protect() : 0; }
+  KVKEEP_HD index_t candidates() const noexcept {
+    return tokens > protect() ? tokens - protect() : 0;
+  }
 };
 
 /// A budget rule. `allocate` writes `k` for layer `in.layer`; where layers are coupled also, at a
@@ -56,10 +58,10 @@ concept budget_rule = requires(B const& b, Ctx& c, budget_input<space_of<Ctx>> c
                                index_t i, workspace& w) {
   { b.traits() } -> std::same_as<budget_traits>;
   { b.key() } -> std::same_as<std::uint64_t>;
-  { b.capacity() } -> std::same_as<index_t>;             // mean tokens kept per layer and head
-  { b.most(i, shape, i, i) } -> std::same_as<index_t>;   // (n_layers, shape, protect, tokens)
+  { b.capacity() } -> std::same_as<index_t>;            // mean tokens kept per layer and head
+  { b.most(i, shape, i, i) } -> std::same_as<index_t>;  // (n_layers, shape, protect, tokens)
   { b.due(i, i) } -> std::same_as<layer_range>;
-  b.check(i, shape, i);                                  // (n_layers, shape, protect)
+  b.check(i, shape, i);  // (n_layers, shape, protect)
   { b.allocate(c, in, w) } -> std::same_as<status>;
 };
 

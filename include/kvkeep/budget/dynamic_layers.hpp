@@ -16,8 +16,8 @@ namespace kvkeep {
 /// window excluded, after layers [0, n) of `n_layers`.
 /// @param[in,out] budget [n] in: entries of each layer in the global top; out: its budget
 KVKEEP_HD inline void published_dynamic_budgets(offset_t* budget, index_t n, index_t n_layers,
-                                      index_t n_heads, index_t base, index_t cap,
-                                      offset_t scores_per_layer) noexcept {
+                                                index_t n_heads, index_t base, index_t cap,
+                                                offset_t scores_per_layer) noexcept {
   offset_t sum = 0;
   for (index_t i = 0; i < n; ++i) sum += budget[i] /= n;
   if (n == n_layers && sum != scores_per_layer) {
@@ -85,8 +85,8 @@ struct dynamic_layers {
   status allocate(Ctx& ctx, budget_input<space_of<Ctx>> const& in, workspace& ws) const {
     using space = space_of<Ctx>;
     index_t const base = tokens - in.protect();
-    KVKEEP_TRY(detail::fill_layer(ctx, in, in.layer,
-                                  cap(base, in.candidates()) + in.protect(), ws));
+    KVKEEP_TRY(
+        detail::fill_layer(ctx, in, in.layer, cap(base, in.candidates()) + in.protect(), ws));
     index_t const n = in.layer + 1;
     index_t* counts = ws.take<index_t>(product(n, in.n_kv_heads));
     index_t* candidates = ws.take<index_t>(static_cast<std::size_t>(in.n_kv_heads));
@@ -94,9 +94,10 @@ struct dynamic_layers {
     if (!ws.measuring()) {
       if (!ws.ok()) return status::workspace_too_small;
       if (!checkpoint(in.layer, in.n_layers)) return status::ok;
-      KVKEEP_TRY(run(ctx, op::for_each<fill, space>{in.n_kv_heads,
-                                                    fill{candidates, in.sinks + in.candidates()}},
-                     ws));
+      KVKEEP_TRY(run(
+          ctx,
+          op::for_each<fill, space>{in.n_kv_heads, fill{candidates, in.sinks + in.candidates()}},
+          ws));
     }
     op::layer_counts<space> count;
     count.batch.n = 1;

@@ -55,8 +55,7 @@ struct pyramid {
       lo = 2 * static_cast<offset_t>(base) - hi;
     }
     offset_t const steps = n_layers - 1;
-    if (!exact_total)
-      return static_cast<index_t>(hi - layer * ((hi - lo) / steps)) + protect;
+    if (!exact_total) return static_cast<index_t>(hi - layer * ((hi - lo) / steps)) + protect;
     return static_cast<index_t>(exact_share(hi, lo, steps, layer, base)) + protect;
   }
 

@@ -22,8 +22,9 @@ struct tensor_ref {
   tensor_ref() = default;
   /// A reference to constant elements.
   template <class U>
-    requires(!std::is_const_v<U> && std::is_same_v<U const, T>)
-  KVKEEP_HD tensor_ref(tensor_ref<U, R, Space> const& other) noexcept : data(other.data) {
+  requires(!std::is_const_v<U> && std::is_same_v<U const, T>) KVKEEP_HD
+      tensor_ref(tensor_ref<U, R, Space> const& other)
+  noexcept : data(other.data) {
     for (int a = 0; a < R; ++a) {
       extent[a] = other.extent[a];
       stride[a] = other.stride[a];

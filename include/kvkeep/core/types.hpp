@@ -161,8 +161,9 @@ KVKEEP_HD inline fp8_e5m2 to_e5m2(float x) noexcept {
 
 /// Sizes of one layer's cache. All counts; `max_slots` bounds every length.
 struct cache_shape {
-  index_t n_seq = 0;       ///< rows of the cache (sequences it can hold)
-  index_t n_q_heads = 0;   ///< query heads, a multiple of n_kv_heads; head h reads KV head h / group()
+  index_t n_seq = 0;  ///< rows of the cache (sequences it can hold)
+  index_t n_q_heads =
+      0;  ///< query heads, a multiple of n_kv_heads; head h reads KV head h / group()
   index_t n_kv_heads = 0;  ///< KV heads
   index_t dim_k = 0;       ///< features of a key row
   index_t dim_v = 0;       ///< features of a value row

@@ -28,7 +28,7 @@ class any_scorer {
 
   any_scorer() = default;
   template <class S>
-    requires scorer<S, Ctx>
+  requires scorer<S, Ctx>
   explicit any_scorer(S const& s) : self_(std::make_shared<model<S> const>(s)) {}
 
   scorer_traits traits() const { return self_->traits(); }
@@ -136,14 +136,17 @@ class any_budget {
 
   any_budget() = default;
   template <class B>
-    requires std::is_constructible_v<value, B>
-  any_budget(B const& b) : b_(b) {}
+  requires std::is_constructible_v<value, B> any_budget(B const& b) : b_(b) {}
 
-  budget_traits traits() const { return std::visit([](auto const& b) { return b.traits(); }, b_); }
+  budget_traits traits() const {
+    return std::visit([](auto const& b) { return b.traits(); }, b_);
+  }
   std::uint64_t key() const {
     return config_key(b_.index(), std::visit([](auto const& b) { return b.key(); }, b_));
   }
-  index_t capacity() const { return std::visit([](auto const& b) { return b.capacity(); }, b_); }
+  index_t capacity() const {
+    return std::visit([](auto const& b) { return b.capacity(); }, b_);
+  }
   index_t most(index_t n_layers, cache_shape const& s, index_t protect, index_t prompt) const {
     return std::visit([&](auto const& b) { return b.most(n_layers, s, protect, prompt); }, b_);
   }
@@ -188,8 +191,8 @@ class any_selector {
                 tensor_ref<float const, 3, space_of<Ctx>> scores,
                 tensor_ref<index_t const, 2, space_of<Ctx>> k, guard_ref<space_of<Ctx>> const& g,
                 keep_plan<space_of<Ctx>> const& plan, workspace& w) const {
-    return std::visit(
-        [&](auto const& s) { return s.select(c, b, slots, scores, k, g, plan, w); }, s_);
+    return std::visit([&](auto const& s) { return s.select(c, b, slots, scores, k, g, plan, w); },
+                      s_);
   }
 
  private:

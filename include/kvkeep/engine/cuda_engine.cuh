@@ -19,8 +19,7 @@ extern template any_cuda_session
 bind_device_session<cuda::context, any_cuda_policy, any_cuda_policy>(
     cuda::context&, any_cuda_policy const&, any_cuda_policy const&,
     std::span<layer_spec<device_space> const>, limits const&, std::span<std::byte>);
-extern template std::size_t
-device_session_bytes<cuda::context, any_cuda_policy, any_cuda_policy>(
+extern template std::size_t device_session_bytes<cuda::context, any_cuda_policy, any_cuda_policy>(
     cuda::context&, any_cuda_policy const&, any_cuda_policy const&,
     std::span<layer_spec<device_space> const>, limits const&);
 #endif

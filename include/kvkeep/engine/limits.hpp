@@ -44,8 +44,8 @@ struct limits {
   /// Longest prompt that comes through a transient one-layer view into a smaller pool; 0: prompts are
   /// written into the cache itself.
   index_t max_prompt = 0;
-  index_t max_chunk = 128;    ///< query rows that are scored at a time (memory, not a limit of calls)
-  index_t max_draft = 0;      ///< unconfirmed tokens beyond plain decoding
+  index_t max_chunk = 128;  ///< query rows that are scored at a time (memory, not a limit of calls)
+  index_t max_draft = 0;    ///< unconfirmed tokens beyond plain decoding
   prompt_offer prompt = prompt_offer::all_queries;
   decode_offer decode = decode_offer::attend;
   /// The engine calls due, choose and commit itself while decoding (and appends at the tail).
@@ -64,8 +64,9 @@ struct layer_spec {
   layer_spec() = default;
   /// @param view  a kv_ref, or a typed view
   template <class V>
-    requires std::is_convertible_v<V const&, kv_ref<Space>>
-  layer_spec(V const& view, bool skip_layer = false) noexcept : kv(view), skip(skip_layer) {}
+  requires std::is_convertible_v<V const&, kv_ref<Space>> layer_spec(V const& view,
+                                                                     bool skip_layer = false)
+  noexcept : kv(view), skip(skip_layer) {}
 };
 
 /// Sequences of one call. `ids` come from `begin`; `rows` are the sequence rows of the views (null: the

@@ -12,10 +12,10 @@ namespace kvkeep {
 /// What `choose` decided, for all managed layers of a batch. A view into the session's memory, in its space.
 template <class Space = host_space>
 struct plan {
-  index_t n = 0;                      ///< entries
-  index_t n_layers = 0;               ///< managed layers
-  index_t const* id = nullptr;        ///< [entry]
-  index_t const* row = nullptr;       ///< [entry]
+  index_t n = 0;                              ///< entries
+  index_t n_layers = 0;                       ///< managed layers
+  index_t const* id = nullptr;                ///< [entry]
+  index_t const* row = nullptr;               ///< [entry]
   std::uint32_t const* generation = nullptr;  ///< [entry] of the sequences when chosen
   /// Slots to keep, ascending, `[layer * entries + entry, kv_head, i]`.
   tensor_ref<index_t const, 3, Space> slots{};
@@ -28,10 +28,10 @@ struct plan {
 /// A session refuses spans that are too small for what there is to say. A device session cannot know that: there a
 /// span has room for all that may be said, `freed` for `blocks_per_table` of every table.
 struct report_buffer {
-  std::span<index_t> lengths{};      ///< [managed layer, kv_head] slots in use
-  std::span<index_t> freed{};        ///< blocks that no slot uses any more, tables one after another
-  std::span<index_t> freed_of{};     ///< [table] how many of them belong to each table
-  std::span<index_t> tables{};       ///< [table, blocks_per_table] the entries to use from now on
+  std::span<index_t> lengths{};   ///< [managed layer, kv_head] slots in use
+  std::span<index_t> freed{};     ///< blocks that no slot uses any more, tables one after another
+  std::span<index_t> freed_of{};  ///< [table] how many of them belong to each table
+  std::span<index_t> tables{};    ///< [table, blocks_per_table] the entries to use from now on
   std::span<index_t> table_sizes{};  ///< [table] entries in use
   std::span<index_t> faults{};       ///< [1] bits of device_fault, 0 in a session
 };

@@ -55,7 +55,7 @@ struct policy_options {
   scope per = scope::head;
   /// Replaces the policy's own budget: "", "uniform", "pyramid", "dynamic", "ada", "inherit".
   std::string_view budget{};
-  index_t block = 1;            ///< > 1: packed blocks, or whole ones
+  index_t block = 1;  ///< > 1: packed blocks, or whole ones
   bool whole_blocks = false;
 };
 
@@ -92,28 +92,37 @@ inline constexpr parameter_info guarded_parameters[] = {
     {"capacity", 1, big}, {"sinks", 0, big}, {"window", 0, big}, {"evict_after", 1, 1024}};
 inline constexpr parameter_info window_parameters[] = {
     {"capacity", 2, big}, {"window", 1, big}, {"kernel", 1, big}, {"sinks", 0, big}};
-inline constexpr parameter_info pyramid_parameters[] = {
-    {"capacity", 2, big}, {"window", 1, big}, {"kernel", 1, big}, {"sinks", 0, big}, {"beta", 1, big}};
+inline constexpr parameter_info pyramid_parameters[] = {{"capacity", 2, big},
+                                                        {"window", 1, big},
+                                                        {"kernel", 1, big},
+                                                        {"sinks", 0, big},
+                                                        {"beta", 1, big}};
 inline constexpr parameter_info dynamic_parameters[] = {
     {"capacity", 2, big}, {"window", 1, big}, {"kernel", 1, big}, {"sinks", 0, big},
     {"r_max", 1, 1e6},    {"r_min", 0, 1},    {"every", 1, big}};
-inline constexpr parameter_info ada_parameters[] = {
-    {"capacity", 2, big}, {"window", 1, big}, {"kernel", 1, big}, {"sinks", 0, big}, {"alpha", 0, 1}};
+inline constexpr parameter_info ada_parameters[] = {{"capacity", 2, big},
+                                                    {"window", 1, big},
+                                                    {"kernel", 1, big},
+                                                    {"sinks", 0, big},
+                                                    {"alpha", 0, 1}};
 inline constexpr parameter_info h2o_parameters[] = {{"capacity", 1, big}, {"window", 0, big}};
-inline constexpr parameter_info tova_parameters[] = {{"capacity", 1, big}, {"window", 0, 1}, {"sinks", 0, big}};
+inline constexpr parameter_info tova_parameters[] = {
+    {"capacity", 1, big}, {"window", 0, 1}, {"sinks", 0, big}};
 inline constexpr parameter_info morph_parameters[] = {
     {"capacity", 3, big}, {"window", 2, big}, {"n_rows", 0, big}, {"evict_after", 1, 1024}};
-inline constexpr parameter_info lag_parameters[] = {{"capacity", 1, big}, {"sinks", 0, big}, {"lag", 1, big}};
+inline constexpr parameter_info lag_parameters[] = {
+    {"capacity", 1, big}, {"sinks", 0, big}, {"lag", 1, big}};
 
 /// Name, paper, parameters, and how a policy is made: the one table.
 template <class F>
 void each_policy(policy_options const& o, F&& f) {
-  window_options const w{o.capacity, o.window, o.kernel, o.pooling, o.group, o.rows,
+  window_options const w{o.capacity,          o.window, o.kernel, o.pooling, o.group, o.rows,
                          o.group_before_pool, o.sinks};
   dynamickv dynamic = make_dynamickv(w, {o.r_max, o.r_min, o.every});
   dynamic.budget.published = o.published;
   f(make_fullkv(), "-", std::span<parameter_info const>{});
-  f(make_streamingllm({o.capacity, o.sinks, o.make_room_first}), "arXiv 2309.17453", streaming_parameters);
+  f(make_streamingllm({o.capacity, o.sinks, o.make_room_first}), "arXiv 2309.17453",
+    streaming_parameters);
   f(make_snapkv(w), "arXiv 2404.14469", window_parameters);
   f(make_pyramidkv(w, o.beta, o.exact_total), "arXiv 2406.02069", pyramid_parameters);
   f(dynamic, "arXiv 2412.14838", dynamic_parameters);
@@ -124,15 +133,18 @@ void each_policy(policy_options const& o, F&& f) {
   f(make_morphkv({o.capacity, o.window, o.fusion, o.evict_after, o.n_rows, o.include_current,
                   o.per_head_mask, o.evaluation}),
     "arXiv 2503.00979", morph_parameters);
-  f(make_knorm({o.capacity, o.sinks, o.window, o.evict_after}), "arXiv 2406.11430", guarded_parameters);
-  f(make_keydiff({o.capacity, o.evict_after, o.sinks, o.window}), "arXiv 2504.15364", guarded_parameters);
+  f(make_knorm({o.capacity, o.sinks, o.window, o.evict_after}), "arXiv 2406.11430",
+    guarded_parameters);
+  f(make_keydiff({o.capacity, o.evict_after, o.sinks, o.window}), "arXiv 2504.15364",
+    guarded_parameters);
   f(make_lagkv({o.capacity, o.sinks, o.lag, o.cross_scoring}), "arXiv 2504.04704", lag_parameters);
 }
 
 inline any_budget named_budget(policy_options const& o) {
   if (o.budget == "uniform") return uniform{o.capacity};
   if (o.budget == "pyramid") return pyramid{o.capacity, o.beta, o.exact_total};
-  if (o.budget == "dynamic") return dynamic_layers{o.capacity, o.r_max, o.r_min, o.every, o.published};
+  if (o.budget == "dynamic")
+    return dynamic_layers{o.capacity, o.r_max, o.r_min, o.every, o.published};
   if (o.budget == "ada") return ada_heads{o.capacity, o.alpha, o.normalize, o.form};
   if (o.budget == "inherit") return inherit{};
   refuse("budget", std::string(o.budget), "uniform, pyramid, dynamic, ada or inherit");

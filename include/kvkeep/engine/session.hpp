@@ -133,14 +133,14 @@ class session {
                                        std::span<layer_spec<space_of<C>> const>, limits const&,
                                        std::span<std::byte>);
   template <backend C, policy_on<C> P, policy_on<C> D>
-  friend std::size_t session_bytes(C&, P const&, D const&,
-                                   std::span<layer_spec<space_of<C>> const>, limits const&);
+  friend std::size_t session_bytes(C&, P const&, D const&, std::span<layer_spec<space_of<C>> const>,
+                                   limits const&);
 
   using layer_data = detail::layer_state<space>;
   using source = detail::cache_source<space>;
 
-  KVKEEP_COLD session(Ctx& ctx, Prompt const& p, Decode const& d, std::span<layer_spec<space> const> layers,
-          limits const& lim);
+  KVKEEP_COLD session(Ctx& ctx, Prompt const& p, Decode const& d,
+                      std::span<layer_spec<space> const> layers, limits const& lim);
 
   /// A batch as two lists in scratch.
   struct entries {
@@ -202,9 +202,9 @@ class session {
                     tensor_ref<float const, 3, space> scores, workspace& w) noexcept;
   KVKEEP_COLD status decide_sequence_prompt(source const& at, workspace& w) noexcept;
   KVKEEP_COLD status join_layers(layer_data& l, source const& to, score_map<space> scores,
-                     workspace& w) noexcept;
+                                 workspace& w) noexcept;
   KVKEEP_COLD status cut_earlier(layer_data const& l, index_t id, source const& to, index_t tokens,
-                     workspace& w) noexcept;
+                                 workspace& w) noexcept;
   status settle(layer_data& l, source const& to, workspace& w) noexcept;
   status hand_over(layer_data& l, source const& to, workspace& w) noexcept;
   status fix_decode_budget(layer_data& l, index_t id, index_t tokens, workspace& w) noexcept;
@@ -228,7 +228,7 @@ class session {
   status decide(layer_data& l, index_t const* ids, index_t const* rows, index_t n, index_t extra,
                 workspace& w) noexcept;
   KVKEEP_COLD status decide_sequences(index_t const* ids, index_t const* rows, index_t n,
-                          workspace& w) noexcept;
+                                      workspace& w) noexcept;
   status newest_input(layer_data const& l, source const& s, score_input<space>& in,
                       workspace& w) const noexcept;
   status score_tokens(layer_data& l, source const& s, index_t extra, score_map<space> out,
@@ -243,18 +243,20 @@ class session {
   status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
                index_t extra, workspace& w) noexcept;
   KVKEEP_COLD status attend_special(layer_data& l, source const& s, op::attend<space>& a,
-                        workspace& w) noexcept;
+                                    workspace& w) noexcept;
   due_entries list_due(layer_data const& l, index_t const* ids, index_t const* rows, index_t n,
                        index_t extra, workspace& w) const noexcept;
   bool one_leaves(layer_data const& l, index_t id, index_t extra) const noexcept;
   index_t excess(layer_data const& l, index_t id, index_t extra) const noexcept;
 
-  KVKEEP_COLD status let_go(layer_data& l, source const& s, score_map<space> scores, workspace& w) noexcept;
+  KVKEEP_COLD status let_go(layer_data& l, source const& s, score_map<space> scores,
+                            workspace& w) noexcept;
   KVKEEP_COLD status mask_heads(layer_data& l, source const& s, tensor_ref<float, 3, space> own,
-                    tensor_ref<std::uint8_t, 3, space> visible, workspace& w) noexcept;
+                                tensor_ref<std::uint8_t, 3, space> visible, workspace& w) noexcept;
 
   // inspect.hpp
-  KVKEEP_COLD status verify_head(layer_data const& l, index_t id, index_t h, index_t* sorted) const noexcept;
+  KVKEEP_COLD status verify_head(layer_data const& l, index_t id, index_t h,
+                                 index_t* sorted) const noexcept;
 
   // moving.hpp
   KVKEEP_COLD status choose_layers(index_t n, workspace& w) noexcept;

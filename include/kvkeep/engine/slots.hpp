@@ -14,10 +14,10 @@ namespace kvkeep {
 
 /// What a cache has to serve. @see slots_needed
 struct cache_demand {
-  cache_shape shape{};     ///< n_seq and max_slots are not read
-  index_t n_layers = 1;    ///< managed ones
-  index_t layer = -1;      ///< of those; -1: the one that needs most
-  limits lim{};            ///< of the session: transient prompts, drafts, who commits
+  cache_shape shape{};   ///< n_seq and max_slots are not read
+  index_t n_layers = 1;  ///< managed ones
+  index_t layer = -1;    ///< of those; -1: the one that needs most
+  limits lim{};          ///< of the session: transient prompts, drafts, who commits
   index_t longest_prompt = 0;
   index_t shortest_prompt = 0;   ///< some policies leave short prompts whole (LagKV, bursts)
   index_t longest_sequence = 0;  ///< prompt and decoded tokens, where decoding evicts nothing
@@ -49,7 +49,8 @@ index_t least_budget(P const& decode) noexcept {
 template <class P>
 index_t most_kept(P const& p, cache_demand const& d) {
   index_t const protect = p.keep.sinks + p.keep.recent;
-  if (d.layer >= 0) return most_in(p.budget, d.layer, d.n_layers, d.shape, protect, d.longest_prompt);
+  if (d.layer >= 0)
+    return most_in(p.budget, d.layer, d.n_layers, d.shape, protect, d.longest_prompt);
   return p.budget.most(d.n_layers, d.shape, protect, d.longest_prompt);
 }
 
@@ -66,8 +67,8 @@ index_t prompt_slots(P const& prompt, index_t kept, cache_demand const& d) {
   index_t const longest = d.longest_prompt;
   bool const cuts = !keeps_all(prompt.score) && !decides_late(prompt.when);
   if (!cuts || d.lim.max_prompt == 0) return longest;
-  index_t const whole = std::min(
-      longest, std::max(peak_slots(prompt, kept), prompt.score.least_tokens()) - 1);
+  index_t const whole =
+      std::min(longest, std::max(peak_slots(prompt, kept), prompt.score.least_tokens()) - 1);
   return std::max(std::min(longest, kept), whole >= d.shortest_prompt ? whole : 0);
 }
 

@@ -23,7 +23,7 @@ struct row_plan {
   index_t head_floats = 0;  ///< the decode scorer's floats per sequence and KV head
   index_t score_at = -1;    ///< -1: none
   index_t total = 0;
-  index_t query_ring = 0;   ///< rows of the query ring, drafts included
+  index_t query_ring = 0;  ///< rows of the query ring, drafts included
 };
 
 /// Shape of all state.
@@ -56,8 +56,8 @@ bound_rows plan_rows(P const& prompt, D const& decode, bool one, limits const& l
   r.weights_at = one ? ps.slot_rows : ps.slot_rows + ds.slot_rows;
   bool const at_decode = decode.score.traits().at_decode;
   b.rings_tokens = at_decode && ds.ring_at_decode;
-  b.attention_folds = at_decode && ds.folds_weights && lim.decode == decode_offer::attend &&
-                      lim.max_draft == 0;
+  b.attention_folds =
+      at_decode && ds.folds_weights && lim.decode == decode_offer::attend && lim.max_draft == 0;
   if (at_decode && ds.weight_ring > 0 && !b.attention_folds)
     r.weight_ring = ds.weight_ring + lim.max_draft;
   r.loose_at = r.weights_at + r.weight_ring * cache.group();
@@ -65,7 +65,8 @@ bound_rows plan_rows(P const& prompt, D const& decode, bool one, limits const& l
   r.head_floats = at_decode ? ds.head_floats : 0;
   r.total = r.loose_at + r.loose_rows;
   if (prompt.budget.traits().couples_layers) r.score_at = r.total++;
-  index_t const queries = at_decode && ds.query_ring > ps.query_ring ? ds.query_ring : ps.query_ring;
+  index_t const queries =
+      at_decode && ds.query_ring > ps.query_ring ? ds.query_ring : ps.query_ring;
   r.query_ring = queries > 0 ? queries + lim.max_draft + 1 : 0;
   return b;
 }
@@ -74,23 +75,24 @@ bound_rows plan_rows(P const& prompt, D const& decode, bool one, limits const& l
 template <class Space>
 struct layer_state {
   kv_ref<Space> kv{};
-  index_t spec = 0;    ///< index among all layers
-  index_t number = 0;  ///< index among managed layers
-  slot_state<Space> slots{};                 ///< lengths [S,H], positions [S,H,N], rows [S,H,R,N]
-  tensor_ref<index_t, 2, Space> k{};         ///< [S, H] tokens that decoding keeps
-  tensor_ref<index_t, 2, Space> victim{};    ///< [S, H] free slot inside the slots in use, or -1
-  tensor_ref<index_t, 3, Space> fresh{};     ///< [draft, S, H] slots of the unconfirmed tokens, by sequence in memory
+  index_t spec = 0;                        ///< index among all layers
+  index_t number = 0;                      ///< index among managed layers
+  slot_state<Space> slots{};               ///< lengths [S,H], positions [S,H,N], rows [S,H,R,N]
+  tensor_ref<index_t, 2, Space> k{};       ///< [S, H] tokens that decoding keeps
+  tensor_ref<index_t, 2, Space> victim{};  ///< [S, H] free slot inside the slots in use, or -1
+  tensor_ref<index_t, 3, Space>
+      fresh{};  ///< [draft, S, H] slots of the unconfirmed tokens, by sequence in memory
   tensor_ref<float, 4, Space> ring_q{};      ///< [S, Hq, ring, dim_k]
   tensor_ref<float, 3, Space> ring_lse{};    ///< [S, Hq, ring]
   tensor_ref<float, 4, Space> weight_sum{};  ///< [S, H, g, ring]
   tensor_ref<float, 4, Space> weight_max{};  ///< [S, H, g, ring], where there are head floats
   tensor_ref<float, 3, Space> head{};        ///< [S, H, head floats]
-  index_t* seen = nullptr;       ///< [S] confirmed tokens
-  index_t* ring_from = nullptr;  ///< [S] oldest position in the query ring
-  index_t* appended = nullptr;   ///< [S] tokens with a slot
-  index_t* attended = nullptr;   ///< [S] host: tokens with evidence
-  std::uint8_t* has_lse = nullptr;      ///< [S] host: every ring row has a log-sum-exp
-  std::uint8_t* prompt_done = nullptr;  ///< [S] host
+  index_t* seen = nullptr;                   ///< [S] confirmed tokens
+  index_t* ring_from = nullptr;              ///< [S] oldest position in the query ring
+  index_t* appended = nullptr;               ///< [S] tokens with a slot
+  index_t* attended = nullptr;               ///< [S] host: tokens with evidence
+  std::uint8_t* has_lse = nullptr;           ///< [S] host: every ring row has a log-sum-exp
+  std::uint8_t* prompt_done = nullptr;       ///< [S] host
   counters count{};
 };
 
@@ -107,8 +109,7 @@ void carve_slots(workspace& w, slot_state<Space>& s, index_t n, index_t heads, i
                  index_t slots) {
   index_t const padded = (slots + 15) / 16 * 16;
   s.lengths = row_major<Space>(w.take<index_t>(product(n, heads)), n, heads);
-  s.positions =
-      row_major<Space>(w.take<index_t>(product(n, heads, padded)), n, heads, padded);
+  s.positions = row_major<Space>(w.take<index_t>(product(n, heads, padded)), n, heads, padded);
   s.rows = row_major<Space>(w.take<float>(product(n, heads, rows, padded)), n, heads, rows, padded);
   s.positions.extent[2] = s.rows.extent[3] = slots;
 }
@@ -144,14 +145,14 @@ void carve_layer(workspace& w, layer_state<Space>& l, state_shape const& s) {
 /// Session-wide arrays.
 template <class Space>
 struct shared_state {
-  index_t* frozen = nullptr;       ///< [S]
-  index_t* confirmed = nullptr;    ///< [S] host: tokens confirmed in all layers
-  std::uint8_t* alive = nullptr;   ///< [S] host
-  std::uint32_t* generation = nullptr;  ///< [S] host: changes when slots move or are reused
-  tensor_ref<index_t, 2, Space> prompt_k{};      ///< [layer, H] budgets of the prompt that is ending
-  tensor_ref<float, 4, Space> prompt_scores{};   ///< [layer, 1, H, slot] where budgets need them
-  tensor_ref<float, 3, Space> sequence_scores{}; ///< [entry, H, slot] sum over layers
-  tensor_ref<float, 3, Space> prompt_sum{};      ///< [1, H, slot] that of the prompt that is ending
+  index_t* frozen = nullptr;                    ///< [S]
+  index_t* confirmed = nullptr;                 ///< [S] host: tokens confirmed in all layers
+  std::uint8_t* alive = nullptr;                ///< [S] host
+  std::uint32_t* generation = nullptr;          ///< [S] host: changes when slots move or are reused
+  tensor_ref<index_t, 2, Space> prompt_k{};     ///< [layer, H] budgets of the prompt that is ending
+  tensor_ref<float, 4, Space> prompt_scores{};  ///< [layer, 1, H, slot] where budgets need them
+  tensor_ref<float, 3, Space> sequence_scores{};  ///< [entry, H, slot] sum over layers
+  tensor_ref<float, 3, Space> prompt_sum{};  ///< [1, H, slot] that of the prompt that is ending
   staging_state<Space> staging;
   index_t prompt_owner = -1;   ///< sequence whose coupled layers are being decided
   index_t staging_layer = -1;  ///< owner of the transient prompt's state
@@ -169,8 +170,8 @@ void carve_shared(workspace& w, shared_state<Space>& s, state_shape const& shape
   s.alive = w.take<std::uint8_t>(product(n));
   s.generation = w.take<std::uint32_t>(product(n));
   s.prompt_k = row_major<Space>(w.take<index_t>(product(n_layers, h)), n_layers, h);
-  s.prompt_scores = row_major<Space>(w.take<float>(product(score_layers, h, slots)), score_layers, 1,
-                                     h, slots);
+  s.prompt_scores =
+      row_major<Space>(w.take<float>(product(score_layers, h, slots)), score_layers, 1, h, slots);
   s.sequence_scores = row_major<Space>(w.take<float>(product(sequence_entries, h, slots)),
                                        sequence_entries, h, slots);
   index_t const sums = sequence_entries > 0 ? 1 : 0;
@@ -178,8 +179,8 @@ void carve_shared(workspace& w, shared_state<Space>& s, state_shape const& shape
   if (shape.max_prompt > 0) {
     carve_slots(w, s.staging.slots, 1, h, shape.rows.total, shape.max_prompt);
     s.staging.weight_sum =
-        row_major<Space>(w.take<float>(product(shape.cache.n_q_heads, shape.rows.weight_ring)), 1, h,
-                         shape.cache.group(), shape.rows.weight_ring);
+        row_major<Space>(w.take<float>(product(shape.cache.n_q_heads, shape.rows.weight_ring)), 1,
+                         h, shape.cache.group(), shape.rows.weight_ring);
   }
 }
 

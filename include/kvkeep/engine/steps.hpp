@@ -16,9 +16,12 @@ KVKEEP_HD void load_row(T const* from, index_t dim, float* to) noexcept {
 /// One query row as fp32.
 KVKEEP_HD inline void load_row(queries const& q, offset_t at, index_t dim, float* to) noexcept {
   switch (q.type) {
-    case dtype::f16: return load_row(static_cast<fp16 const*>(q.data) + at, dim, to);
-    case dtype::bf16: return load_row(static_cast<bf16 const*>(q.data) + at, dim, to);
-    default: return load_row(static_cast<float const*>(q.data) + at, dim, to);
+    case dtype::f16:
+      return load_row(static_cast<fp16 const*>(q.data) + at, dim, to);
+    case dtype::bf16:
+      return load_row(static_cast<bf16 const*>(q.data) + at, dim, to);
+    default:
+      return load_row(static_cast<float const*>(q.data) + at, dim, to);
   }
 }
 
@@ -67,9 +70,9 @@ struct extend_head {
 template <class Space>
 struct push_queries {
   queries q;
-  index_t entry;     ///< batch entry of q
-  index_t id;        ///< row of the ring
-  index_t first;     ///< row of q that comes first
+  index_t entry;  ///< batch entry of q
+  index_t id;     ///< row of the ring
+  index_t first;  ///< row of q that comes first
   index_t count;
   index_t position;  ///< of row `first`
   index_t dim;
@@ -131,7 +134,7 @@ struct append_token {
   index_t const* position;  ///< [entry]
   index_t const* pending;   ///< [entry] unconfirmed tokens before this one
   index_t n_kv_heads;
-  index_t* out;             ///< [entry, kv_head] or null
+  index_t* out;  ///< [entry, kv_head] or null
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const entry = i / n_kv_heads, h = i % n_kv_heads, s = id[entry];
     index_t const free = l.victim(s, h);
@@ -166,10 +169,10 @@ struct copy_slot_row {
   float const* src;
   offset_t entry_stride, head_stride;
   index_t heads;
-  index_t group;           ///< heads per KV head (1 for KV heads)
-  index_t const* id;       ///< [entry]
-  index_t const* row;      ///< [entry] state row of head 0 of the group
-  index_t row_step;        ///< state rows between heads of a group
+  index_t group;       ///< heads per KV head (1 for KV heads)
+  index_t const* id;   ///< [entry]
+  index_t const* row;  ///< [entry] state row of head 0 of the group
+  index_t row_step;    ///< state rows between heads of a group
   slot_state<Space> s;
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const entry = i / heads, head = i % heads, h = head / group;
@@ -247,14 +250,14 @@ template <class Space>
 struct resolve_keep {
   tensor_ref<index_t const, 2, Space> k;  ///< [id, head]
   slot_state<Space> s;
-  index_t const* k_id;    ///< [entry] row of k
-  index_t const* id;      ///< [entry] row of s
+  index_t const* k_id;  ///< [entry] row of k
+  index_t const* id;    ///< [entry] row of s
   index_t n_kv_heads;
   double evict_after;
   index_t room;
-  index_t extra;          ///< slots beyond k (decisions before attention keep C + 1)
+  index_t extra;  ///< slots beyond k (decisions before attention keep C + 1)
   index_t block;
-  index_t least;          ///< heads with fewer tokens stay whole
+  index_t least;                      ///< heads with fewer tokens stay whole
   tensor_ref<index_t, 2, Space> out;  ///< [id, head]
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const entry = i / n_kv_heads, h = i % n_kv_heads;

@@ -34,13 +34,13 @@ struct ring_score {
   /// [entry, row] positions of the window's rows, ascending; negative: absent (present rows come last).
   /// A row's weights lie in ring row `position % ring`, its queries in row `position % q.extent[2]`.
   tensor_ref<index_t const, 2, Space> positions{};
-  tensor_ref<float const, 4, Space> q{};        ///< [id, q_head, ring row, dim_k], for the direct form
+  tensor_ref<float const, 4, Space> q{};  ///< [id, q_head, ring row, dim_k], for the direct form
   tensor_ref<float const, 4, Space> weights{};  ///< [id, kv_head, g, slot] of ring row 0
   offset_t ring_stride = 0;
   index_t ring = 0;
   index_t recent = 0;
   reduction fuse = reduction::max;  ///< sum or max
-  score_map<Space> out{};             ///< [entry, kv_head, slot]
+  score_map<Space> out{};           ///< [entry, kv_head, slot]
 };
 
 }  // namespace kvkeep::op

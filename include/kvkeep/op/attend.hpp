@@ -22,16 +22,17 @@ struct attend {
   using space = Space;
   batch_ref<Space> batch{};
   layer_ref<Space> layer{};
-  tensor_ref<float const, 3, Space> q{};         ///< [entry, q_head, dim_k]
-  queries raw{};  ///< instead of `q`, if it has a row: of any type, one row per entry and query head
-  tensor_ref<float, 3, Space> out{};             ///< [entry, q_head, dim_v], or null: weights only
-  tensor_ref<float, 2, Space> lse{};             ///< [entry, q_head] natural log-sum-exp, or null
+  tensor_ref<float const, 3, Space> q{};  ///< [entry, q_head, dim_k]
+  queries
+      raw{};  ///< instead of `q`, if it has a row: of any type, one row per entry and query head
+  tensor_ref<float, 3, Space> out{};  ///< [entry, q_head, dim_v], or null: weights only
+  tensor_ref<float, 2, Space> lse{};  ///< [entry, q_head] natural log-sum-exp, or null
   /// exp(z - max) per slot, `[id, kv_head, g, slot]`, row `weight_row[entry]` of a ring (stride
   /// `ring_stride` elements), or null.
   tensor_ref<float, 4, Space> weights{};
-  tensor_ref<float, 4, Space> weight_sum{};      ///< [id, kv_head, g, ring row] sum of the weights
-  tensor_ref<float, 4, Space> weight_max{};      ///< [id, kv_head, g, ring row] the maximum, or null
-  index_t const* weight_row = nullptr;         ///< [entry] ring row; null: row 0
+  tensor_ref<float, 4, Space> weight_sum{};  ///< [id, kv_head, g, ring row] sum of the weights
+  tensor_ref<float, 4, Space> weight_max{};  ///< [id, kv_head, g, ring row] the maximum, or null
+  index_t const* weight_row = nullptr;       ///< [entry] ring row; null: row 0
   offset_t ring_stride = 0;
   /// Folds the weights while they are at hand: the same bits as op::accumulate afterwards.
   /// Bytes: 8 per output. Operations: 2 per slot and query head.

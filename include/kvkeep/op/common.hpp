@@ -33,9 +33,9 @@ struct keep_plan {
 /// position marks an absent row. `by_id` arrays are indexed by sequence id instead of batch entry.
 template <class Space = host_space>
 struct query_rows {
-  tensor_ref<float const, 4, Space> q{};           ///< [entry or id, q_head, row, dim_k], dim contiguous
+  tensor_ref<float const, 4, Space> q{};  ///< [entry or id, q_head, row, dim_k], dim contiguous
   tensor_ref<index_t const, 2, Space> position{};  ///< [entry or id, row]
-  tensor_ref<float const, 3, Space> lse{};         ///< [entry or id, q_head, row] natural log, or null
+  tensor_ref<float const, 3, Space> lse{};  ///< [entry or id, q_head, row] natural log, or null
   bool by_id = false;
 };
 

@@ -21,9 +21,9 @@ enum class move_kind : std::uint8_t {
 template <class Space = host_space>
 struct compact {
   using space = Space;
-  batch_ref<Space> batch{};      ///< rows and ids of the source
+  batch_ref<Space> batch{};  ///< rows and ids of the source
   layer_ref<Space> from{};
-  batch_ref<Space> to_batch{};   ///< rows and ids of the destination
+  batch_ref<Space> to_batch{};  ///< rows and ids of the destination
   layer_ref<Space> to{};
   keep_plan<Space> plan{};
   move_kind how = move_kind::pack;

@@ -15,7 +15,8 @@ namespace kvkeep {
 /// sum, the row's maximum, and the weights at the W newest positions, which will age into the old ones.
 struct lazy_shape {
   static constexpr index_t ahead = 8;  ///< steps that a slot's bounds last; at most W
-  static constexpr index_t most_rows = 200;  ///< R: more fp32 terms than that outgrow the bounds' slack
+  static constexpr index_t most_rows =
+      200;                             ///< R: more fp32 terms than that outgrow the bounds' slack
   static constexpr index_t tile = 64;  ///< slots whose bounds are prepared together
 
   index_t group = 0;
@@ -44,7 +45,7 @@ struct lazy_state {
   tensor_ref<float const, 4, Space> ring_q{};  ///< [id, q_head, position % ring, dim_k]
   /// [id, kv_head, slot_rows, slot], with room for a multiple of eight slots in every row.
   tensor_ref<float, 4, Space> rows{};
-  tensor_ref<float, 3, Space> head{};          ///< [id, kv_head, head_floats]
+  tensor_ref<float, 3, Space> head{};  ///< [id, kv_head, head_floats]
 };
 
 namespace op {
@@ -62,13 +63,13 @@ struct lazy_enter {
   batch_ref<Space> batch{};
   layer_ref<Space> layer{};
   lazy_state<Space> state{};
-  tensor_ref<float const, 4, Space> weights{};     ///< [id, kv_head, g, slot] exp(z - max), ring row 0
+  tensor_ref<float const, 4, Space> weights{};  ///< [id, kv_head, g, slot] exp(z - max), ring row 0
   tensor_ref<float const, 4, Space> weight_max{};  ///< [id, kv_head, g, ring row] the maximum
   index_t const* ring_row = nullptr;               ///< [entry]; null: row 0
   offset_t ring_stride = 0;
-  tensor_ref<index_t const, 2, Space> keep{};      ///< [id, kv_head], or null: every head takes its row
-  reduction fuse = reduction::max;                 ///< sum or max
-  bool anew = false;                               ///< the newest token has no weights yet
+  tensor_ref<index_t const, 2, Space> keep{};  ///< [id, kv_head], or null: every head takes its row
+  reduction fuse = reduction::max;             ///< sum or max
+  bool anew = false;                           ///< the newest token has no weights yet
 };
 
 /// The slot that ranks last by MorphKV's canonical score (op::ring_score gives the same up to rounding of
@@ -82,10 +83,10 @@ struct lazy_victim {
   batch_ref<Space> batch{};
   layer_ref<Space> layer{};
   lazy_state<Space> state{};
-  index_t const* frozen = nullptr;  ///< [id] or null
+  index_t const* frozen = nullptr;             ///< [id] or null
   tensor_ref<index_t const, 2, Space> keep{};  ///< [id, kv_head], or null: one leaves everywhere
-  reduction fuse = reduction::max;  ///< sum or max
-  tensor_ref<index_t, 2, Space> victim{};  ///< [id, kv_head] slot
+  reduction fuse = reduction::max;             ///< sum or max
+  tensor_ref<index_t, 2, Space> victim{};      ///< [id, kv_head] slot
 };
 
 }  // namespace op

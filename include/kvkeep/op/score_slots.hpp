@@ -33,7 +33,7 @@ struct score_slots {
   index_t first_slot = 0;         ///< skip earlier slots (their scores stay)
   /// [id, kv_head] the one slot to score (none if that is not in use), or null: all
   tensor_ref<index_t const, 2, Space> only{};
-  score_map<Space> out{};           ///< [entry or id, kv_head, slot]
+  score_map<Space> out{};  ///< [entry or id, kv_head, slot]
   bool out_by_id = false;
 };
 

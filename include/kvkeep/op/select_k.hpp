@@ -49,7 +49,7 @@ struct evict_one {
   slot_state<Space> slots{};
   tensor_ref<float const, 3, Space> scores{};  ///< [entry, kv_head, slot]
   guard_ref<Space> guard{};
-  tensor_ref<index_t, 2, Space> victim{};      ///< [id, kv_head] slot
+  tensor_ref<index_t, 2, Space> victim{};  ///< [id, kv_head] slot
 };
 
 }  // namespace kvkeep::op

@@ -24,8 +24,8 @@ struct column_sums {
   query_rows<Space> rows{};
   tensor_ref<float, 4, Space> out{};  ///< [entry or id, kv_head, 1 or group, slot]
   bool out_by_id = false;
-  bool per_query_head = false;      ///< out has a row per query head of the group; else one for all
-  bool clear = false;               ///< start from zero instead of from `out`
+  bool per_query_head = false;  ///< out has a row per query head of the group; else one for all
+  bool clear = false;           ///< start from zero instead of from `out`
 };
 
 /// MorphKV's direct form (spec 4.3 steps 4 to 6): for every row and query head softmax over the *old*
@@ -39,9 +39,10 @@ struct fused_rows {
   layer_ref<Space> layer{};
   query_rows<Space> rows{};
   index_t recent = 0;
-  reduction fuse = reduction::max;       ///< sum or max
-  score_map<Space> out{};                  ///< [entry, kv_head, slot]
-  tensor_ref<float, 3, Space> out_heads{}; ///< [entry, q_head, slot]: fused without the group, or null
+  reduction fuse = reduction::max;  ///< sum or max
+  score_map<Space> out{};           ///< [entry, kv_head, slot]
+  tensor_ref<float, 3, Space>
+      out_heads{};  ///< [entry, q_head, slot]: fused without the group, or null
 };
 
 /// Attention weights exp(z - max) of query rows over the slots, written as ring rows for later reuse:
@@ -71,7 +72,7 @@ struct reduce_rows {
   float scale = 1;
   bool by_age = false;
   index_t const* seen = nullptr;  ///< [id] tokens seen, needed by `by_age`
-  score_map<Space> out{};           ///< [entry, kv_head, slot]
+  score_map<Space> out{};         ///< [entry, kv_head, slot]
 };
 
 enum class pooling : std::uint8_t { none, average, maximum };

@@ -21,7 +21,10 @@ struct adakv_options {
 
 /// The published code takes the mean over window rows: `o.rows = mean` gives its scores.
 inline adakv make_adakv(window_options const& o, adakv_options const& a = {}) {
-  return {"adakv", make_window_score(o), {o.capacity, a.alpha, a.normalize, a.form}, {},
+  return {"adakv",
+          make_window_score(o),
+          {o.capacity, a.alpha, a.normalize, a.form},
+          {},
           {o.sinks, o.window}};
 }
 

@@ -19,7 +19,10 @@ struct dynamickv_options {
 };
 
 inline dynamickv make_dynamickv(window_options const& o, dynamickv_options const& d = {}) {
-  return {"dynamickv", make_window_score(o), {o.capacity, d.r_max, d.r_min, d.every}, {},
+  return {"dynamickv",
+          make_window_score(o),
+          {o.capacity, d.r_max, d.r_min, d.every},
+          {},
           {o.sinks, o.window}};
 }
 

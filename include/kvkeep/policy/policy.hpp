@@ -72,8 +72,7 @@ struct policy {
 /// A policy whose parts run on a backend.
 template <class P, class Ctx>
 concept policy_on = backend<Ctx> && scorer<typename P::score_type, Ctx> &&
-                    budget_rule<typename P::budget_type, Ctx> &&
-                    selector<typename P::select_type, Ctx>;
+    budget_rule<typename P::budget_type, Ctx> && selector<typename P::select_type, Ctx>;
 
 /// Bound of capacities, windows and the like: sums and products of two stay in range.
 inline constexpr index_t most_tokens = 1 << 28;

@@ -13,8 +13,8 @@ using pyramidkv = window_policy<pyramid>;
 
 inline pyramidkv make_pyramidkv(window_options const& o, index_t beta = 20,
                                 bool exact_total = true) {
-  return {"pyramidkv", make_window_score(o), {o.capacity, beta, exact_total}, {},
-          {o.sinks, o.window}};
+  return {
+      "pyramidkv", make_window_score(o), {o.capacity, beta, exact_total}, {}, {o.sinks, o.window}};
 }
 
 }  // namespace kvkeep

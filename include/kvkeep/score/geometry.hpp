@@ -51,8 +51,8 @@ struct lag_score : scorer_base {
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
                workspace& ws) const {
-    return run(ctx, op::lag_score<space_of<Ctx>>{in.batch, in.layer, sinks, lag, cross_scoring, out},
-               ws);
+    return run(
+        ctx, op::lag_score<space_of<Ctx>>{in.batch, in.layer, sinks, lag, cross_scoring, out}, ws);
   }
 };
 

@@ -63,8 +63,9 @@ struct heavy_hitter_score : scorer_base {
   op::reduce_rows<Space> reduce(score_input<Space> const& in, score_map<Space> out) const {
     float const scale =
         group == reduction::mean ? 1.0F / static_cast<float>(in.layer.kv.shape.group()) : 1.0F;
-    op::reduce_rows<Space> r{in.batch, in.layer.slots, in.rows, true,
-                             group == reduction::max ? group : reduction::sum, scale};
+    op::reduce_rows<Space> r{
+        in.batch, in.layer.slots, in.rows, true, group == reduction::max ? group : reduction::sum,
+        scale};
     r.by_age = by_age;
     r.seen = in.seen;
     r.out = out;
@@ -134,8 +135,8 @@ struct last_row_score : scorer_base {
                          tensor_ref<float, 4, space_of<Ctx>> out, bool by_id, workspace& ws) {
     query_rows<space_of<Ctx>> q;
     KVKEEP_TRY(last_queries(ctx, in, 1, q, ws));
-    return run(ctx,
-               op::column_sums<space_of<Ctx>>{in.batch, in.layer, q, out, by_id, false, true}, ws);
+    return run(ctx, op::column_sums<space_of<Ctx>>{in.batch, in.layer, q, out, by_id, false, true},
+               ws);
   }
 };
 

@@ -14,9 +14,9 @@ namespace kvkeep {
 /// How MorphKV's scores are evaluated while decoding. Both give the canonical scores.
 enum class morph_rows : std::uint8_t {
   cached,  ///< attention weights of the last rows are kept: 4 * group * n_rows bytes per slot
-  lazy,    ///< 16-bit bounds, exact scores for the few slots in doubt: 2 n_rows + 16 bytes per slot, and
-           ///< 4 * group * n_rows * (W + 5) per KV head; where one token leaves per step, else as `direct`
-  direct   ///< recomputed from the query ring and K: no state per slot, K is read again
+  lazy,  ///< 16-bit bounds, exact scores for the few slots in doubt: 2 n_rows + 16 bytes per slot, and
+  ///< 4 * group * n_rows * (W + 5) per KV head; where one token leaves per step, else as `direct`
+  direct  ///< recomputed from the query ring and K: no state per slot, K is read again
 };
 
 namespace detail {
@@ -63,11 +63,12 @@ struct recent_fused_score : scorer_base {
     KVKEEP_EXPECTS(evaluation != morph_rows::lazy || window >= lazy_shape::ahead, "window", window,
                    ">= " + std::to_string(lazy_shape::ahead) + " for the lazy evaluation");
     KVKEEP_EXPECTS(evaluation != morph_rows::lazy || row_count() <= lazy_shape::most_rows, "n_rows",
-                   row_count(), "<= " + std::to_string(lazy_shape::most_rows) +
-                   " for the lazy evaluation");
+                   row_count(),
+                   "<= " + std::to_string(lazy_shape::most_rows) + " for the lazy evaluation");
     KVKEEP_EXPECTS(n_rows >= 0 && row_count() >= 1, "n_rows", n_rows != 0 ? n_rows : row_count(),
                    ">= 1 (0 means window - 1, so window >= 2)");
-    KVKEEP_EXPECTS(row_count() <= window, "n_rows", n_rows, "<= window, so that every row is newer "
+    KVKEEP_EXPECTS(row_count() <= window, "n_rows", n_rows,
+                   "<= window, so that every row is newer "
                    "than every old token");
     KVKEEP_EXPECTS(fusion != reduction::mean, "fusion", to_string(fusion), "sum or max");
   }
@@ -120,15 +121,14 @@ struct recent_fused_score : scorer_base {
   }
   /// The direct form; `heads` `[entry, q_head, slot]` also receives each query head's own fused rows.
   template <class Ctx>
-  status score_direct(Ctx& ctx, score_input<space_of<Ctx>> const& in,
-                      score_map<space_of<Ctx>> out, tensor_ref<float, 3, space_of<Ctx>> heads,
-                      workspace& ws) const {
+  status score_direct(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+                      tensor_ref<float, 3, space_of<Ctx>> heads, workspace& ws) const {
     query_rows<space_of<Ctx>> q;
     KVKEEP_TRY(last_queries(ctx, in, row_count(), q, ws));
-    return run(ctx,
-               op::fused_rows<space_of<Ctx>>{in.batch, in.layer, q, in.guard.recent, fusion, out,
-                                             heads},
-               ws);
+    return run(
+        ctx,
+        op::fused_rows<space_of<Ctx>>{in.batch, in.layer, q, in.guard.recent, fusion, out, heads},
+        ws);
   }
 
  private:
@@ -163,8 +163,8 @@ struct recent_fused_score : scorer_base {
   }
 
   template <class Ctx>
-  status score_cached(Ctx& ctx, score_input<space_of<Ctx>> const& in,
-                      score_map<space_of<Ctx>> out, workspace& ws) const {
+  status score_cached(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+                      workspace& ws) const {
     using space = space_of<Ctx>;
     index_t const n = in.batch.n * row_count();
     index_t* position = ws.take<index_t>(static_cast<std::size_t>(n));
@@ -174,8 +174,7 @@ struct recent_fused_score : scorer_base {
       KVKEEP_TRY(run(ctx, op::for_each<detail::row_positions, space>{n, fn}, ws));
     }
     op::ring_score<space> o{in.batch, in.layer};
-    o.positions =
-        row_major<space>(static_cast<index_t const*>(position), in.batch.n, row_count());
+    o.positions = row_major<space>(static_cast<index_t const*>(position), in.batch.n, row_count());
     o.q = in.ring_q;
     o.weights = in.weights;
     o.ring_stride = in.weight_stride;

@@ -15,17 +15,17 @@ namespace kvkeep {
 /// What a scorer can do and what it needs.
 struct scorer_traits {
   char const* name = "";
-  bool at_prompt = true;         ///< can score at the end of the prompt
-  bool at_decode = true;         ///< can score after every token
+  bool at_prompt = true;  ///< can score at the end of the prompt
+  bool at_decode = true;  ///< can score after every token
   evidence prompt = evidence::none;
   evidence decode = evidence::none;
-  bool whole_layer = false;      ///< one kept set for all KV heads of a layer (TOVA)
-  bool comparable = true;        ///< scores of different heads and layers have one scale
-  bool chunk_invariant = true;   ///< any chunking of the prompt gives the same set
-  bool prefix_safe = true;       ///< may start behind a shared, frozen prefix
-  bool draft_safe = true;        ///< evidence of drafts is staged
-  bool direct = false;           ///< has `score_direct`: may decide before a token's own attention
-  bool finds_victims = false;    ///< has `victims`: finds the one that leaves without scores of all
+  bool whole_layer = false;     ///< one kept set for all KV heads of a layer (TOVA)
+  bool comparable = true;       ///< scores of different heads and layers have one scale
+  bool chunk_invariant = true;  ///< any chunking of the prompt gives the same set
+  bool prefix_safe = true;      ///< may start behind a shared, frozen prefix
+  bool draft_safe = true;       ///< evidence of drafts is staged
+  bool direct = false;          ///< has `score_direct`: may decide before a token's own attention
+  bool finds_victims = false;   ///< has `victims`: finds the one that leaves without scores of all
 };
 
 /// Memory that a scorer asks the session for.
@@ -35,7 +35,8 @@ struct state_spec {
   index_t weight_ring = 0;  ///< most recent tokens whose attention weights are kept per slot
   /// `attention_fold` does all that `fold` does: the ring serves drafts and rows of the engine alone.
   bool folds_weights = false;
-  bool ring_at_decode = false;  ///< decoded tokens' queries enter the ring too, not only the prompt's
+  bool ring_at_decode =
+      false;                ///< decoded tokens' queries enter the ring too, not only the prompt's
   index_t loose_rows = 0;   ///< floats per slot that a new token need not find cleared
   index_t head_floats = 0;  ///< floats per sequence and KV head
 };
@@ -46,23 +47,23 @@ template <class Space = host_space>
 struct score_input {
   using space = Space;
   batch_ref<Space> batch{};
-  layer_ref<Space> layer{};            ///< the cache that is scored, with its slot state
+  layer_ref<Space> layer{};  ///< the cache that is scored, with its slot state
   guard_ref<Space> guard{};
-  index_t const* seen = nullptr;     ///< [id] tokens seen (and confirmed)
+  index_t const* seen = nullptr;       ///< [id] tokens seen (and confirmed)
   tensor_ref<float, 4, Space> rows{};  ///< [id, kv_head, row, slot] this scorer's slot rows
 
   tensor_ref<float const, 4, Space> ring_q{};    ///< [id, q_head, ring row, dim_k]
   tensor_ref<float const, 3, Space> ring_lse{};  ///< [id, q_head, ring row], natural
-  index_t const* ring_from = nullptr;          ///< [id] oldest position in the query ring
-  index_t query_ring = 0;                      ///< rows of the query ring; position p is row p % ring
+  index_t const* ring_from = nullptr;            ///< [id] oldest position in the query ring
+  index_t query_ring = 0;  ///< rows of the query ring; position p is row p % ring
   bool has_lse = false;
 
   tensor_ref<float, 4, Space> weights{};     ///< [id, kv_head, g, slot] of weight ring row 0
   tensor_ref<float, 4, Space> weight_sum{};  ///< [id, kv_head, g, ring row]
   tensor_ref<float, 4, Space> weight_max{};  ///< [id, kv_head, g, ring row] of their logits
-  offset_t weight_stride = 0;              ///< elements between ring rows of `weights`
-  index_t weight_ring = 0;                 ///< rows of the weight ring; position p is row p % ring
-  index_t const* newest_row = nullptr;     ///< [entry] weight ring row of the newest token
+  offset_t weight_stride = 0;                ///< elements between ring rows of `weights`
+  index_t weight_ring = 0;              ///< rows of the weight ring; position p is row p % ring
+  index_t const* newest_row = nullptr;  ///< [entry] weight ring row of the newest token
   tensor_ref<index_t const, 2, Space> fresh{};  ///< [id, kv_head] slot of the newest token
 
   tensor_ref<float, 4, Space> loose{};  ///< [id, kv_head, row, slot] state_spec::loose_rows
@@ -119,17 +120,17 @@ struct any_ops {
 /// `run(ops...)`. Each is independent per entry and KV head (op::head_chain), so that a backend may run them
 /// in one go with what comes before and after.
 template <class S, class Space>
-concept hands_out_scores =
-    requires(S const& s, score_input<Space> const& in, score_map<Space> out, any_ops run) {
-      { s.score_ops(in, out, run) } -> std::same_as<status>;
-    };
+concept hands_out_scores = requires(S const& s, score_input<Space> const& in, score_map<Space> out,
+                                    any_ops run) {
+  { s.score_ops(in, out, run) } -> std::same_as<status>;
+};
 /// The same of `fold` and `victims`, for a scorer that finds victims.
 template <class S, class Space>
-concept hands_out_victims =
-    requires(S const& s, score_input<Space> const& in, tensor_ref<index_t const, 2, Space> keep,
-             tensor_ref<index_t, 2, Space> victim, any_ops run) {
-      { s.victim_ops(in, keep, victim, run) } -> std::same_as<status>;
-    };
+concept hands_out_victims = requires(S const& s, score_input<Space> const& in,
+                                     tensor_ref<index_t const, 2, Space> keep,
+                                     tensor_ref<index_t, 2, Space> victim, any_ops run) {
+  { s.victim_ops(in, keep, victim, run) } -> std::same_as<status>;
+};
 
 /// The narrow waist: `score` fills a float per slot in use, `[entry, kv_head, slot]`.
 template <class S, class Ctx>
@@ -203,17 +204,19 @@ status last_queries(Ctx& ctx, score_input<space_of<Ctx>> const& in, index_t n,
   float* q = ws.take<float>(product(rows, shape.dim_k));
   float* lse = in.has_lse ? ws.take<float>(rows) : nullptr;
   index_t* position = ws.take<index_t>(product(in.batch.n, n));
-  out.q = row_major<space>(static_cast<float const*>(q), in.batch.n, shape.n_q_heads, n,
-                           shape.dim_k);
+  out.q =
+      row_major<space>(static_cast<float const*>(q), in.batch.n, shape.n_q_heads, n, shape.dim_k);
   out.position = row_major<space>(static_cast<index_t const*>(position), in.batch.n, n);
   out.lse = row_major<space>(static_cast<float const*>(lse), in.batch.n, shape.n_q_heads, n);
   out.by_id = false;
   if (ws.measuring()) return status::ok;
   if (!ws.ok()) return status::workspace_too_small;
-  detail::gather_queries<space> const fn{in.ring_q,       in.ring_lse, q,  lse, position, in.seen,
-                                  in.ring_from,    in.batch.id, in.query_ring, n,
-                                  shape.n_q_heads, shape.dim_k};
-  return run(ctx, op::for_each<detail::gather_queries<space>, space>{static_cast<index_t>(rows), fn}, ws);
+  detail::gather_queries<space> const fn{
+      in.ring_q,       in.ring_lse,  q,           lse,           position,
+      in.seen,         in.ring_from, in.batch.id, in.query_ring, n,
+      shape.n_q_heads, shape.dim_k};
+  return run(
+      ctx, op::for_each<detail::gather_queries<space>, space>{static_cast<index_t>(rows), fn}, ws);
 }
 
 }  // namespace kvkeep

@@ -13,12 +13,12 @@ namespace kvkeep {
 /// Softmax over all columns (window columns take part in the normaliser), summed over the window rows.
 /// Deviations from the published code: fp32 sums, never rounded to 16 bit; ties by position.
 struct window_score : scorer_base {
-  index_t window = 32;                      ///< W query rows
+  index_t window = 32;  ///< W query rows
   op::pooling pooling = op::pooling::average;
-  index_t kernel = 5;                       ///< odd
-  reduction group = reduction::mean;        ///< over the query heads of a group
-  reduction rows = reduction::sum;          ///< sum or mean over the window
-  bool group_before_pool = true;            ///< false: kvpress' order
+  index_t kernel = 5;                 ///< odd
+  reduction group = reduction::mean;  ///< over the query heads of a group
+  reduction rows = reduction::sum;    ///< sum or mean over the window
+  bool group_before_pool = true;      ///< false: kvpress' order
 
   scorer_traits traits() const {
     scorer_traits t;
@@ -46,9 +46,10 @@ struct window_score : scorer_base {
     query_rows<space> q;
     KVKEEP_TRY(last_queries(ctx, in, window, q, ws));
     std::size_t const n = product(in.batch.n, shape.n_q_heads, shape.max_slots);
-    auto const sums = row_major<space>(ws.take<float>(n), in.batch.n, shape.n_kv_heads, g,
-                                       shape.max_slots);
-    KVKEEP_TRY(run(ctx, op::column_sums<space>{in.batch, in.layer, q, sums, false, true, true}, ws));
+    auto const sums =
+        row_major<space>(ws.take<float>(n), in.batch.n, shape.n_kv_heads, g, shape.max_slots);
+    KVKEEP_TRY(
+        run(ctx, op::column_sums<space>{in.batch, in.layer, q, sums, false, true, true}, ws));
     if (!group_before_pool) KVKEEP_TRY(run(ctx, pool(in, sums), ws));
     float const by_rows = rows == reduction::mean ? 1.0F / static_cast<float>(window) : 1.0F;
     op::reduce_rows<space> reduce{in.batch, in.layer.slots, sums, false, group, by_rows};

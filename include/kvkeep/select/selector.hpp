@@ -10,23 +10,24 @@ namespace kvkeep {
 
 struct selector_traits {
   char const* name = "";
-  index_t block = 1;          ///< slots per unit
-  bool evicts_one = true;     ///< a single victim's slot may be reused
-  bool moves_tokens = true;   ///< false: whole blocks leave, the block table changes
+  index_t block = 1;         ///< slots per unit
+  bool evicts_one = true;    ///< a single victim's slot may be reused
+  bool moves_tokens = true;  ///< false: whole blocks leave, the block table changes
 };
 
 /// `select(ctx, batch, slots, scores, k, guard, plan, ws)`: see op::select_k for shapes.
 template <class S, class Ctx>
-concept selector =
-    requires(S const& s, Ctx& c, batch_ref<space_of<Ctx>> const& b,
-             slot_state<space_of<Ctx>> const& state, tensor_ref<float const, 3, space_of<Ctx>> m,
-             tensor_ref<index_t const, 2, space_of<Ctx>> k, guard_ref<space_of<Ctx>> const& g,
-             keep_plan<space_of<Ctx>> const& plan, workspace& w) {
-      { s.traits() } -> std::same_as<selector_traits>;
-      { s.key() } -> std::same_as<std::uint64_t>;
-      s.check();
-      { s.select(c, b, state, m, k, g, plan, w) } -> std::same_as<status>;
-    };
+concept selector = requires(S const& s, Ctx& c, batch_ref<space_of<Ctx>> const& b,
+                            slot_state<space_of<Ctx>> const& state,
+                            tensor_ref<float const, 3, space_of<Ctx>> m,
+                            tensor_ref<index_t const, 2, space_of<Ctx>> k,
+                            guard_ref<space_of<Ctx>> const& g, keep_plan<space_of<Ctx>> const& plan,
+                            workspace& w) {
+  { s.traits() } -> std::same_as<selector_traits>;
+  { s.key() } -> std::same_as<std::uint64_t>;
+  s.check();
+  { s.select(c, b, state, m, k, g, plan, w) } -> std::same_as<status>;
+};
 
 /// The best tokens. With `block > 1` (packed blocks) floor(k / block) * block of them, then packed.
 struct top_k {
@@ -55,7 +56,9 @@ struct whole_blocks {
   reduction how = reduction::sum;
 
   selector_traits traits() const { return {"whole_blocks", block, false, false}; }
-  std::uint64_t key() const { return static_cast<std::uint64_t>(block) * 8 + 4 + static_cast<std::uint64_t>(how); }
+  std::uint64_t key() const {
+    return static_cast<std::uint64_t>(block) * 8 + 4 + static_cast<std::uint64_t>(how);
+  }
   void check() const {
     KVKEEP_EXPECTS(block >= 1, "block", block, ">= 1");
     KVKEEP_EXPECTS(how != reduction::mean, "how", to_string(how), "sum or max");
@@ -68,8 +71,8 @@ struct whole_blocks {
                 tensor_ref<index_t const, 2, space_of<Ctx>> k,
                 guard_ref<space_of<Ctx>> const& guard, keep_plan<space_of<Ctx>> const& plan,
                 workspace& ws) const {
-    return run(ctx, op::select_blocks<space_of<Ctx>>{batch, slots, scores, k, guard, block, how,
-                                                     plan},
+    return run(ctx,
+               op::select_blocks<space_of<Ctx>>{batch, slots, scores, k, guard, block, how, plan},
                ws);
   }
 };

@@ -22,7 +22,8 @@ struct view_axis {
 };
 
 /// Refuses axes that overlap or whose farthest element does not fit a signed 64-bit byte offset.
-KVKEEP_COLD inline void check_axes(std::string const& plane, view_axis* axes, int n, offset_t element_bytes) {
+KVKEEP_COLD inline void check_axes(std::string const& plane, view_axis* axes, int n,
+                                   offset_t element_bytes) {
   // By stride. They are six at most: at -O3 g++ warns that std::sort may look at sixteen.
   for (int i = 1; i < n; ++i)
     for (int j = i; j > 0 && axes[j].stride < axes[j - 1].stride; --j)
@@ -54,25 +55,26 @@ KVKEEP_COLD int row_axes(plane_ref<Space> const& p, view_axis* axes) {
   return 2;
 }
 
-KVKEEP_COLD inline void check_table(std::string const& plane, paged_layout const& l, index_t max_slots) {
+KVKEEP_COLD inline void check_table(std::string const& plane, paged_layout const& l,
+                                    index_t max_slots) {
   auto const field = [&](char const* f) { return plane + ".layout." + f; };
   KVKEEP_EXPECTS(l.table != nullptr, field("table").c_str(), "null", "a block table");
   KVKEEP_EXPECTS(l.block_size >= 1, field("block_size").c_str(), l.block_size, ">= 1");
   KVKEEP_EXPECTS(l.n_blocks >= 1, field("n_blocks").c_str(), l.n_blocks, ">= 1");
   offset_t const slots = static_cast<offset_t>(l.blocks_per_table) * l.block_size;
   KVKEEP_EXPECTS(l.blocks_per_table >= 1 && slots >= max_slots, field("blocks_per_table").c_str(),
-                 l.blocks_per_table,
-                 "enough blocks for max_slots = " + std::to_string(max_slots));
+                 l.blocks_per_table, "enough blocks for max_slots = " + std::to_string(max_slots));
   KVKEEP_EXPECTS(slots <= std::numeric_limits<index_t>::max(), field("blocks_per_table").c_str(),
                  l.blocks_per_table, "fewer than 2^31 slots");
   KVKEEP_EXPECTS(l.table_seq_stride >= 0, field("table_seq_stride").c_str(), l.table_seq_stride,
                  ">= 0");
-  KVKEEP_EXPECTS(l.table_head_stride >= 0, field("table_head_stride").c_str(),
-                 l.table_head_stride, ">= 0");
+  KVKEEP_EXPECTS(l.table_head_stride >= 0, field("table_head_stride").c_str(), l.table_head_stride,
+                 ">= 0");
 }
 
 template <class Space>
-KVKEEP_COLD void check_plane(std::string const& name, plane_ref<Space> const& p, cache_shape const& s) {
+KVKEEP_COLD void check_plane(std::string const& name, plane_ref<Space> const& p,
+                             cache_shape const& s) {
   auto const field = [&](char const* f) { return name + "." + f; };
   KVKEEP_EXPECTS(p.data != nullptr, field("data").c_str(), "null", "a pointer");
   KVKEEP_EXPECTS(p.row_bytes >= 1, field("row_bytes").c_str(), p.row_bytes, ">= 1");
@@ -113,7 +115,7 @@ KVKEEP_COLD void check_plane(std::string const& name, plane_ref<Space> const& p,
 /// Ranges of a ragged host plane may not overlap; empty ranges are legal.
 template <class Space>
 KVKEEP_COLD void check_ragged_ranges(std::string const& name, plane_ref<Space> const& p,
-                         cache_shape const& s) {
+                                     cache_shape const& s) {
   auto const& l = p.layout.ragged;
   offset_t const n = static_cast<offset_t>(s.n_seq) * s.n_kv_heads;
   offset_t row = 1;  // elements that one row reaches
@@ -132,10 +134,10 @@ KVKEEP_COLD void check_ragged_ranges(std::string const& name, plane_ref<Space> c
     for (offset_t j = 0; j < n; ++j) {
       if (i == j || l.slots[i] == 0 || l.slots[j] == 0 || l.base[j] < l.base[i]) continue;
       offset_t const end = l.base[i] + (l.slots[i] - 1) * l.slot_stride + row;
-      KVKEEP_EXPECTS(l.base[j] >= end || l.base[j] + row <= l.base[i],
-                     (name + ".layout.base").c_str(), l.base[j],
-                     "ranges that do not overlap (another head ends at " + std::to_string(end) +
-                         ")");
+      KVKEEP_EXPECTS(
+          l.base[j] >= end || l.base[j] + row <= l.base[i], (name + ".layout.base").c_str(),
+          l.base[j],
+          "ranges that do not overlap (another head ends at " + std::to_string(end) + ")");
     }
 }
 

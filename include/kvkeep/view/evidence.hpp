@@ -20,9 +20,8 @@ enum class evidence : std::uint8_t {
 };
 
 constexpr char const* to_string(evidence e) noexcept {
-  constexpr char const* names[] = {"none",           "keys",        "keys_values",
-                                   "window_queries", "all_queries", "token_queries",
-                                   "engine_scores"};
+  constexpr char const* names[] = {"none",        "keys",          "keys_values",  "window_queries",
+                                   "all_queries", "token_queries", "engine_scores"};
   return names[static_cast<int>(e)];
 }
 
@@ -72,11 +71,16 @@ inline status check_token_query(queries const& q) noexcept {
 /// Element `at` of numbers that are not opaque, as fp32.
 KVKEEP_HD inline float number_at(void const* data, dtype type, offset_t at) noexcept {
   switch (type) {
-    case dtype::f16: return to_float(static_cast<fp16 const*>(data)[at]);
-    case dtype::bf16: return to_float(static_cast<bf16 const*>(data)[at]);
-    case dtype::e4m3: return to_float(static_cast<fp8_e4m3 const*>(data)[at]);
-    case dtype::e5m2: return to_float(static_cast<fp8_e5m2 const*>(data)[at]);
-    default: return static_cast<float const*>(data)[at];
+    case dtype::f16:
+      return to_float(static_cast<fp16 const*>(data)[at]);
+    case dtype::bf16:
+      return to_float(static_cast<bf16 const*>(data)[at]);
+    case dtype::e4m3:
+      return to_float(static_cast<fp8_e4m3 const*>(data)[at]);
+    case dtype::e5m2:
+      return to_float(static_cast<fp8_e5m2 const*>(data)[at]);
+    default:
+      return static_cast<float const*>(data)[at];
   }
 }
 /// One element of queries as fp32.
@@ -115,7 +119,7 @@ struct head_vectors {
   dtype type = dtype::f32;
   offset_t entry_stride = 0;  ///< elements (opaque: bytes) between batch entries
   offset_t head_stride = 0;   ///< ... between KV heads
-  float scale = 1;            ///< of numbers before they are rounded: one over the scale of an FP8 plane
+  float scale = 1;  ///< of numbers before they are rounded: one over the scale of an FP8 plane
 };
 
 /// Keys and values of one new token per entry, `[entry, kv_head, dim]` each.

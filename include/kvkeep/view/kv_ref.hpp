@@ -21,10 +21,10 @@ template <class Space = host_space>
 struct plane_ref {
   std::byte* data = nullptr;
   dtype type = dtype::f32;
-  index_t dim = 0;          ///< features per row, as seen by scoring and attention
-  index_t row_bytes = 0;    ///< bytes of a row when its features are contiguous, or opaque
-  feature_map features{};   ///< identity for opaque rows
-  row_reader reader{};      ///< needed to score or attend over opaque rows
+  index_t dim = 0;         ///< features per row, as seen by scoring and attention
+  index_t row_bytes = 0;   ///< bytes of a row when its features are contiguous, or opaque
+  feature_map features{};  ///< identity for opaque rows
+  row_reader reader{};     ///< needed to score or attend over opaque rows
   any_layout layout{};
 
   KVKEEP_HD bool contiguous() const noexcept {
@@ -44,9 +44,9 @@ struct kv_ref {
   cache_shape shape{};
   plane_ref<Space> k{};
   plane_ref<Space> v{};
-  float scale = 0;                    ///< softmax scale, usually 1/sqrt(dim_k)
-  float softcap = 0;                  ///< 0: none
-  float const* sink_logits = nullptr; ///< [n_q_heads] logit that joins each normaliser, or null
+  float scale = 0;                     ///< softmax scale, usually 1/sqrt(dim_k)
+  float softcap = 0;                   ///< 0: none
+  float const* sink_logits = nullptr;  ///< [n_q_heads] logit that joins each normaliser, or null
 };
 static_assert(std::is_trivially_copyable_v<kv_ref<host_space>>);
 
@@ -66,7 +66,7 @@ template <class Space = host_space>
 struct slot_state {
   tensor_ref<index_t, 2, Space> lengths{};    ///< [id, kv_head] slots in use
   tensor_ref<index_t, 3, Space> positions{};  ///< [id, kv_head, slot] original token positions
-  tensor_ref<float, 4, Space> rows{};         ///< [id, kv_head, row, slot] the scorer's per-slot rows
+  tensor_ref<float, 4, Space> rows{};  ///< [id, kv_head, row, slot] the scorer's per-slot rows
 };
 
 /// One layer: cache and state.

@@ -94,11 +94,11 @@ kv_view<T, Space> contiguous_view(T* k, T* v, cache_shape const& s,
 /// Pages of a pool and the tables into it.
 struct page_geometry {
   index_t block_size = 0;
-  index_t n_blocks = 0;                     ///< blocks of the pool
-  index_t const* table = nullptr;           ///< [seq, block] or, per_head, [seq, kv_head, block]
+  index_t n_blocks = 0;            ///< blocks of the pool
+  index_t const* table = nullptr;  ///< [seq, block] or, per_head, [seq, kv_head, block]
   index_t blocks_per_table = 0;
   bool table_per_head = false;
-  axis_order order = axis_order::nhd;       ///< inside a block: [slot, head, dim] or [head, slot, dim]
+  axis_order order = axis_order::nhd;  ///< inside a block: [slot, head, dim] or [head, slot, dim]
 };
 
 /// Layout of one plane of pages with rows of `row` elements.

@@ -13,11 +13,10 @@ namespace kvkeep {
 /// A layout maps (sequence row, KV head, slot) to the offset of that row's feature 0, in elements.
 /// `capacity` bounds the slots of one sequence and head. Trivially copyable, usable in device code.
 template <class L>
-concept slot_layout =
-    std::is_trivially_copyable_v<L> && requires(L const l, index_t i) {
-      { l.offset(i, i, i) } -> std::same_as<offset_t>;  // seq, kv_head, slot
-      { l.capacity(i, i) } -> std::same_as<index_t>;    // seq, kv_head
-    };
+concept slot_layout = std::is_trivially_copyable_v<L> && requires(L const l, index_t i) {
+  { l.offset(i, i, i) } -> std::same_as<offset_t>;  // seq, kv_head, slot
+  { l.capacity(i, i) } -> std::same_as<index_t>;    // seq, kv_head
+};
 
 /// Offset of feature d from a row's start: `d / tile * outer + d % tile * inner`, in elements. The
 /// default is contiguous. Serves keys tiled by x features (`tile = x`, `outer` = one tile of a block)
@@ -51,15 +50,15 @@ struct strided_layout {
 /// vLLM-like pages: slot s of a sequence lies in block `table[seq, head, s / block_size]`, row
 /// `s % block_size`. `table_head_stride = 0` shares one table among the KV heads.
 struct paged_layout {
-  index_t const* table = nullptr;   ///< [seq, (head,) block] block numbers, in the view's space
-  offset_t table_seq_stride = 0;    ///< table entries between sequence rows
-  offset_t table_head_stride = 0;   ///< table entries between KV heads
-  index_t blocks_per_table = 0;     ///< entries per sequence (and head)
-  index_t block_size = 0;           ///< slots per block
-  index_t n_blocks = 0;             ///< blocks of the pool; entries lie in [0, n_blocks)
-  offset_t block_stride = 0;        ///< elements between blocks
-  offset_t head_stride = 0;         ///< elements between KV heads inside a block
-  offset_t slot_stride = 0;         ///< elements between slots inside a block
+  index_t const* table = nullptr;  ///< [seq, (head,) block] block numbers, in the view's space
+  offset_t table_seq_stride = 0;   ///< table entries between sequence rows
+  offset_t table_head_stride = 0;  ///< table entries between KV heads
+  index_t blocks_per_table = 0;    ///< entries per sequence (and head)
+  index_t block_size = 0;          ///< slots per block
+  index_t n_blocks = 0;            ///< blocks of the pool; entries lie in [0, n_blocks)
+  offset_t block_stride = 0;       ///< elements between blocks
+  offset_t head_stride = 0;        ///< elements between KV heads inside a block
+  offset_t slot_stride = 0;        ///< elements between slots inside a block
 
   KVKEEP_HD index_t entry(index_t seq, index_t head, index_t block) const noexcept {
     return table[seq * table_seq_stride + head * table_head_stride + block];
@@ -133,10 +132,14 @@ static_assert(std::is_trivially_copyable_v<any_layout>);
 template <class F>
 decltype(auto) visit_layout(any_layout const& l, F&& f) {
   switch (l.kind) {
-    case layout_kind::paged: return f(l.paged);
-    case layout_kind::ragged: return f(l.ragged);
-    case layout_kind::custom: return f(l.custom);
-    case layout_kind::strided: break;
+    case layout_kind::paged:
+      return f(l.paged);
+    case layout_kind::ragged:
+      return f(l.ragged);
+    case layout_kind::custom:
+      return f(l.custom);
+    case layout_kind::strided:
+      break;
   }
   return f(l.strided);
 }
@@ -144,13 +147,12 @@ decltype(auto) visit_layout(any_layout const& l, F&& f) {
 /// The engine's own layout as a custom_layout. Host only; `l` must outlive the result.
 template <slot_layout L>
 custom_layout erase_layout(L const& l) noexcept {
-  return {&l,
-          [](void const* o, index_t s, index_t h, index_t t) {
-            return static_cast<L const*>(o)->offset(s, h, t);
-          },
-          [](void const* o, index_t s, index_t h) {
-            return static_cast<L const*>(o)->capacity(s, h);
-          }};
+  return {
+      &l,
+      [](void const* o, index_t s, index_t h, index_t t) {
+        return static_cast<L const*>(o)->offset(s, h, t);
+      },
+      [](void const* o, index_t s, index_t h) { return static_cast<L const*>(o)->capacity(s, h); }};
 }
 
 }  // namespace kvkeep

@@ -5,8 +5,8 @@
 
 #include "../../op/accumulate.hpp"
 #include "fold.hpp"
-#include "kernels/fused_rows.hpp"
 #include "fused_rows.hpp"
+#include "kernels/fused_rows.hpp"
 
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
@@ -34,7 +34,8 @@ inline void accumulate_head(op::accumulate<host_space> const& o, float* inverse,
 }
 
 /// Folds one token's weights into the slots' sums. Cost: 4 bytes per weight, 8 per output.
-KVKEEP_CPU_OP status enqueue(context& c, op::accumulate<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::accumulate<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.weights) || !slots_contiguous(o.fold.out)) return status::bad_argument;
   workspace::frame const frame(ws);
   index_t const heads = o.slots.lengths.extent[1];
@@ -131,7 +132,8 @@ inline void ring_score_head(op::ring_score<host_space> const& o, ring_scratch co
 }
 
 /// MorphKV's scores from cached weights. Cost as the op says.
-KVKEEP_CPU_OP status enqueue(context& c, op::ring_score<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::ring_score<host_space> const& o,
+                             workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.weights) || !slots_contiguous(o.q) || !slots_contiguous(o.out) ||

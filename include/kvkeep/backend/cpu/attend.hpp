@@ -160,8 +160,8 @@ inline void attend_head(op::attend<host_space> const& o, attend_scratch const& s
   if (o.fold.out.data != nullptr)
     fold_head(o.fold, {z, stride, inverse, group}, o.fold.out_by_id ? id : b, id, h, n);
   if (o.out.data != nullptr)
-    head_output({&kv.v, seq, h}, w, n, pointers, gathered, inverse + group, o.out.at(b, h * group, 0),
-                o.out.stride[1]);
+    head_output({&kv.v, seq, h}, w, n, pointers, gathered, inverse + group,
+                o.out.at(b, h * group, 0), o.out.stride[1]);
   // gathered planes write nothing for a head without slots
   for (index_t g = 0; n == 0 && o.out.data != nullptr && g < group; ++g)
     for (index_t d = 0; d < kv.shape.dim_v; ++d) o.out(b, h * group + g, d) = 0;
@@ -243,7 +243,8 @@ inline void row_weights_head(op::row_weights<host_space> const& o, float* gather
 }
 
 /// Weights of query rows. Cost: K once, 2 * dim_k flops and one exponential per row, head and slot.
-KVKEEP_CPU_OP status enqueue(context& c, op::row_weights<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::row_weights<host_space> const& o,
+                             workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.weights) || o.ring < 1)

@@ -49,9 +49,14 @@ inline void move_rows(plane const& from, plane const& to, std::byte* const* src,
     for (index_t i = 0; i < n; ++i) {
       if (src[i] == dst[i]) continue;
       switch (dtype_bytes(from.type)) {
-        case 4: move_features<std::uint32_t>(from, src[i], to, dst[i]); break;
-        case 2: move_features<std::uint16_t>(from, src[i], to, dst[i]); break;
-        default: move_features<std::uint8_t>(from, src[i], to, dst[i]);
+        case 4:
+          move_features<std::uint32_t>(from, src[i], to, dst[i]);
+          break;
+        case 2:
+          move_features<std::uint16_t>(from, src[i], to, dst[i]);
+          break;
+        default:
+          move_features<std::uint8_t>(from, src[i], to, dst[i]);
       }
     }
     return;

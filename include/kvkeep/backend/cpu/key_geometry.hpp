@@ -71,7 +71,8 @@ inline void key_diff_head(op::key_diff<host_space> const& o, geometry_scratch co
 }
 
 /// KeyDiff. Cost as the op says.
-KVKEEP_CPU_OP status enqueue(context& c, op::key_diff<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::key_diff<host_space> const& o,
+                             workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k)) return status::unsupported;
   if (!slots_contiguous(o.out) || !slots_contiguous(o.layer.slots.positions))
@@ -162,7 +163,8 @@ inline void lag_score_head(op::lag_score<host_space> const& o, geometry_scratch 
 }
 
 /// LagKV. Cost: K and V twice, 10 operations per feature, sorting inside the partitions.
-KVKEEP_CPU_OP status enqueue(context& c, op::lag_score<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::lag_score<host_space> const& o,
+                             workspace& ws) noexcept {
   kv_ref<host_space> const& kv = o.layer.kv;
   if (!readable(kv.k) || !readable(kv.v)) return status::unsupported;
   if (!slots_contiguous(o.out) || !slots_contiguous(o.layer.slots.positions) || o.lag < 1 ||

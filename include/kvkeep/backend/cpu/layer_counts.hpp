@@ -136,7 +136,8 @@ inline void count_entry(count_job const& job) noexcept {
 }
 
 /// Joint counts, one task per entry. Cost: 4 to 7 passes over the scores.
-KVKEEP_CPU_OP status enqueue(context& c, op::layer_counts<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::layer_counts<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || (o.normalize && o.n_maps != 1) || o.skip < 0)
     return status::bad_argument;
   workspace::frame const frame(ws);

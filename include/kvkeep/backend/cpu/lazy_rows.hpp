@@ -145,8 +145,8 @@ bool lazy_readable(Op const& o) noexcept {
   return slots_contiguous(o.state.ring_q) && slots_contiguous(o.state.rows) &&
          slots_contiguous(o.state.head) && slots_contiguous(o.layer.slots.positions) &&
          o.fuse != reduction::mean && s.n_rows >= 1 && s.n_rows <= s.window &&
-         s.n_rows <= lazy_shape::most_rows &&
-         s.window >= lazy_shape::ahead && s.group == o.layer.kv.shape.group();
+         s.n_rows <= lazy_shape::most_rows && s.window >= lazy_shape::ahead &&
+         s.group == o.layer.kv.shape.group();
 }
 
 /// Takes rows into the state. Cost as the op says.

@@ -30,7 +30,8 @@ inline void scale_row(float const* in, index_t n, float scale, float* out) noexc
 }
 
 /// Reduces rows. Cost: 4 bytes per input, 4 per output.
-KVKEEP_CPU_OP status enqueue(context& c, op::reduce_rows<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::reduce_rows<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.in) || !slots_contiguous(o.out) ||
       (o.by_age && o.seen == nullptr && !ws.measuring()) || !slots_contiguous(o.slots.positions))
     return status::bad_argument;
@@ -81,7 +82,8 @@ inline index_t const* position_order(index_t const* positions, index_t n, index_
 }
 
 /// Pools rows in place. Cost: 16 bytes and `kernel` operations per value.
-KVKEEP_CPU_OP status enqueue(context& c, op::pool_rows<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::pool_rows<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.values) || !slots_contiguous(o.slots.positions) || o.kernel < 1 ||
       o.kernel % 2 == 0)
     return status::bad_argument;

@@ -11,7 +11,8 @@ namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
 
 /// Mean over the KV heads, written back to each. Cost: 8 bytes per score.
-KVKEEP_CPU_OP status enqueue(context& c, op::mean_heads<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::mean_heads<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.scores)) return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);
   index_t const heads = o.slots.lengths.extent[1];
@@ -29,7 +30,8 @@ KVKEEP_CPU_OP status enqueue(context& c, op::mean_heads<host_space> const& o, wo
 }
 
 /// Running sum over layers, and the mean at the last one. Cost: 12 bytes per score.
-KVKEEP_CPU_OP status enqueue(context& c, op::mean_layers<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::mean_layers<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.sum) || o.n_layers < 1)
     return status::bad_argument;
   if (!placed(ws)) return not_placed(ws);

@@ -55,7 +55,8 @@ inline bool select_head(op::select_k<host_space> const& o, select_scratch const&
 }
 
 /// Keep plans. `bad_argument` if a plan has fewer places than slots are kept. Cost as the op says.
-KVKEEP_CPU_OP status enqueue(context& c, op::select_k<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::select_k<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions) ||
       !slots_contiguous(o.out.slots))
     return status::bad_argument;
@@ -118,7 +119,8 @@ inline bool select_blocks_head(op::select_blocks<host_space> const& o,
 }
 
 /// Plans of whole blocks and the open tail. Cost: 8 bytes per slot.
-KVKEEP_CPU_OP status enqueue(context& c, op::select_blocks<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::select_blocks<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions) ||
       !slots_contiguous(o.out.slots) || o.block < 1 || o.how == reduction::mean)
     return status::bad_argument;
@@ -141,7 +143,8 @@ KVKEEP_CPU_OP status enqueue(context& c, op::select_blocks<host_space> const& o,
 }
 
 /// Victims. Cost: 16 bytes read per slot, half of them from the first-level cache.
-KVKEEP_CPU_OP status enqueue(context& c, op::evict_one<host_space> const& o, workspace& ws) noexcept {
+KVKEEP_CPU_OP status enqueue(context& c, op::evict_one<host_space> const& o,
+                             workspace& ws) noexcept {
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions))
     return status::bad_argument;
   workspace::frame const frame(ws);

@@ -114,8 +114,7 @@ status session<Ctx, P, D>::check_batch(batch const& b) const noexcept {
 /// Ids and rows of a batch in scratch; the largest batch while measuring.
 template <backend Ctx, class P, class D>
 auto session<Ctx, P, D>::list(batch const& b, workspace& w) const noexcept -> entries {
-  std::size_t const n =
-      w.measuring() ? static_cast<std::size_t>(limits_.max_batch) : b.ids.size();
+  std::size_t const n = w.measuring() ? static_cast<std::size_t>(limits_.max_batch) : b.ids.size();
   entries const e{static_cast<index_t>(n), w.take<index_t>(n), w.take<index_t>(n)};
   for (std::size_t i = 0; i < n && e.ids != nullptr && e.rows != nullptr; ++i) {
     e.ids[i] = b.ids[i];
@@ -164,8 +163,7 @@ auto session<Ctx, P, D>::transient(layer_data const&, index_t id, kv_ref<space> 
 }
 
 template <backend Ctx, class P, class D>
-auto session<Ctx, P, D>::guard_of(bool prompt, index_t id0) const noexcept
-    -> guard_ref<space> {
+auto session<Ctx, P, D>::guard_of(bool prompt, index_t id0) const noexcept -> guard_ref<space> {
   guard const g = prompt ? prompt_.keep : decode_.keep;
   return {g.sinks, g.recent, shared_.frozen == nullptr ? nullptr : shared_.frozen + id0};
 }

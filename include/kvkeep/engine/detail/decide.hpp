@@ -69,8 +69,8 @@ auto session<Ctx, P, D>::list_due(layer_data const& l, index_t const* ids, index
 /// What a scorer sees of a source whose newest tokens have been folded in. Takes the rows' list from the
 /// scratch.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::newest_input(layer_data const& l, source const& s, score_input<space>& in,
-                                        workspace& w) const noexcept {
+status session<Ctx, P, D>::newest_input(layer_data const& l, source const& s,
+                                        score_input<space>& in, workspace& w) const noexcept {
   index_t* const newest = w.take<index_t>(static_cast<std::size_t>(s.batch.n));
   in = input(l, s, false, newest);
   if (w.measuring()) {
@@ -105,9 +105,17 @@ status session<Ctx, P, D>::resolve_keep(layer_data const& l, source const& s, in
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
   keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  detail::resolve_keep<space> const resolve{
-      l.k,     s.layer.slots, s.batch.id, s.batch.id, heads, decode_.when.evict_after,
-      decode_.when.room, extra, decode_.select.traits().block, 0, keep};
+  detail::resolve_keep<space> const resolve{l.k,
+                                            s.layer.slots,
+                                            s.batch.id,
+                                            s.batch.id,
+                                            heads,
+                                            decode_.when.evict_after,
+                                            decode_.when.room,
+                                            extra,
+                                            decode_.select.traits().block,
+                                            0,
+                                            keep};
   return each(s.batch.n * heads, resolve, w);
 }
 
@@ -168,8 +176,9 @@ status session<Ctx, P, D>::evict_several(layer_data& l, source const& s,
   KVKEEP_TRY(resolve_keep(l, s, extra, keep, w));
   auto const size = product(n, heads);
   index_t const slots = l.kv.shape.max_slots;
-  keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
-                              row_major<space>(w.take<index_t>(size), n, heads)};
+  keep_plan<space> const plan{
+      row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
+      row_major<space>(w.take<index_t>(size), n, heads)};
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   KVKEEP_TRY(decode_.select.select(*ctx_, s.batch, s.layer.slots, scores, keep, guard, plan, w));
   if (!w.measuring()) {
@@ -201,8 +210,8 @@ status session<Ctx, P, D>::apply(layer_data& l, source const& s,
 
 /// Decides for the sequences that are due in one layer.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t const* rows,
-                                  index_t n, index_t extra, workspace& w) noexcept {
+status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t const* rows, index_t n,
+                                  index_t extra, workspace& w) noexcept {
   if (!detail::cuts_while_decoding(decode_.score)) return status::ok;
   workspace::frame const frame(w);
   due_entries const due = list_due(l, ids, rows, n, extra, w);
@@ -217,8 +226,7 @@ status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t con
   if (n == 0) return status::ok;
   source const s = pool(l, due.ids + found, due.rows + found, n);
   index_t const heads = shape_.cache.n_kv_heads, slots = l.kv.shape.max_slots;
-  auto const scores = row_major<space>(
-      w.take<float>(product(n, heads, slots)), n, heads, slots);
+  auto const scores = row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   KVKEEP_TRY(score_tokens(l, s, extra, scores, w));
   return apply(l, s, scores, extra, w);
@@ -235,18 +243,17 @@ status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* r
   if (due.n == 0) return status::ok;
   n = due.n;
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
-  auto const scores = row_major<space>(
-      w.take<float>(product(n, heads, slots)), n, heads, slots);
+  auto const scores = row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   auto const n_layers = static_cast<index_t>(layers_.size());
   for (auto& l : layers_) {
     source const s = pool(l, due.ids, due.rows, n);
     KVKEEP_TRY(score_tokens(l, s, 0, scores, w));
-    KVKEEP_TRY(run(*ctx_,
-                   op::mean_layers<space>{s.batch, s.layer.slots, scores, l.number == 0,
-                                          l.number + 1 == n_layers, n_layers,
-                                          shared_.sequence_scores},
-                   w));
+    KVKEEP_TRY(
+        run(*ctx_,
+            op::mean_layers<space>{s.batch, s.layer.slots, scores, l.number == 0,
+                                   l.number + 1 == n_layers, n_layers, shared_.sequence_scores},
+            w));
   }
   for (auto& l : layers_)
     KVKEEP_TRY(apply(l, pool(l, due.ids, due.rows, n), shared_.sequence_scores, 0, w));

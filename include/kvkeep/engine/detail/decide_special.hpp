@@ -21,11 +21,9 @@ status session<Ctx, P, D>::attend_special(layer_data& l, source const& s, op::at
     index_t const n = s.batch.n, hq = shape_.cache.n_q_heads, slots = l.kv.shape.max_slots;
     index_t const heads = shape_.cache.n_kv_heads;
     auto const size = product(n, hq, slots);
-    auto const visible =
-        row_major<space>(w.take<std::uint8_t>(size), n, hq, slots);
+    auto const visible = row_major<space>(w.take<std::uint8_t>(size), n, hq, slots);
     float* own = decode_.when.per_head_mask ? w.take<float>(size) : nullptr;
-    auto const scores = row_major<space>(
-        w.take<float>(product(n, heads, slots)), n, heads, slots);
+    auto const scores = row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
     index_t* seen = w.take<index_t>(static_cast<std::size_t>(shape_.n_sequences));
     if (!measuring && !w.ok()) return status::workspace_too_small;
     auto in = input(l, s, false, nullptr);
@@ -37,9 +35,8 @@ status session<Ctx, P, D>::attend_special(layer_data& l, source const& s, op::at
       in.seen = seen;
       KVKEEP_TRY(each(n * hq, detail::show_all<space>{visible}, w));
     }
-    auto const heads_map = own == nullptr && !measuring
-                               ? tensor_ref<float, 3, space>{}
-                               : row_major<space>(own, n, hq, slots);
+    auto const heads_map = own == nullptr && !measuring ? tensor_ref<float, 3, space>{}
+                                                        : row_major<space>(own, n, hq, slots);
     KVKEEP_TRY(decode_.score.score_direct(*ctx_, in, scores, heads_map, w));
     if (decode_.when.per_head_mask) KVKEEP_TRY(mask_heads(l, s, heads_map, visible, w));
     if (measuring) {
@@ -54,10 +51,9 @@ status session<Ctx, P, D>::attend_special(layer_data& l, source const& s, op::at
       return let_go(l, s, scores, w);
     }
     KVKEEP_TRY(let_go(l, s, scores, w));
-    KVKEEP_TRY(each(n * hq,
-                    detail::hide_victims<space>{visible, l.victim, s.batch.id,
-                                                shape_.cache.group()},
-                    w));
+    KVKEEP_TRY(
+        each(n * hq,
+             detail::hide_victims<space>{visible, l.victim, s.batch.id, shape_.cache.group()}, w));
     a.visible = visible;
     return run(*ctx_, a, w);
   } else {
@@ -91,15 +87,16 @@ status session<Ctx, P, D>::mask_heads(layer_data& l, source const& s,
   tensor_ref<index_t, 2, space> keep;
   KVKEEP_TRY(resolve_keep(l, s, 1, keep, w));
   auto const size = product(n, heads);
-  keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
-                              row_major<space>(w.take<index_t>(size), n, heads)};
+  keep_plan<space> const plan{
+      row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
+      row_major<space>(w.take<index_t>(size), n, heads)};
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   guard_ref<space> guard = guard_of(false, 0);
   guard.recent += 1;
   for (index_t g = 0; g < group; ++g) {
     auto const scores = detail::heads_of_groups(own, group, g);
-    KVKEEP_TRY(run(*ctx_,
-                   op::select_k<space>{s.batch, s.layer.slots, scores, keep, guard, plan}, w));
+    KVKEEP_TRY(
+        run(*ctx_, op::select_k<space>{s.batch, s.layer.slots, scores, keep, guard, plan}, w));
     using show = detail::show_plan<space>;
     KVKEEP_TRY(each(n * heads * show::pieces(slots), show{visible, plan, heads, group, g}, w));
   }

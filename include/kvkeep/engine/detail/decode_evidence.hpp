@@ -128,8 +128,7 @@ status session<Ctx, P, D>::observe(index_t layer, batch const& b,
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0 || a.data == nullptr) return status::bad_argument;
-  if (shape_.rows.weight_ring == 0 || rings_tokens_)
-    return status::unsupported;
+  if (shape_.rows.weight_ring == 0 || rings_tokens_) return status::unsupported;
   KVKEEP_TRY(check_batch(b));
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   KVKEEP_TRY(check_token(l, b));

@@ -124,8 +124,9 @@ status session<Ctx, P, D>::append_at(batch const& b, std::int64_t const* slot_ma
         auto const& layout = l.kv.k.layout;
         if (slot_mapping == nullptr || layout.kind != layout_kind::paged) continue;
         index_t const slot = l.slots.lengths(id, h), block = layout.paged.block_size;
-        std::int64_t const at = static_cast<std::int64_t>(layout.paged.entry(row, h, slot / block)) *
-                                    block + slot % block;
+        std::int64_t const at =
+            static_cast<std::int64_t>(layout.paged.entry(row, h, slot / block)) * block +
+            slot % block;
         if (at != slot_mapping[i]) return status::bad_argument;
       }
     }
@@ -145,7 +146,8 @@ status session<Ctx, P, D>::confirm(batch const& b, index_t n) noexcept {
   if (n < 1) return status::bad_argument;
   for (auto const& l : layers_)
     for (index_t const id : b.ids) {
-      index_t const have = limits_.decode == decode_offer::nothing ? l.appended[id] : l.attended[id];
+      index_t const have =
+          limits_.decode == decode_offer::nothing ? l.appended[id] : l.attended[id];
       if (have - shared_.confirmed[id] < n || have != l.appended[id]) return status::bad_order;
     }
   workspace w = scratch();

@@ -115,8 +115,7 @@ status session<Ctx, P, D>::choose_layers(index_t n, workspace& w) noexcept {
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   bool const wide = decode_.width() == scope::sequence;
   auto const n_layers = static_cast<index_t>(layers_.size());
-  auto const scores = row_major<space>(
-      w.take<float>(product(n, heads, slots)), n, heads, slots);
+  auto const scores = row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
   auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
@@ -127,18 +126,26 @@ status session<Ctx, P, D>::choose_layers(index_t n, workspace& w) noexcept {
     if (!wide) break;
     source const s = pool(l, plan_.id, plan_.row, n);
     KVKEEP_TRY(score(l, s));
-    KVKEEP_TRY(run(*ctx_,
-                   op::mean_layers<space>{s.batch, s.layer.slots, scores, l.number == 0,
-                                          l.number + 1 == n_layers, n_layers,
-                                          shared_.sequence_scores},
-                   w));
+    KVKEEP_TRY(
+        run(*ctx_,
+            op::mean_layers<space>{s.batch, s.layer.slots, scores, l.number == 0,
+                                   l.number + 1 == n_layers, n_layers, shared_.sequence_scores},
+            w));
   }
   for (auto& l : layers_) {
     source const s = pool(l, plan_.id, plan_.row, n);
     if (!wide) KVKEEP_TRY(score(l, s));
-    detail::resolve_keep<space> const resolve{
-        l.k, s.layer.slots, s.batch.id, s.batch.id, heads, decode_.when.evict_after,
-        decode_.when.room, 0, decode_.select.traits().block, 0, keep};
+    detail::resolve_keep<space> const resolve{l.k,
+                                              s.layer.slots,
+                                              s.batch.id,
+                                              s.batch.id,
+                                              heads,
+                                              decode_.when.evict_after,
+                                              decode_.when.room,
+                                              0,
+                                              decode_.select.traits().block,
+                                              0,
+                                              keep};
     KVKEEP_TRY(each(n * heads, resolve, w));
     keep_plan<space> const plan{detail::rebase(plan_.slots, l.number * n),
                                 detail::rebase(plan_.count, l.number * n)};
@@ -185,15 +192,15 @@ status session<Ctx, P, D>::report(index_t id, report_buffer const& out, index_t 
   auto const n_layers = static_cast<index_t>(layers_.size());
   index_t const heads = n_layers * shape_.cache.n_kv_heads;
   workspace w = scratch();
-  KVKEEP_TRY(each(plan_.n_tables,
-                  detail::measure_tables<space>{layers_.data(), n_layers, plan_, id}, w));
+  KVKEEP_TRY(
+      each(plan_.n_tables, detail::measure_tables<space>{layers_.data(), n_layers, plan_, id}, w));
   // A report that does not fit changes nothing.
   std::size_t n_freed = 0, n_entries = 0;
   for (index_t t = 0; t < plan_.n_tables; ++t) {
     auto const& owner = layers_[static_cast<std::size_t>(plan_.owner[t] / shape_.cache.n_kv_heads)];
     n_freed += static_cast<std::size_t>(plan_.freed[t]);
     n_entries = product(t, owner.kv.k.layout.paged.blocks_per_table) +
-              static_cast<std::size_t>(plan_.needed[t]);
+                static_cast<std::size_t>(plan_.needed[t]);
   }
   auto const tables = static_cast<std::size_t>(plan_.n_tables);
   auto const fits = [](std::span<index_t> s, std::size_t n) { return s.empty() || s.size() >= n; };
@@ -201,11 +208,11 @@ status session<Ctx, P, D>::report(index_t id, report_buffer const& out, index_t 
       !fits(out.freed_of, tables) || !fits(out.tables, n_entries) || !fits(out.table_sizes, tables))
     return status::bad_argument;
   auto const data = [](std::span<index_t> s) { return s.empty() ? nullptr : s.data(); };
-  KVKEEP_TRY(each(plan_.n_tables,
-                  detail::write_tables<space>{layers_.data(), plan_, id, row, data(out.freed),
-                                              data(out.freed_of), data(out.tables),
-                                              data(out.table_sizes)},
-                  w));
+  KVKEEP_TRY(
+      each(plan_.n_tables,
+           detail::write_tables<space>{layers_.data(), plan_, id, row, data(out.freed),
+                                       data(out.freed_of), data(out.tables), data(out.table_sizes)},
+           w));
   return each(heads,
               detail::close_report<space>{layers_.data(), plan_, id, data(out.lengths), nullptr,
                                           data(out.faults)},

@@ -12,7 +12,8 @@ namespace kvkeep::detail {
 
 /// Refuses evidence that cannot serve a scorer.
 template <class Score>
-KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limits const& lim, bool decode_role) {
+KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limits const& lim,
+                             bool decode_role) {
   scorer_traits const t = score.traits();
   auto const wants = [&](char const* field, char const* offer, char const* need) {
     refuse(field, std::string(offer), std::string(need) + " for the scorer " + t.name);
@@ -54,10 +55,10 @@ KVKEEP_COLD inline void check_limits(limits const& l) {
 
 /// The scorer can decide with the newest token's own query, or per query head.
 template <class Score, class Ctx>
-concept scores_directly =
-    requires(Score const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
-             score_map<space_of<Ctx>> m, tensor_ref<float, 3, space_of<Ctx>> h, workspace& w) {
-      { s.score_direct(c, in, m, h, w) } -> std::same_as<status>;
-    };
+concept scores_directly = requires(Score const& s, Ctx& c, score_input<space_of<Ctx>> const& in,
+                                   score_map<space_of<Ctx>> m,
+                                   tensor_ref<float, 3, space_of<Ctx>> h, workspace& w) {
+  { s.score_direct(c, in, m, h, w) } -> std::same_as<status>;
+};
 
 }  // namespace kvkeep::detail

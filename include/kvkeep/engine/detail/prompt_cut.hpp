@@ -90,14 +90,20 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
   bool const whole = detail::keeps_all(prompt_.score);
   bool const wide = prompt_.width() == scope::sequence;
   auto const bt = prompt_.budget.traits();
-  budget_input<space> b{static_cast<index_t>(layers_.size()), l.number, heads, tokens,
-                        prompt_.keep.sinks, prompt_.keep.recent, {}, shared_.prompt_k};
+  budget_input<space> b{static_cast<index_t>(layers_.size()),
+                        l.number,
+                        heads,
+                        tokens,
+                        prompt_.keep.sinks,
+                        prompt_.keep.recent,
+                        {},
+                        shared_.prompt_k};
   if (bt.needs_scores) b.scores = shared_.prompt_scores;
 
   bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
   if (short_prompt && !measuring)
-    KVKEEP_TRY(detail::fill_layer(*ctx_, b, l.number,
-                                  std::max(tokens, prompt_.budget.capacity()), w));
+    KVKEEP_TRY(
+        detail::fill_layer(*ctx_, b, l.number, std::max(tokens, prompt_.budget.capacity()), w));
   else if (!bt.needs_scores)
     KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
 
@@ -105,8 +111,7 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
                                  (bt.needs_scores ? !short_prompt : cuts_at_prompt(l, from)));
   index_t const slots = from.layer.kv.shape.max_slots;
   score_map<space> scores = row_major<space>(
-      bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)), 1, heads,
-      slots);
+      bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)), 1, heads, slots);
   if (bt.needs_scores) {
     scores.data = shared_.prompt_scores.at(measuring ? 0 : l.number);
     scores.stride[0] = shared_.prompt_scores.stride[1];
@@ -188,9 +193,15 @@ status session<Ctx, P, D>::hand_over(layer_data& l, source const& to, workspace&
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::keep_scores(layer_data const&, source const& s, score_map<space> m,
                                        workspace& w) noexcept {
-  detail::copy_slot_row<space> const copy{m.data, m.stride[0], m.stride[1],
-                                          shape_.cache.n_kv_heads, 1, s.batch.id,
-                                          &shape_.rows.score_at, 0, s.layer.slots};
+  detail::copy_slot_row<space> const copy{m.data,
+                                          m.stride[0],
+                                          m.stride[1],
+                                          shape_.cache.n_kv_heads,
+                                          1,
+                                          s.batch.id,
+                                          &shape_.rows.score_at,
+                                          0,
+                                          s.layer.slots};
   return each(shape_.cache.n_kv_heads, copy, w);
 }
 
@@ -225,22 +236,29 @@ status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source 
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
   auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
   auto const size = static_cast<std::size_t>(heads);
-  keep_plan<space> const plan{row_major<space>(w.take<index_t>(product(size, slots)), 1, heads, slots),
-                              row_major<space>(w.take<index_t>(size), 1, heads)};
+  keep_plan<space> const plan{
+      row_major<space>(w.take<index_t>(product(size, slots)), 1, heads, slots),
+      row_major<space>(w.take<index_t>(size), 1, heads)};
   if (!measuring && !w.ok()) return status::workspace_too_small;
   bool const cuts = measuring || cuts_at_prompt(l, from);
-  detail::resolve_keep<space> const resolve{
-      shared_.prompt_k, from.layer.slots, &l.number, from.batch.id, heads,
-      prompt_.when.evict_after, prompt_.when.room, 0, prompt_.select.traits().block,
-      cuts ? 0 : std::numeric_limits<index_t>::max(), keep};
+  detail::resolve_keep<space> const resolve{shared_.prompt_k,
+                                            from.layer.slots,
+                                            &l.number,
+                                            from.batch.id,
+                                            heads,
+                                            prompt_.when.evict_after,
+                                            prompt_.when.room,
+                                            0,
+                                            prompt_.select.traits().block,
+                                            cuts ? 0 : std::numeric_limits<index_t>::max(),
+                                            keep};
   KVKEEP_TRY(each(heads, resolve, w));
   KVKEEP_TRY(prompt_.select.select(*ctx_, from.batch, from.layer.slots, scores, keep,
                                    guard_of(true, from.id0), plan, w));
   if (!measuring) {
     KVKEEP_TRY(room_for_plan(l, plan, from.batch, to.batch));
     note_cut(l, from, plan);
-    if (!prompt_.select.traits().moves_tokens)
-      KVKEEP_TRY(record_blocks(l, from.batch, plan, w));
+    if (!prompt_.select.traits().moves_tokens) KVKEEP_TRY(record_blocks(l, from.batch, plan, w));
     next_generation(to.batch.id[0]);
   }
   op::compact<space> move{from.batch, from.layer, to.batch, to.layer, plan};

@@ -21,9 +21,9 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
   if (l.prompt_done[id] != 0) return status::bad_order;
   index_t const n = q.n_tokens();
   KVKEEP_TRY(detail::check_chunk(q));
-  bool const all = prompt_.score.traits().prompt == evidence::all_queries ||
-                   (decode_.score.traits().at_decode &&
-                    decode_.score.traits().prompt == evidence::all_queries);
+  bool const all =
+      prompt_.score.traits().prompt == evidence::all_queries ||
+      (decode_.score.traits().at_decode && decode_.score.traits().prompt == evidence::all_queries);
   if (all && q.n_rows != n) return status::bad_argument;
   index_t const p0 = l.appended[id];
   index_t const zero = 0;
@@ -41,10 +41,9 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
   }
   workspace w = scratch(m);
   index_t const state_row = limits_.max_prompt > 0 ? 0 : id;
-  KVKEEP_TRY(each(shape_.cache.n_kv_heads,
-                  detail::extend_head<space>{from.layer.slots, state_row, p0, n,
-                                             shape_.rows.weights_at},
-                  w));
+  KVKEEP_TRY(each(
+      shape_.cache.n_kv_heads,
+      detail::extend_head<space>{from.layer.slots, state_row, p0, n, shape_.rows.weights_at}, w));
   l.appended[id] = l.seen[id] = l.attended[id] = p0 + n;
   l.count.tokens += n;
   KVKEEP_TRY(push_ring(l, id, q, 0, p0 + n - q.n_rows, w));
@@ -90,8 +89,8 @@ status session<Ctx, P, D>::push_ring(layer_data& l, index_t id, queries const& q
 
 /// Hands prompt queries to the scorers that want all of them.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::feed_scorers(layer_data& l, source const& s, queries const& q, index_t p0,
-                                        workspace& w) noexcept {
+status session<Ctx, P, D>::feed_scorers(layer_data& l, source const& s, queries const& q,
+                                        index_t p0, workspace& w) noexcept {
   index_t const most = limits_.max_chunk;
   KVKEEP_TRY(detail::feed_prompt(*ctx_, prompt_.score, input(l, s, true, nullptr), q, p0, most, w));
   if (one_policy_ || !decode_.score.traits().at_decode) return status::ok;

@@ -85,8 +85,8 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
   if (w.measuring()) return status::ok;
   auto const traits = decode.budget.traits();
   index_t const heads = l.kv.shape.n_kv_heads;
-  budget_input<space> b{n_layers, l.number, heads, tokens, decode.keep.sinks, decode.keep.recent,
-                        {}, {}};
+  budget_input<space> b{n_layers,          l.number,           heads, tokens,
+                        decode.keep.sinks, decode.keep.recent, {},    {}};
   b.k.data = l.k.at(id);
   b.k.extent[0] = n_layers;
   b.k.extent[1] = heads;

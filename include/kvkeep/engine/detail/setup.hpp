@@ -46,7 +46,8 @@ void session<Ctx, P, D>::check_evidence() const {
     return e != evidence::none && e != evidence::engine_scores;
   };
   bool const reads_k = reads(prompt_.score.traits().prompt) ||
-                       reads(decode_.score.traits().decode) || limits_.decode == decode_offer::attend;
+                       reads(decode_.score.traits().decode) ||
+                       limits_.decode == decode_offer::attend;
   for (auto const& l : layers_)
     for (auto const* p : {&l.kv.k, &l.kv.v})
       KVKEEP_EXPECTS(p->type != dtype::opaque || p->reader.read != nullptr || !reads_k,
@@ -56,8 +57,7 @@ void session<Ctx, P, D>::check_evidence() const {
 template <backend Ctx, class P, class D>
 void session<Ctx, P, D>::plan_state() {
   cache_shape cache = layers_[0].kv.shape;
-  for (auto const& l : layers_)
-    cache.max_slots = std::max(cache.max_slots, l.kv.shape.max_slots);
+  for (auto const& l : layers_) cache.max_slots = std::max(cache.max_slots, l.kv.shape.max_slots);
   shape_.cache = cache;
   shape_.n_sequences = limits_.max_sequences;
   shape_.max_prompt = limits_.max_prompt;
@@ -84,7 +84,8 @@ void session<Ctx, P, D>::carve(workspace& w) {
   detail::carve_shared(w, shared_, shape_, n_layers, scores ? n_layers : 0,
                        wide ? limits_.max_batch : 0);
   bool const whole = !prompt_.select.traits().moves_tokens || !decode_.select.traits().moves_tokens;
-  detail::carve_plan(w, plan_, layers_, shape_, limits_.engine_commits ? limits_.max_batch : 0, whole);
+  detail::carve_plan(w, plan_, layers_, shape_, limits_.engine_commits ? limits_.max_batch : 0,
+                     whole);
 }
 
 /// Binds policies to the layers of a model. @see session

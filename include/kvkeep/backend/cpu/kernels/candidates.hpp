@@ -91,8 +91,7 @@ inline std::pair<F, F> each_key(candidates const& c, std::int32_t other, F f, F 
 }
 template <class F>
 inline std::pair<F, F> each_key(candidates const& c, std::int32_t other, F f, F g) noexcept {
-  return c.allowed != nullptr ? each_key<true>(c, other, f, g)
-                              : each_key<false>(c, other, f, g);
+  return c.allowed != nullptr ? each_key<true>(c, other, f, g) : each_key<false>(c, other, f, g);
 }
 
 /// The lowest key of each lane, and of equal ones the highest position.

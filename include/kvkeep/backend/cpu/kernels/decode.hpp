@@ -86,7 +86,8 @@ inline void qk_piece(query_rows const& q, row_list<T> const& k, index_t begin, i
 /// Cost: n * dim elements read once, 2 * G * n * dim flops.
 /// Not inlined: callers with one query row would make the compiler warn of the others' code.
 template <class T>
-[[gnu::noinline]] void qk_rows(query_rows const& q, row_list<T> const& k, float* z, offset_t stride) noexcept {
+[[gnu::noinline]] void qk_rows(query_rows const& q, row_list<T> const& k, float* z,
+                               offset_t stride) noexcept {
   for (index_t begin = 0; begin < k.n; begin += row_block) {
     index_t const end = k.n - begin < row_block ? k.n : begin + row_block;
     for (index_t g = 0; g < q.n_rows;) {

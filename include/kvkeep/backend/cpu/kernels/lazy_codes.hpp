@@ -59,7 +59,7 @@ struct bound_source {
   float const* factors = nullptr;
   index_t padded = 0;
   index_t n_rows = 0;
-  index_t newest = 0;  ///< position
+  index_t newest = 0;       ///< position
   index_t newest_code = 0;  ///< newest % n_rows
   row_fold fuse = row_fold::sum;
 
