@@ -3,7 +3,6 @@
 /// H2O's score: attention mass accumulated since a token entered the cache; ObservedAttention with age.
 #pragma once
 
-#include "../op/accumulate.hpp"
 #include "scorer.hpp"
 
 namespace kvkeep {
@@ -43,10 +42,7 @@ struct heavy_hitter_score : scorer_base {
   }
   template <class Ctx>
   status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
-    return run(ctx,
-               op::accumulate<space_of<Ctx>>{in.batch, in.layer.slots, in.weights, in.weight_sum,
-                                             in.newest_row, in.weight_stride, attention_fold(in)},
-               ws);
+    return fold_weights(ctx, in, attention_fold(in), ws);
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
@@ -99,10 +95,7 @@ struct last_row_score : scorer_base {
   }
   template <class Ctx>
   status fold(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
-    return run(ctx,
-               op::accumulate<space_of<Ctx>>{in.batch, in.layer.slots, in.weights, in.weight_sum,
-                                             in.newest_row, in.weight_stride, attention_fold(in)},
-               ws);
+    return fold_weights(ctx, in, attention_fold(in), ws);
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,

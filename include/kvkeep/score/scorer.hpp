@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstdint>
 
+#include "../op/accumulate.hpp"
 #include "../op/score_slots.hpp"
 #include "../op/window_score.hpp"
 #include "../view/evidence.hpp"
@@ -217,6 +218,16 @@ status last_queries(Ctx& ctx, score_input<space_of<Ctx>> const& in, index_t n,
       shape.n_q_heads, shape.dim_k};
   return run(
       ctx, op::for_each<detail::gather_queries<space>, space>{static_cast<index_t>(rows), fn}, ws);
+}
+
+/// Folds the newest token's weights where attention has not done it (`attention_fold`).
+template <class Ctx>
+status fold_weights(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                    weight_fold<space_of<Ctx>> const& fold, workspace& ws) {
+  return run(ctx,
+             op::accumulate<space_of<Ctx>>{in.batch, in.layer.slots, in.weights, in.weight_sum,
+                                           in.newest_row, in.weight_stride, fold},
+             ws);
 }
 
 }  // namespace kvkeep
