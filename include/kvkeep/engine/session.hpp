@@ -149,11 +149,14 @@ class session {
     index_t* rows = nullptr;
   };
   /// Sequences that are due: from each of the first `single` one token leaves.
-  struct due_entries {
-    index_t n = 0;
-    index_t* ids = nullptr;
-    index_t* rows = nullptr;
+  struct due_entries : entries {
     index_t single = 0;
+  };
+  /// Scores of a batch, and what a decision keeps by them.
+  struct ranking {
+    tensor_ref<float const, 3, space> scores;
+    guard_ref<space> guard;
+    tensor_ref<index_t, 2, space> keep{};  ///< [id, kv_head]
   };
 
   // set-up (setup.hpp)
@@ -236,12 +239,14 @@ class session {
   status resolve_keep(layer_data const& l, source const& s, index_t extra,
                       tensor_ref<index_t, 2, space>& keep, workspace& w) const noexcept;
   status take_victims(layer_data& l, source const& s, workspace& w) noexcept;
-  status evict_single(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
-                      index_t extra, workspace& w) noexcept;
-  status evict_several(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
-                       index_t extra, workspace& w) noexcept;
+  status evict_single(layer_data& l, source const& s, ranking const& by, workspace& w) noexcept;
+  status evict_several(layer_data& l, source const& s, ranking const& by, workspace& w) noexcept;
   status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
                index_t extra, workspace& w) noexcept;
+  status add_layer(layer_data const& l, source const& s, tensor_ref<float const, 3, space> scores,
+                   score_map<space> sum, workspace& w) const noexcept;
+  KVKEEP_COLD status score_layers(batch_ref<space> const& b, score_map<space> scores,
+                                  workspace& w) noexcept;
   KVKEEP_COLD status attend_special(layer_data& l, source const& s, op::attend<space>& a,
                                     workspace& w) noexcept;
   due_entries list_due(layer_data const& l, index_t const* ids, index_t const* rows, index_t n,

@@ -253,20 +253,15 @@ struct resolve_keep {
   index_t const* k_id;  ///< [entry] row of k
   index_t const* id;    ///< [entry] row of s
   index_t n_kv_heads;
-  double evict_after;
-  index_t room;
-  index_t extra;  ///< slots beyond k (decisions before attention keep C + 1)
-  index_t block;
+  cut_rule rule;
+  index_t extra;                      ///< slots beyond k (decisions before attention keep C + 1)
   index_t least;                      ///< heads with fewer tokens stay whole
   tensor_ref<index_t, 2, Space> out;  ///< [id, head]
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const entry = i / n_kv_heads, h = i % n_kv_heads;
-    index_t const n = s.lengths(id[entry], h);
-    index_t const budget = k(k_id[entry], h);
-    index_t const keep = budget - room > 0 ? budget - room + extra : extra;
-    bool const due = n >= least && n >= trigger(budget, evict_after) - room + extra &&
-                     (block == 1 || n / block > budget / block);
-    out(id[entry], h) = due ? (block == 1 ? keep : budget / block * block) : n;
+    index_t const n = s.lengths(id[entry], h), budget = k(k_id[entry], h);
+    bool const due = n >= least && rule.due(n, budget, extra);
+    out(id[entry], h) = due ? rule.kept(budget, extra) : n;
   }
 };
 

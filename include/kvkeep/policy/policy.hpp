@@ -86,6 +86,26 @@ KVKEEP_HD inline index_t trigger(index_t k, double evict_after) noexcept {
   return burst > k + 1 ? static_cast<index_t>(burst < most ? burst : most) : k + 1;
 }
 
+/// When a head is cut, and to how many tokens.
+struct cut_rule {
+  double evict_after;  ///< cadence::evict_after
+  index_t room;        ///< cadence::room
+  index_t block;       ///< selector_traits::block
+
+  /// Whether `n` tokens are cut to a budget of `k`. @param extra  slots that stay besides
+  KVKEEP_HD bool due(index_t n, index_t k, index_t extra) const noexcept {
+    return n >= trigger(k, evict_after) - room + extra && (block == 1 || n / block > k / block);
+  }
+  KVKEEP_HD index_t kept(index_t k, index_t extra) const noexcept {
+    if (block > 1) return k / block * block;
+    return (k > room ? k - room : 0) + extra;
+  }
+};
+template <class P>
+cut_rule cut_rule_of(P const& p) noexcept {
+  return {p.when.evict_after, p.when.room, p.select.traits().block};
+}
+
 /// Most slots per head that a decode policy needs besides drafts (DESIGN contract 6).
 inline index_t decode_slots(index_t k, cadence const& when) noexcept {
   index_t const peak = trigger(k, when.evict_after);

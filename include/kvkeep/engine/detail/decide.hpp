@@ -24,14 +24,11 @@ status session<Ctx, P, D>::after_token(layer_data& l, index_t const* ids, index_
 template <backend Ctx, class P, class D>
 index_t session<Ctx, P, D>::excess(layer_data const& l, index_t id, index_t extra) const noexcept {
   index_t most = 0;
-  index_t const block = decode_.select.traits().block;
-  index_t const room = decode_.when.room;
+  auto const rule = detail::cut_rule_of(decode_);
   for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
-    index_t const n = l.slots.lengths(id, h) - (l.victim(id, h) >= 0 ? 1 : 0);
-    index_t const k = l.k(id, h);
-    bool const due = n >= detail::trigger(k, decode_.when.evict_after) - room + extra &&
-                     (block == 1 || n / block > k / block);
-    if (due && l.victim(id, h) < 0) most = std::max(most, n - (std::max(k - room, 0) + extra));
+    if (l.victim(id, h) >= 0) continue;
+    index_t const n = l.slots.lengths(id, h), k = l.k(id, h);
+    if (rule.due(n, k, extra)) most = std::max(most, n - rule.kept(k, extra));
   }
   return most;
 }
@@ -49,7 +46,7 @@ auto session<Ctx, P, D>::list_due(layer_data const& l, index_t const* ids, index
                                   index_t n, index_t extra, workspace& w) const noexcept
     -> due_entries {
   auto const size = static_cast<std::size_t>(n);
-  due_entries due{n, w.take<index_t>(size), w.take<index_t>(size), n};
+  due_entries due{{n, w.take<index_t>(size), w.take<index_t>(size)}, n};
   if (w.measuring() || !w.ok()) return due;
   due.n = due.single = 0;
   for (index_t i = 0; i < n; ++i) {
@@ -96,27 +93,19 @@ status session<Ctx, P, D>::score_tokens(layer_data& l, source const& s, index_t 
   return run(*ctx_, op::mean_heads<space>{s.batch, s.layer.slots, out}, w);
 }
 
-/// Tokens that each head of a source keeps, `[id, kv_head]`, in scratch.
+/// What each head of a source keeps when a decision is due, else all it has: `[id, kv_head]`, in scratch.
+/// @param extra  slots beyond the budget that stay
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::resolve_keep(layer_data const& l, source const& s, index_t extra,
                                         tensor_ref<index_t, 2, space>& keep,
                                         workspace& w) const noexcept {
-  index_t const heads = shape_.cache.n_kv_heads;
-  auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
+  index_t const ids = shape_.n_sequences, heads = shape_.cache.n_kv_heads;
+  keep = row_major<space>(w.take<index_t>(product(ids, heads)), ids, heads);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  detail::resolve_keep<space> const resolve{l.k,
-                                            s.layer.slots,
-                                            s.batch.id,
-                                            s.batch.id,
-                                            heads,
-                                            decode_.when.evict_after,
-                                            decode_.when.room,
-                                            extra,
-                                            decode_.select.traits().block,
-                                            0,
-                                            keep};
-  return each(s.batch.n * heads, resolve, w);
+  detail::resolve_keep<space> const step{
+      l.k, s.layer.slots, s.batch.id, s.batch.id, heads, detail::cut_rule_of(decode_), extra,
+      0,   keep};
+  return each(s.batch.n * heads, step, w);
 }
 
 /// Victims of a scorer that finds them itself.
@@ -138,25 +127,20 @@ status session<Ctx, P, D>::take_victims(layer_data& l, source const& s, workspac
   }
 }
 
-/// Turns scores into one victim per head of each sequence.
+/// One victim per head of each sequence.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::evict_single(layer_data& l, source const& s,
-                                        tensor_ref<float const, 3, space> scores, index_t extra,
+status session<Ctx, P, D>::evict_single(layer_data& l, source const& s, ranking const& by,
                                         workspace& w) noexcept {
-  workspace::frame const frame(w);
   index_t const heads = shape_.cache.n_kv_heads, n = s.batch.n;
-  guard_ref<space> guard = guard_of(false, 0);
-  guard.recent += extra;
-  tensor_ref<index_t, 2, space> keep;
-  KVKEEP_TRY(resolve_keep(l, s, extra, keep, w));
-  op::evict_one<space> evict{s.batch, s.layer.slots, scores, guard, l.victim};
+  op::evict_one<space> evict{s.batch, s.layer.slots, by.scores, by.guard, l.victim};
   bool const one_set = decode_.width() != scope::head;  // then all heads hold the same slots
   if (one_set) evict.slots.lengths.extent[1] = 1;
   KVKEEP_TRY(run(*ctx_, evict, w));
   if (one_set)
     KVKEEP_TRY(each(n * heads, detail::share_victim<space>{l.victim, s.batch.id, heads}, w));
   KVKEEP_TRY(each(n * heads,
-                  detail::drop_idle_victims<space>{l.slots, keep, l.victim, s.batch.id, heads}, w));
+                  detail::drop_idle_victims<space>{l.slots, by.keep, l.victim, s.batch.id, heads},
+                  w));
   if (w.measuring()) return status::ok;
   for (index_t i = 0; i < n; ++i) next_generation(s.batch.id[i]);
   note_victims(l, s.batch);
@@ -165,22 +149,16 @@ status session<Ctx, P, D>::evict_single(layer_data& l, source const& s,
 
 /// Cuts each sequence down to what it keeps.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::evict_several(layer_data& l, source const& s,
-                                         tensor_ref<float const, 3, space> scores, index_t extra,
+status session<Ctx, P, D>::evict_several(layer_data& l, source const& s, ranking const& by,
                                          workspace& w) noexcept {
   workspace::frame const frame(w);
-  index_t const heads = shape_.cache.n_kv_heads, n = s.batch.n;
-  guard_ref<space> guard = guard_of(false, 0);
-  guard.recent += extra;
-  tensor_ref<index_t, 2, space> keep;
-  KVKEEP_TRY(resolve_keep(l, s, extra, keep, w));
-  auto const size = product(n, heads);
-  index_t const slots = l.kv.shape.max_slots;
+  index_t const heads = shape_.cache.n_kv_heads, n = s.batch.n, slots = l.kv.shape.max_slots;
   keep_plan<space> const plan{
-      row_major<space>(w.take<index_t>(product(size, slots)), n, heads, slots),
-      row_major<space>(w.take<index_t>(size), n, heads)};
+      row_major<space>(w.take<index_t>(product(n, heads, slots)), n, heads, slots),
+      row_major<space>(w.take<index_t>(product(n, heads)), n, heads)};
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  KVKEEP_TRY(decode_.select.select(*ctx_, s.batch, s.layer.slots, scores, keep, guard, plan, w));
+  KVKEEP_TRY(
+      decode_.select.select(*ctx_, s.batch, s.layer.slots, by.scores, by.keep, by.guard, plan, w));
   if (!w.measuring()) {
     note_cut(l, s, plan);
     for (index_t i = 0; i < n; ++i) next_generation(s.batch.id[i]);
@@ -194,18 +172,23 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::apply(layer_data& l, source const& s,
                                  tensor_ref<float const, 3, space> scores, index_t extra,
                                  workspace& w) noexcept {
+  workspace::frame const frame(w);
+  ranking by{scores, guard_of(false, 0)};
+  by.guard.recent += extra;
+  KVKEEP_TRY(resolve_keep(l, s, extra, by.keep, w));
   if (w.measuring()) {
-    KVKEEP_TRY(evict_single(l, s, scores, extra, w));
-    return evict_several(l, s, scores, extra, w);
+    KVKEEP_TRY(evict_single(l, s, by, w));
+    return evict_several(l, s, by, w);
   }
   index_t single = 0;
   while (single < s.batch.n && one_leaves(l, s.batch.id[single], extra)) ++single;
   source part = s;
   part.batch.n = single;
-  if (single > 0) KVKEEP_TRY(evict_single(l, part, scores, extra, w));
+  if (single > 0) KVKEEP_TRY(evict_single(l, part, by, w));
   if (single == s.batch.n) return status::ok;
   part.batch = {s.batch.n - single, s.batch.row + single, s.batch.id + single};
-  return evict_several(l, part, detail::rebase(scores, single), extra, w);
+  by.scores = detail::rebase(scores, single);
+  return evict_several(l, part, by, w);
 }
 
 /// Decides for the sequences that are due in one layer.
@@ -232,7 +215,30 @@ status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t con
   return apply(l, s, scores, extra, w);
 }
 
-/// One kept set for all layers: scores are summed over the layers first.
+/// Adds a layer's scores to those of the layers before; with the last one's, `sum` is their mean.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::add_layer(layer_data const& l, source const& s,
+                                     tensor_ref<float const, 3, space> scores, score_map<space> sum,
+                                     workspace& w) const noexcept {
+  auto const n_layers = static_cast<index_t>(layers_.size());
+  op::mean_layers<space> const mean{
+      s.batch, s.layer.slots, scores, l.number == 0, l.number + 1 == n_layers, n_layers, sum};
+  return run(*ctx_, mean, w);
+}
+
+/// The mean over all layers of a batch's scores, `sequence_scores`. @param scores  scratch for a layer's
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::score_layers(batch_ref<space> const& b, score_map<space> scores,
+                                        workspace& w) noexcept {
+  for (auto& l : layers_) {
+    source const s = pool(l, b.id, b.row, b.n);
+    KVKEEP_TRY(score_tokens(l, s, 0, scores, w));
+    KVKEEP_TRY(add_layer(l, s, scores, shared_.sequence_scores, w));
+  }
+  return status::ok;
+}
+
+/// One kept set for all layers, by the mean of their scores.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* rows, index_t n,
                                             workspace& w) noexcept {
@@ -245,16 +251,7 @@ status session<Ctx, P, D>::decide_sequences(index_t const* ids, index_t const* r
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   auto const scores = row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  auto const n_layers = static_cast<index_t>(layers_.size());
-  for (auto& l : layers_) {
-    source const s = pool(l, due.ids, due.rows, n);
-    KVKEEP_TRY(score_tokens(l, s, 0, scores, w));
-    KVKEEP_TRY(
-        run(*ctx_,
-            op::mean_layers<space>{s.batch, s.layer.slots, scores, l.number == 0,
-                                   l.number + 1 == n_layers, n_layers, shared_.sequence_scores},
-            w));
-  }
+  KVKEEP_TRY(score_layers({n, due.rows, due.ids}, scores, w));
   for (auto& l : layers_)
     KVKEEP_TRY(apply(l, pool(l, due.ids, due.rows, n), shared_.sequence_scores, 0, w));
   return status::ok;

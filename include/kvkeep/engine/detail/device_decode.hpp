@@ -111,17 +111,8 @@ auto device_session<Ctx, P, D>::resolving(layer_data const& l, batch_ref<space> 
                                           index_t extra,
                                           tensor_ref<index_t, 2, space> const& keep) const noexcept
     -> detail::resolve_keep<space> {
-  return {l.k,
-          l.slots,
-          b.id,
-          b.id,
-          shape_.cache.n_kv_heads,
-          decode_.when.evict_after,
-          decode_.when.room,
-          extra,
-          decode_.select.traits().block,
-          0,
-          keep};
+  return {l.k,   l.slots, b.id, b.id, shape_.cache.n_kv_heads, detail::cut_rule_of(decode_),
+          extra, 0,       keep};
 }
 
 /// Lists the heads of a batch for which a cut is due, and what all of them keep.

@@ -169,10 +169,8 @@ status device_session<Ctx, P, D>::cut_prompt(layer_data& l, index_t id, source c
                                             numbers_ + l.number,
                                             from.batch.id,
                                             heads,
-                                            prompt_.when.evict_after,
-                                            prompt_.when.room,
+                                            detail::cut_rule_of(prompt_),
                                             0,
-                                            prompt_.select.traits().block,
                                             whole ? std::numeric_limits<index_t>::max() : 0,
                                             keep};
   KVKEEP_TRY(each(heads, resolve, w));

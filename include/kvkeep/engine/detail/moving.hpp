@@ -114,43 +114,19 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::choose_layers(index_t n, workspace& w) noexcept {
   index_t const heads = shape_.cache.n_kv_heads, slots = shape_.cache.max_slots;
   bool const wide = decode_.width() == scope::sequence;
-  auto const n_layers = static_cast<index_t>(layers_.size());
-  auto const scores = row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
-  auto const ids = static_cast<std::size_t>(shape_.n_sequences);
-  auto keep = row_major<space>(w.take<index_t>(product(ids, heads)), shape_.n_sequences, heads);
+  auto const own = row_major<space>(w.take<float>(product(n, heads, slots)), n, heads, slots);
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
-  auto const score = [&](layer_data& l, source const& s) {
-    return score_tokens(l, s, 0, scores, w);
-  };
+  if (wide) KVKEEP_TRY(score_layers({n, plan_.row, plan_.id}, own, w));
+  score_map<space> const scores = wide ? shared_.sequence_scores : own;
   for (auto& l : layers_) {
-    if (!wide) break;
+    workspace::frame const frame(w);
     source const s = pool(l, plan_.id, plan_.row, n);
-    KVKEEP_TRY(score(l, s));
-    KVKEEP_TRY(
-        run(*ctx_,
-            op::mean_layers<space>{s.batch, s.layer.slots, scores, l.number == 0,
-                                   l.number + 1 == n_layers, n_layers, shared_.sequence_scores},
-            w));
-  }
-  for (auto& l : layers_) {
-    source const s = pool(l, plan_.id, plan_.row, n);
-    if (!wide) KVKEEP_TRY(score(l, s));
-    detail::resolve_keep<space> const resolve{l.k,
-                                              s.layer.slots,
-                                              s.batch.id,
-                                              s.batch.id,
-                                              heads,
-                                              decode_.when.evict_after,
-                                              decode_.when.room,
-                                              0,
-                                              decode_.select.traits().block,
-                                              0,
-                                              keep};
-    KVKEEP_TRY(each(n * heads, resolve, w));
+    if (!wide) KVKEEP_TRY(score_tokens(l, s, 0, own, w));
+    tensor_ref<index_t, 2, space> keep;
+    KVKEEP_TRY(resolve_keep(l, s, 0, keep, w));
     keep_plan<space> const plan{detail::rebase(plan_.slots, l.number * n),
                                 detail::rebase(plan_.count, l.number * n)};
-    KVKEEP_TRY(decode_.select.select(*ctx_, s.batch, s.layer.slots,
-                                     wide ? shared_.sequence_scores : scores, keep,
+    KVKEEP_TRY(decode_.select.select(*ctx_, s.batch, s.layer.slots, scores, keep,
                                      guard_of(false, 0), plan, w));
   }
   return status::ok;

@@ -137,12 +137,8 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::join_layers(layer_data& l, source const& to, score_map<space> scores,
                                        workspace& w) noexcept {
-  auto const n_layers = static_cast<index_t>(layers_.size());
-  bool const last = l.number + 1 == n_layers;
-  KVKEEP_TRY(run(*ctx_,
-                 op::mean_layers<space>{to.batch, to.layer.slots, scores, l.number == 0, last,
-                                        n_layers, shared_.prompt_sum},
-                 w));
+  KVKEEP_TRY(add_layer(l, to, scores, shared_.prompt_sum, w));
+  bool const last = static_cast<std::size_t>(l.number) + 1 == layers_.size();
   return last || w.measuring() ? decide_sequence_prompt(to, w) : status::ok;
 }
 
@@ -211,14 +207,10 @@ bool session<Ctx, P, D>::cuts_at_prompt(layer_data const& l, source const& s) co
   if (detail::decides_late(prompt_.when)) return false;
   // The prompt's tokens count: a coupled layer may hold fewer by now.
   if (l.appended[s.id0 + s.batch.id[0]] < prompt_.score.least_tokens()) return false;
-  index_t const block = prompt_.select.traits().block;
-  for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
-    index_t const n = s.layer.slots.lengths(s.batch.id[0], h);
-    index_t const k = shared_.prompt_k(l.number, h);
-    if (n >= detail::trigger(k, prompt_.when.evict_after) - prompt_.when.room &&
-        (block == 1 || n / block > k / block))
+  auto const rule = detail::cut_rule_of(prompt_);
+  for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h)
+    if (rule.due(s.layer.slots.lengths(s.batch.id[0], h), shared_.prompt_k(l.number, h), 0))
       return true;
-  }
   return false;
 }
 
@@ -246,10 +238,8 @@ status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source 
                                             &l.number,
                                             from.batch.id,
                                             heads,
-                                            prompt_.when.evict_after,
-                                            prompt_.when.room,
+                                            detail::cut_rule_of(prompt_),
                                             0,
-                                            prompt_.select.traits().block,
                                             cuts ? 0 : std::numeric_limits<index_t>::max(),
                                             keep};
   KVKEEP_TRY(each(heads, resolve, w));
