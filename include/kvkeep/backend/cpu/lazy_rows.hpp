@@ -43,7 +43,7 @@ inline bound_source bounds_of(lazy_job const& job, tensor_ref<float, 4> const& r
   r.factors = factors;
   r.padded = s.padded_rows();
   r.n_rows = s.n_rows;
-  r.newest = job.newest;
+  r.n_present = job.newest - job.first + 1;
   r.newest_code = job.newest % s.n_rows;
   r.fuse = fuse == reduction::sum ? row_fold::sum : row_fold::max;
   return r;

@@ -59,8 +59,8 @@ struct bound_source {
   float const* factors = nullptr;
   index_t padded = 0;
   index_t n_rows = 0;
-  index_t newest = 0;       ///< position
-  index_t newest_code = 0;  ///< newest % n_rows
+  index_t n_present = 0;    ///< rows that were written; nobody has cleared the others
+  index_t newest_code = 0;  ///< place of the newest row
   row_fold fuse = row_fold::sum;
 
   /// Code of the row before; dividing for each would cost more than reading it.
@@ -68,15 +68,15 @@ struct bound_source {
   vf fold(vf acc, vf x) const noexcept { return fuse == row_fold::sum ? acc + x : max(acc, x); }
 };
 
-/// Prepares eight slots' bounds for phases `phase` to K - 1, from the rows up to `newest - phase`: those
-/// after them are added when the bound is read.
+/// Prepares eight slots' bounds for phases `phase` to K - 1, from all rows but the newest `phase`, which are
+/// added when the bound is read.
 template <int K>
 inline void prepare_bounds(bound_source const& s, index_t phase, index_t j) noexcept {
   vf acc[K];
   KVKEEP_CPU_UNROLL
   for (int k = 0; k < K; ++k) acc[k] = splat(0.0f);
   index_t row = s.newest_code;
-  for (index_t back = 0; back < s.n_rows && back <= s.newest; ++back, row = s.before(row)) {
+  for (index_t back = 0; back < s.n_present; ++back, row = s.before(row)) {
     if (back < phase) continue;
     vf const x = held(s.codes.get(row, j));
     KVKEEP_CPU_UNROLL
@@ -88,7 +88,7 @@ inline void prepare_bounds(bound_source const& s, index_t phase, index_t j) noex
 /// Lower bounds of eight slots' scores now.
 inline vf lower_bounds(bound_source const& s, index_t phase, index_t j) noexcept {
   vf acc = s.bounds.get(phase, j);
-  index_t const newer = std::min({phase, s.n_rows, s.newest + 1});
+  index_t const newer = std::min(phase, s.n_present);
   index_t row = s.newest_code;
   for (index_t back = 0; back < newer; ++back, row = s.before(row))
     acc = s.fold(acc, s.codes.get(row, j) * splat(s.factors[row]));

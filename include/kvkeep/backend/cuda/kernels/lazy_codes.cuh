@@ -43,8 +43,8 @@ struct bound_source {
   code_rows bounds;                ///< code k: the bound prepared for phase k
   float const* factors = nullptr;  ///< shared; of bound_factors
   index_t n_rows = 0;
-  index_t newest = 0;  ///< position
-  index_t first = 0;   ///< code of the newest row
+  index_t n_present = 0;  ///< rows that were written; nobody has cleared the others
+  index_t first = 0;      ///< code of the newest row
 
   /// Code of the row `back` positions before the newest one, and the reverse. Below n_rows.
   __device__ index_t code_of(index_t back) const {
@@ -64,8 +64,8 @@ struct max_fold {
   }
 };
 
-/// Prepares a slot's bounds for phases `phase` and later, from the rows up to `newest - phase`: those after
-/// them are added when the bound is read. Factors: [row][ahead]
+/// Prepares a slot's bounds for phases `phase` and later, from all rows but the newest `phase`, which are added
+/// when the bound is read. Factors: [row][ahead]
 template <class Fold>
 __device__ void prepare_bounds(bound_source const& s, index_t phase, index_t j, Fold const& fold) {
   constexpr int ahead = lazy_shape::ahead, at_once = 8;
@@ -79,7 +79,7 @@ __device__ void prepare_bounds(bound_source const& s, index_t phase, index_t j, 
       index_t const code = 2 * row + i;
       if (code >= s.n_rows) return;
       index_t const back = s.back_of(code);
-      if (back < phase || back > s.newest) return;
+      if (back < phase || back >= s.n_present) return;
       float const x = code_rows::value(word[i / 2], i);
       float4 const a = factors[2 * code], b = factors[2 * code + 1];
       float const f[ahead] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
@@ -105,7 +105,7 @@ __device__ void prepare_bounds(bound_source const& s, index_t phase, index_t j, 
 template <class Fold>
 __device__ float lower_bound(bound_source const& s, index_t phase, index_t j, Fold const& fold) {
   constexpr int most = lazy_shape::ahead - 1;
-  index_t const newer = min(phase, min(s.n_rows, s.newest + 1));
+  index_t const newer = min(phase, s.n_present);
   unsigned word[most];
   unrolled<most>([&](int i) { word[i] = i < newer ? s.codes.word(s.code_of(i) / 2, j) : 0u; });
   float acc = s.bounds.get(phase, j);

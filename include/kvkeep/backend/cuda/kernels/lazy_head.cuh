@@ -274,7 +274,7 @@ __device__ inline bound_source bounds_of(lazy_job const& job,
   r.bounds = {rows.at(job.id, job.h, s.code_words(), 0), rows.stride[2]};
   r.factors = factors;
   r.n_rows = s.n_rows;
-  r.newest = job.newest;
+  r.n_present = job.newest - job.first + 1;
   r.first = job.newest % s.n_rows;
   return r;
 }
