@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// A small engine around a session: caches in any layout, prompts in chunks or from a transient
-/// view,
+/// A small engine around a session: caches in any layout, prompts in chunks or from a transient view,
 /// decoding, and the state as sets of positions.
 #pragma once
 
 #include <memory>
 #include <optional>
 
+#include "aligned_block.hpp"
 #include "engine_types.hpp"
 
 namespace kvkeep::test {
@@ -28,8 +28,10 @@ class engine {
     if (options_.lim.max_prompt > 0) transient_.emplace(prompt_cache(options_));
     options_.lim.max_sequences = std::max(options_.lim.max_sequences, shape_.n_seq);
     if (options_.ctx == nullptr) options_.ctx = &plain();
-    session_.emplace(bind_session(*options_.ctx, prompt, decode.value_or(prompt),
-                                  std::span<layer_spec<> const>(specs_), options_.lim));
+    memory_ = std::make_unique<aligned_block>(
+        session_bytes(*options_.ctx, prompt, decode.value_or(prompt), specs(), options_.lim));
+    session_.emplace(bind_session(*options_.ctx, prompt, decode.value_or(prompt), specs(),
+                                  options_.lim, memory_->span()));
   }
 
   any_session& session() { return *session_; }
@@ -277,6 +279,7 @@ class engine {
   std::vector<test_cache> caches_;
   std::vector<layer_spec<>> specs_;
   std::optional<test_cache> transient_;
+  std::unique_ptr<aligned_block> memory_;
   std::optional<any_session> session_;
   int turn_ = 0;  ///< of the ways to append
 };

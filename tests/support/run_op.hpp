@@ -6,10 +6,9 @@
 /// with KVKEEP_TEST_CUDA, that for CUDA.
 #pragma once
 
-#include <cstring>
-#include <new>
 #include <tuple>
 
+#include "aligned_block.hpp"
 #include "test_layer.hpp"
 #if defined(KVKEEP_TEST_CUDA)
 #include "op_cuda.hpp"
@@ -18,23 +17,6 @@
 #endif
 
 namespace kvkeep::test {
-
-/// Memory of exactly `n` bytes on a 64-byte boundary.
-class aligned_block {
- public:
-  explicit aligned_block(std::size_t n) : n_(n) {
-    data_ = static_cast<std::byte*>(::operator new (n, std::align_val_t{64}));
-    std::memset(data_, 0xff, n);
-  }
-  aligned_block(aligned_block const&) = delete;
-  aligned_block& operator=(aligned_block const&) = delete;
-  ~aligned_block() { ::operator delete (data_, std::align_val_t{64}); }
-  std::span<std::byte> span(std::size_t less = 0) const { return {data_, n_ - less}; }
-
- private:
-  std::byte* data_;
-  std::size_t n_;
-};
 
 /// Measures, then runs in exactly that much memory.
 template <class Op>
