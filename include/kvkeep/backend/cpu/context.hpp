@@ -35,7 +35,8 @@ class thread_pool {
 
   int size() const noexcept { return static_cast<int>(threads_.size()) + 1; }
 
-  /// Calls `f(task, worker)` once for each task in [0, n_tasks), `worker` in [0, size()), and
+  /// Calls `f(task, worker)` once for each task in [0, n_tasks), `worker` in [0, size()) and
+  /// below n_tasks, and
   /// returns when all are done. `f` must not throw. Several threads may call at once: while the
   /// pool is busy, the others do their tasks alone.
   template <class F>
@@ -84,7 +85,7 @@ class thread_pool {
     for (;;) {
       seen = wait_while(generation_, [seen](std::uint32_t now) { return now == seen; });
       if (stop_.load(std::memory_order_relaxed)) return;
-      take_tasks(worker);
+      if (worker < n_tasks_) take_tasks(worker);  // scratch is for context::workers of them
       if (active_.fetch_sub(1, std::memory_order_acq_rel) == 1) active_.notify_one();
     }
   }
