@@ -85,11 +85,7 @@ class any_scorer {
     explicit model(S const& v) : s(v) {}
     scorer_traits traits() const override { return s.traits(); }
     state_spec state(cache_shape const& c) const override { return s.state(c); }
-    std::uint64_t key() const override {
-      std::uint64_t h = s.key();
-      for (char const c : std::string_view(s.traits().name)) h = config_key(h, c);
-      return h;
-    }
+    std::uint64_t key() const override { return s.key(); }
     index_t least_tokens() const override { return s.least_tokens(); }
     void check(cache_shape const& c) const override { s.check(c); }
     status observe_prompt(Ctx& c, input const& in, query_rows<space> const& q,

@@ -64,8 +64,10 @@ struct policy {
     return per == scope::head && score.traits().whole_layer ? scope::layer : per;
   }
   std::uint64_t key() const {
-    return config_key(score.key(), budget.key(), select.key(), keep.sinks, keep.recent, per,
-                      when.evict_after, when.room, when.before_attention, when.per_head_mask);
+    return config_key(name_key(score.traits().name), score.key(), name_key(budget.traits().name),
+                      budget.key(), name_key(select.traits().name), select.key(), keep.sinks,
+                      keep.recent, per, when.evict_after, when.room, when.before_attention,
+                      when.per_head_mask);
   }
 };
 
@@ -73,9 +75,6 @@ struct policy {
 template <class P, class Ctx>
 concept policy_on = backend<Ctx> && scorer<typename P::score_type, Ctx> &&
     budget_rule<typename P::budget_type, Ctx> && selector<typename P::select_type, Ctx>;
-
-/// Bound of capacities, windows and the like: sums and products of two stay in range.
-inline constexpr index_t most_tokens = 1 << 28;
 
 namespace detail {
 

@@ -40,8 +40,9 @@ struct lag_score : scorer_base {
     return t;
   }
   void check(cache_shape const& s) const {
-    KVKEEP_EXPECTS(sinks >= 0, "sinks", sinks, ">= 0");
-    KVKEEP_EXPECTS(lag >= 1, "lag", lag, ">= 1");
+    std::string const most = std::to_string(most_tokens);
+    KVKEEP_EXPECTS(sinks >= 0 && sinks <= most_tokens, "sinks", sinks, ">= 0 and <= " + most);
+    KVKEEP_EXPECTS(lag >= 1 && lag <= most_tokens, "lag", lag, ">= 1 and <= " + most);
     KVKEEP_EXPECTS(s.dim_k >= 2 && s.dim_v >= 2, "shape.dim_k", s.dim_k,
                    ">= 2 (a deviation over channels)");
   }

@@ -56,6 +56,7 @@ struct recent_fused_score : scorer_base {
     t.decode = evidence::token_queries;
     t.direct = true;
     t.finds_victims = evaluation == morph_rows::lazy;
+    t.victims_recent = window;
     return t;
   }
   void check(cache_shape const&) const {

@@ -5,6 +5,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <string_view>
 
 #include "../op/accumulate.hpp"
 #include "../op/score_slots.hpp"
@@ -12,6 +13,9 @@
 #include "../view/evidence.hpp"
 
 namespace kvkeep {
+
+/// Bound of capacities, windows and the like: sums and products of two stay in range.
+inline constexpr index_t most_tokens = 1 << 28;
 
 /// What a scorer can do and what it needs.
 struct scorer_traits {
@@ -27,6 +31,7 @@ struct scorer_traits {
   bool draft_safe = true;       ///< evidence of drafts is staged
   bool direct = false;          ///< has `score_direct`: may decide before a token's own attention
   bool finds_victims = false;   ///< has `victims`: finds the one that leaves without scores of all
+  index_t victims_recent = 0;   ///< ... which protects so many recent tokens, and no others
 };
 
 /// Memory that a scorer asks the session for.
@@ -159,6 +164,12 @@ std::uint64_t config_key(T const&... values) noexcept {
     for (std::size_t i = 0; i < sizeof v; ++i) h = (h ^ p[i]) * 1099511628211ULL;
   };
   (mix(values), ...);
+  return h;
+}
+/// The same of a name: scorers without options of their own have the same key.
+inline std::uint64_t name_key(std::string_view name) noexcept {
+  std::uint64_t h = 0;
+  for (char const c : name) h = config_key(h, c);
   return h;
 }
 

@@ -3,11 +3,14 @@
 /// Scores that a functor computes once per slot, from its position and rows: the easy way to a policy.
 #pragma once
 
+#include <type_traits>
+
 #include "scorer.hpp"
 
 namespace kvkeep {
 
-/// `Fn` is a slot functor (op/score_slots.hpp) with `static constexpr char const* name`. A score depends
+/// `Fn` is a slot functor (op/score_slots.hpp) with `static constexpr char const* name`, and `key()` if it
+/// has options (config_key). A score depends
 /// on nothing that changes while the token is cached, so it is computed when the token arrives (D
 /// operations) and then kept: one float per slot, and a decision reads no keys.
 template <class Fn>
@@ -24,6 +27,14 @@ struct slot_score : scorer_base {
     return t;
   }
   state_spec state(cache_shape const&) const { return {1, 0, 0}; }
+  std::uint64_t key() const {
+    if constexpr (requires { fn.key(); }) {
+      return fn.key();
+    } else {
+      static_assert(std::is_empty_v<Fn>, "a functor with options needs key(): what sets it apart");
+      return 0;
+    }
+  }
 
   template <class Ctx>
   status settle(Ctx& ctx, score_input<space_of<Ctx>> const& in, workspace& ws) const {
