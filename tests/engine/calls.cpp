@@ -435,3 +435,74 @@ TEST_CASE("a failed end of a prompt can be taken again") {
   s.tokens = 30;
   f.e->check({&s});
 }
+
+TEST_CASE("tokens of an open prompt are neither confirmed nor rolled back") {
+  fixture f;
+  f.w.draft = 2;
+  any const p = make("knorm", f.o);
+  f.e.emplace(f.w.options(p, 30), p);
+  stream s = f.e->begin(f.words);
+  batch const b{{&s.id, 1}};
+  auto const both = [&] {
+    f.refused(status::bad_order, [&] { return f.s().confirm(b, 1); });
+    f.refused(status::bad_order, [&] { return f.s().rollback(b, 1); });
+  };
+  for (index_t l : {0, 1}) f.e->observe_prompt(s, l, 20);
+  both();
+  REQUIRE(f.e->end_layer(s, 0) == status::ok);
+  both();
+  REQUIRE(f.e->end_layer(s, 1) == status::ok);
+  both();
+  // A draft in the first layer alone is none yet.
+  REQUIRE(f.s().append(0, b, f.slots.data()) == status::ok);
+  REQUIRE(f.s().attend(0, b, f.query(), f.out.data()) == status::ok);
+  both();
+  REQUIRE(f.s().append(1, b, f.slots.data()) == status::ok);
+  REQUIRE(f.s().attend(1, b, f.query(), f.out.data()) == status::ok);
+  REQUIRE(f.s().rollback(b, 1) == status::ok);
+  CHECK(f.s().verify() == status::ok);
+}
+
+TEST_CASE(
+    "a view that is refused leaves another sequence's prompt alone, which cannot be saved either") {
+  limits lim;
+  lim.max_prompt = 30;
+  fixture f(layout_id::hnd, "knorm", 14, lim);
+  stream a = f.e->begin(f.words), b = f.e->begin(f.more);
+  f.e->observe_prompt(a, 0, 10);
+  std::vector<std::byte> saved(f.s().saved_bytes());
+  CHECK(f.s().save(a.id, saved) == status::bad_order);
+  REQUIRE(f.s().save(b.id, saved) == status::ok);
+  kv_ref<> bad = f.e->cache(0).ref();
+  bad.shape.max_slots = 31;
+  CHECK(f.s().observe(0, b.id, tokens_only(5), &bad) == status::bad_argument);
+  CHECK(f.s().end_prompt(0, b.id, &bad) == status::bad_argument);
+  a.tokens = 10;
+  f.e->observe_prompt(a, 0, 20);
+  CHECK(f.e->end_layer(a, 0) == status::ok);
+}
+
+TEST_CASE("a copy is frozen as far as it has tokens") {
+  fixture f(layout_id::hnd, "knorm", 30);
+  stream s = f.e->begin(f.words);
+  f.e->prompt(s, 20);
+  index_t id = -1;
+  sequence_options o;
+  o.frozen = 21;
+  f.refused(status::bad_argument, [&] { return f.s().fork(s.id, id, o); });
+  o.frozen = 20;
+  CHECK(f.s().fork(s.id, id, o) == status::ok);
+}
+
+TEST_CASE("queries are shown where they were offered") {
+  limits lim;
+  lim.decode = decode_offer::nothing;
+  fixture f(layout_id::hnd, "knorm", 30, lim);
+  stream s = f.e->begin(f.words);
+  f.e->prompt(s, 20);
+  batch const b{{&s.id, 1}};
+  for (index_t l : {0, 1}) REQUIRE(f.s().append(l, b, f.slots.data()) == status::ok);
+  f.refused(status::unsupported, [&] { return f.s().attend(0, b, f.query(), f.out.data()); });
+  f.refused(status::unsupported, [&] { return f.s().observe(0, b, f.query()); });
+  CHECK(f.s().confirm(b, 1) == status::ok);
+}

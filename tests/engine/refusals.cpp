@@ -342,6 +342,9 @@ TEST_CASE("blocks need paged views and engine_commits") {
   refused(whole([](auto& b) { b.cache.layout = layout_id::paged; }), "per", "head",
           "layer or sequence");
   refused(whole([](auto& b) { b.lim.max_prompt = 30; }), "limits.max_prompt", "30", "never move");
+  // A layer that is cut twice before the engine knows of the first time.
+  refused(whole([](auto& b) { b.prompt = "dynamickv", b.decode = "fullkv"; }), "prompt.budget",
+          "dynamic", "cuts each layer once");
 }
 
 TEST_CASE("limits") {
@@ -404,4 +407,29 @@ TEST_CASE("layers: none, all skipped, and shapes that differ") {
   bad = cache.ref();
   bad.v.layout.strided.seq_stride = std::numeric_limits<offset_t>::max();
   has(message({{bad}}), "layers[0].v.layout.seq_stride");
+}
+
+TEST_CASE("what a part of a policy cannot do beside the others") {
+  // By bounds, MorphKV protects its window and nothing else.
+  test_cache const cache(binding().cache);
+  std::vector<layer_spec<>> const specs{{cache.ref()}};
+  cpu::context ctx;
+  auto const message = [&](auto const& p) {
+    return refusal(
+        [&] { (void)bind_session(ctx, p, std::span<layer_spec<> const>(specs), limits{}); });
+  };
+  for (morph_rows const rows : {morph_rows::lazy, morph_rows::cached, morph_rows::direct}) {
+    morphkv p = make_morphkv({.capacity = 20, .window = 8, .evaluation = rows});
+    CHECK(message(p) == "accepted");
+    bool const lazy = rows == morph_rows::lazy;
+    p.keep.sinks = 4;
+    has(message(p), lazy ? "keep.sinks = 4, allowed: 0" : "accepted");
+    p.keep = {0, 9};
+    has(message(p), lazy ? "keep.recent = 9, allowed: the window = 8" : "accepted");
+  }
+  // Sizes whose sum is no number.
+  has(message(make_lagkv({.capacity = 16, .sinks = huge, .lag = 4})),
+      "sinks = 2147483647, allowed: >= 0 and <= ");
+  has(message(make_lagkv({.capacity = 16, .lag = huge})),
+      "lag = 2147483647, allowed: >= 1 and <= ");
 }

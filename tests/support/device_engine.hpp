@@ -99,6 +99,12 @@ class device_engine {
     s.row = row_of(s.id);
     return s;
   }
+  /// The buffer for prompts to come.
+  void transient_slots(index_t n) {
+    cache_options c = prompt_cache(options_);
+    c.shape.max_slots = n;
+    transient_.emplace(c);
+  }
   void prompt(stream& s, index_t n, std::vector<index_t> const& chunks) {
     for (index_t l = 0; l < options_.n_layers; ++l) {
       index_t first = s.tokens;

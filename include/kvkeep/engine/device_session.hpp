@@ -264,8 +264,8 @@ class device_session : public detail::device_core<Ctx> {
   // device_sequences.hpp
   status fold_token(score_input<space> const& in, detail::token_steps<space>& t,
                     workspace& w) noexcept;
-  status add_layer(runner const& by, layer_data const& l, score_input<space> const& in,
-                   tensor_ref<float const, 3, space> scores, score_map<space> sum) noexcept;
+  status add_layer(runner const& by, layer_data const& l, bool comparable,
+                   op::mean_layers<space> const& m) noexcept;
   status decide_sequences(batch_ref<space> const& b, workspace& w) noexcept;
   status evict_sequences(batch_ref<space> const& b, workspace& w) noexcept;
   status cut_sequences(batch_ref<space> const& b, workspace& w) noexcept;

@@ -12,8 +12,9 @@ namespace kvkeep {
 /// What `choose` decided, for all managed layers of a batch. A view into the session's memory, in its space.
 template <class Space = host_space>
 struct plan {
-  index_t n = 0;                              ///< entries
-  index_t n_layers = 0;                       ///< managed layers
+  index_t n = 0;             ///< entries
+  index_t n_layers = 0;      ///< managed layers
+  std::uint64_t number = 0;  ///< of the call of `choose`, from 1: the last one's can be committed
   index_t const* id = nullptr;                ///< [entry]
   index_t const* row = nullptr;               ///< [entry]
   std::uint32_t const* generation = nullptr;  ///< [entry] of the sequences when chosen
@@ -31,7 +32,8 @@ struct report_buffer {
   std::span<index_t> lengths{};   ///< [managed layer, kv_head] slots in use
   std::span<index_t> freed{};     ///< blocks that no slot uses any more, tables one after another
   std::span<index_t> freed_of{};  ///< [table] how many of them belong to each table
-  std::span<index_t> tables{};    ///< [table, blocks_per_table] the entries to use from now on
+  /// Entries to use from now on: tables one after another, each with room for its `blocks_per_table`.
+  std::span<index_t> tables{};
   std::span<index_t> table_sizes{};  ///< [table] entries in use
   std::span<index_t> faults{};       ///< [1] bits of device_fault, 0 in a session
 };

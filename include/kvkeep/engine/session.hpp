@@ -161,7 +161,6 @@ class session {
 
   // set-up (setup.hpp)
   KVKEEP_COLD void check_setup(std::span<layer_spec<space> const> layers) const;
-  KVKEEP_COLD void check_evidence() const;
   KVKEEP_COLD void plan_state();
   KVKEEP_COLD void carve(workspace& w);
   KVKEEP_COLD void measure();
@@ -190,7 +189,7 @@ class session {
   void next_generation(index_t id) const noexcept;
 
   // prompt_evidence.hpp, prompt_cut.hpp
-  status take_staging(layer_data const& l, index_t id, index_t p0, index_t n) noexcept;
+  status take_staging(layer_data const& l, index_t id, index_t p0) noexcept;
   status keep_scores(layer_data const& l, source const& s, score_map<space> m,
                      workspace& w) noexcept;
   bool cuts_at_prompt(layer_data const& l, source const& s) const noexcept;
@@ -217,6 +216,7 @@ class session {
   status take_slots(layer_data& l, batch const& b, index_t* slots, workspace& w) noexcept;
   status check_rows(index_t layer, batch const& b, token_kv const& kv) const noexcept;
   status store_rows(index_t m, batch const& b, token_kv const& kv, index_t* slots) noexcept;
+  index_t pending(index_t id) const noexcept;
   status check_token(layer_data const& l, batch const& b) const noexcept;
   status show_token(index_t m, batch const& b, queries const& q, float* out, float* lse) noexcept;
   bool wants_weights(layer_data const& l, entries const& e) const noexcept;
@@ -243,8 +243,8 @@ class session {
   status evict_several(layer_data& l, source const& s, ranking const& by, workspace& w) noexcept;
   status apply(layer_data& l, source const& s, tensor_ref<float const, 3, space> scores,
                index_t extra, workspace& w) noexcept;
-  status add_layer(layer_data const& l, source const& s, tensor_ref<float const, 3, space> scores,
-                   score_map<space> sum, workspace& w) const noexcept;
+  status add_layer(layer_data const& l, bool comparable, op::mean_layers<space> const& m,
+                   workspace& w) const noexcept;
   KVKEEP_COLD status score_layers(batch_ref<space> const& b, score_map<space> scores,
                                   workspace& w) noexcept;
   KVKEEP_COLD status attend_special(layer_data& l, source const& s, op::attend<space>& a,
@@ -267,7 +267,7 @@ class session {
   KVKEEP_COLD status choose_layers(index_t n, workspace& w) noexcept;
   void note_victims(layer_data& l, batch_ref<space> const& b) noexcept;
   status room_for_plan(layer_data const& l, keep_plan<space> const& plan,
-                       batch_ref<space> const& from, batch_ref<space> const& to) const noexcept;
+                       batch_ref<space> const& to) const noexcept;
   void note_cut(layer_data& l, source const& from, keep_plan<space> const& plan) noexcept;
   status record_blocks(layer_data const& l, batch_ref<space> const& b, keep_plan<space> const& plan,
                        workspace& w) noexcept;

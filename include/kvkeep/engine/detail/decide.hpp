@@ -215,15 +215,12 @@ status session<Ctx, P, D>::decide(layer_data& l, index_t const* ids, index_t con
   return apply(l, s, scores, extra, w);
 }
 
-/// Adds a layer's scores to those of the layers before; with the last one's, `sum` is their mean.
+/// @param m  scores of a layer and their sum
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::add_layer(layer_data const& l, source const& s,
-                                     tensor_ref<float const, 3, space> scores, score_map<space> sum,
-                                     workspace& w) const noexcept {
-  auto const n_layers = static_cast<index_t>(layers_.size());
-  op::mean_layers<space> const mean{
-      s.batch, s.layer.slots, scores, l.number == 0, l.number + 1 == n_layers, n_layers, sum};
-  return run(*ctx_, mean, w);
+status session<Ctx, P, D>::add_layer(layer_data const& l, bool comparable,
+                                     op::mean_layers<space> const& m, workspace& w) const noexcept {
+  auto const n = static_cast<index_t>(layers_.size());
+  return run(*ctx_, detail::placed_among(l.number, n, comparable, m), w);
 }
 
 /// The mean over all layers of a batch's scores, `sequence_scores`. @param scores  scratch for a layer's
@@ -233,7 +230,9 @@ status session<Ctx, P, D>::score_layers(batch_ref<space> const& b, score_map<spa
   for (auto& l : layers_) {
     source const s = pool(l, b.id, b.row, b.n);
     KVKEEP_TRY(score_tokens(l, s, 0, scores, w));
-    KVKEEP_TRY(add_layer(l, s, scores, shared_.sequence_scores, w));
+    KVKEEP_TRY(add_layer(l, decode_.score.traits().comparable,
+                         {s.batch, s.layer.slots, scores, false, false, 1, shared_.sequence_scores},
+                         w));
   }
   return status::ok;
 }

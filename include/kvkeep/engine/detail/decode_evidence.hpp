@@ -44,6 +44,7 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::show_token(index_t m, batch const& b, queries const& q, float* out,
                                       float* lse) noexcept {
   KVKEEP_TRY(detail::check_token_query(q));
+  if (limits_.decode != decode_offer::attend) return status::unsupported;
   KVKEEP_TRY(check_batch(b));
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   KVKEEP_TRY(check_token(l, b));

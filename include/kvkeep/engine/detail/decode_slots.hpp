@@ -140,6 +140,15 @@ status session<Ctx, P, D>::append_at(batch const& b, std::int64_t const* slot_ma
 
 // -- drafts -----------------------------------------------------------------------------------------
 
+/// Unconfirmed tokens of a sequence; none while its prompt is open, or while layers have different tokens.
+template <backend Ctx, class P, class D>
+index_t session<Ctx, P, D>::pending(index_t id) const noexcept {
+  index_t const tokens = layers_[0].appended[id];
+  for (auto const& l : layers_)
+    if (l.prompt_done[id] == 0 || l.appended[id] != tokens) return 0;
+  return tokens - shared_.confirmed[id];
+}
+
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::confirm(batch const& b, index_t n) noexcept {
   KVKEEP_TRY(check_batch(b));
@@ -148,7 +157,7 @@ status session<Ctx, P, D>::confirm(batch const& b, index_t n) noexcept {
     for (index_t const id : b.ids) {
       index_t const have =
           limits_.decode == decode_offer::nothing ? l.appended[id] : l.attended[id];
-      if (have - shared_.confirmed[id] < n || have != l.appended[id]) return status::bad_order;
+      if (have != l.appended[id] || pending(id) < n) return status::bad_order;
     }
   workspace w = scratch();
   entries const e = list(b, w);
@@ -165,9 +174,8 @@ status session<Ctx, P, D>::rollback(batch const& b, index_t n) noexcept {
   KVKEEP_TRY(check_batch(b));
   if (limits_.max_draft == 0) return status::unsupported;
   if (n < 1) return status::bad_argument;
-  for (auto const& l : layers_)
-    for (index_t const id : b.ids)
-      if (l.appended[id] - shared_.confirmed[id] < n) return status::bad_order;
+  for (index_t const id : b.ids)
+    if (pending(id) < n) return status::bad_order;
   workspace w = scratch();
   entries const e = list(b, w);
   if (!w.ok()) return status::workspace_too_small;

@@ -27,7 +27,7 @@ status device_session<Ctx, P, D>::append(index_t layer, batch_ref<space> const& 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::decode(index_t layer, batch_ref<space> const& b,
                                          token_io const& t) noexcept {
-  if (managed(layer) == -1) return status::unsupported;
+  if (managed(layer) == -1 || limits_.decode != decode_offer::attend) return status::unsupported;
   KVKEEP_TRY(detail::check_token_query(t.q));
   if (t.out == nullptr) return status::bad_argument;
   KVKEEP_TRY(append_rows(layer, b, t.kv, &t.q, nullptr));

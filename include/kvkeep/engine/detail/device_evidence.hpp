@@ -30,6 +30,7 @@ status device_session<Ctx, P, D>::show_token(index_t layer, batch_ref<space> con
   index_t const m = managed(layer);
   if (m == -1) return out != nullptr ? status::unsupported : status::ok;
   KVKEEP_TRY(detail::check_token_query(q));
+  if (limits_.decode != decode_offer::attend) return status::unsupported;
   if (m < 0 || b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
   KVKEEP_TRY(wait_for_decision(m));
   workspace w = scratch();
@@ -39,7 +40,8 @@ status device_session<Ctx, P, D>::show_token(index_t layer, batch_ref<space> con
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::observe(index_t layer, batch_ref<space> const& b,
                                           attention_rows const& a) noexcept {
-  if (limits_.decode != decode_offer::attention_rows) return status::unsupported;
+  if (limits_.decode != decode_offer::attention_rows || shape_.rows.weight_ring == 0)
+    return status::unsupported;
   if (a.data == nullptr) return status::bad_argument;
   row_evidence e{a.data, a.entry_stride, a.head_stride, shape_.cache.n_q_heads};
   e.group = shape_.cache.group();
@@ -69,7 +71,9 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, own_scores 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::observe(index_t layer, batch_ref<space> const& b,
                                           own_scores const& s) noexcept {
-  if (limits_.decode != decode_offer::scores) return status::unsupported;
+  if (limits_.decode != decode_offer::scores ||
+      decode_.score.traits().decode != evidence::engine_scores)
+    return status::unsupported;
   if (s.data == nullptr) return status::bad_argument;
   row_evidence e{s.data, s.entry_stride, s.head_stride, shape_.cache.n_kv_heads};
   e.first_row = shape_.rows.decode_at;

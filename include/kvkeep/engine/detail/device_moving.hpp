@@ -37,13 +37,13 @@ status device_session<Ctx, P, D>::give_tails(batch_ref<space> const& b,
 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::choose(batch_ref<space> const& b, plan_type& out) noexcept {
-  if (!limits_.engine_commits || !decode_.score.traits().at_decode) return status::unsupported;
+  if (!limits_.engine_commits || !detail::cuts_while_decoding(decode_.score))
+    return status::unsupported;
   if (b.n < 1 || b.n > limits_.max_batch) return status::bad_argument;
   KVKEEP_TRY(join());
   workspace w = scratch();
   KVKEEP_TRY(choose_layers(b, w));
-  plan_.n = b.n;
-  out = {b.n, n_layers(), plan_.id, plan_.row, plan_.generation, plan_.slots, plan_.count};
+  out = plan_.chosen(b.n, n_layers());
   return status::ok;
 }
 
@@ -73,7 +73,9 @@ status device_session<Ctx, P, D>::choose_layers(batch_ref<space> const& b, works
       KVKEEP_TRY(newest(l, chosen, in, w));
       if (sums || !wide) KVKEEP_TRY(score_tokens(by, in, scores));
       if (sums) {
-        KVKEEP_TRY(add_layer(by, l, in, scores, shared_.sequence_scores));
+        KVKEEP_TRY(add_layer(
+            by, l, decode_.score.traits().comparable,
+            {in.batch, in.layer.slots, scores, false, false, 1, shared_.sequence_scores}));
         continue;
       }
       KVKEEP_TRY(each(b.n * heads, resolving(l, chosen, 0, keep), w));
@@ -86,7 +88,7 @@ status device_session<Ctx, P, D>::choose_layers(batch_ref<space> const& b, works
 
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::commit(plan_type const& p) noexcept {
-  if (p.n < 1 || p.n != plan_.n || p.id != plan_.id) return status::stale_plan;
+  if (!plan_.is_last(p)) return status::stale_plan;
   KVKEEP_TRY(join());
   workspace w = scratch();
   return commit_layers(p.n, w);

@@ -33,6 +33,7 @@ status device_session<Ctx, P, D>::find_prompt(layer_data const& l, index_t id,
   from = {one(0, row), {l.kv, shared_.staging.slots}, shared_.staging.weight_sum, id};
   if (prompt == nullptr) return status::ok;
   from.layer.kv = *prompt;
+  from.layer.slots.positions.extent[2] = prompt->shape.max_slots;
   KVKEEP_TRY(detail::check_prompt_view(*prompt, l.kv, most, row, tokens + more));
   // Ops may need copies of scattered rows, for which scratch was counted if the cache has such.
   if ((l.kv.k.contiguous() && !prompt->k.contiguous()) ||

@@ -69,7 +69,7 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
     KVKEEP_TRY(join_layers(l, id, to, scores, w));
   else if (scored || measuring || limits_.max_prompt > 0)
     KVKEEP_TRY(cut_prompt(l, id, from, to, scores, w));
-  if (!measuring && !short_prompt)
+  if (measuring || !short_prompt)
     for (index_t j = prompt_.budget.due(l.number, n_layers()).first; j < l.number; ++j) {
       layer_data& earlier = layers_[static_cast<std::size_t>(j)];
       auto const row = detail::row_as_map(earlier.slots.rows, shape_.rows.score_at);
@@ -85,7 +85,8 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::join_layers(layer_data& l, index_t id, source const& to,
                                               score_map<space> scores, workspace& w) noexcept {
-  KVKEEP_TRY(add_layer({*ctx_, w}, l, input(l, to, true), scores, shared_.prompt_sum));
+  KVKEEP_TRY(add_layer({*ctx_, w}, l, prompt_.score.traits().comparable,
+                       {to.batch, to.layer.slots, scores, false, false, 1, shared_.prompt_sum}));
   if (!is_last(l) && !w.measuring()) return status::ok;
   for (auto& each_layer : layers_) {
     source const at = pool(each_layer, to.batch);

@@ -19,14 +19,11 @@ status device_session<Ctx, P, D>::fold_token(score_input<space> const& in,
   return each(settle.n, settle.fn, w);
 }
 
-/// Adds a layer's scores to those of the sequences; the last layer's make them a mean.
+/// @param m  scores of a layer and their sum
 template <backend Ctx, class P, class D>
-status device_session<Ctx, P, D>::add_layer(runner const& by, layer_data const& l,
-                                            score_input<space> const& in,
-                                            tensor_ref<float const, 3, space> scores,
-                                            score_map<space> sum) noexcept {
-  return by(op::mean_layers<space>{in.batch, in.layer.slots, scores, l.number == 0, is_last(l),
-                                   n_layers(), sum});
+status device_session<Ctx, P, D>::add_layer(runner const& by, layer_data const& l, bool comparable,
+                                            op::mean_layers<space> const& m) noexcept {
+  return by(detail::placed_among(l.number, n_layers(), comparable, m));
 }
 
 template <backend Ctx, class P, class D>
@@ -52,7 +49,9 @@ status device_session<Ctx, P, D>::evict_sequences(batch_ref<space> const& b,
     score_input<space> in;
     KVKEEP_TRY(newest(l, b, in, w));
     KVKEEP_TRY(score_tokens(by, in, scores));
-    KVKEEP_TRY(add_layer(by, l, in, scores, shared_.sequence_scores));
+    KVKEEP_TRY(
+        add_layer(by, l, decode_.score.traits().comparable,
+                  {in.batch, in.layer.slots, scores, false, false, 1, shared_.sequence_scores}));
   }
   for (auto& l : layers_) {
     score_input<space> const in = input(l, pool(l, b), false);
@@ -89,7 +88,9 @@ status device_session<Ctx, P, D>::cut_sequences(batch_ref<space> const& b, works
       }
       in.layer.slots.lengths = c.due;
       KVKEEP_TRY(score_tokens(by, in, c.scores));
-      KVKEEP_TRY(add_layer(by, l, in, c.scores, shared_.sequence_scores));
+      KVKEEP_TRY(add_layer(
+          by, l, decode_.score.traits().comparable,
+          {in.batch, in.layer.slots, c.scores, false, false, 1, shared_.sequence_scores}));
     }
   return status::ok;
 }

@@ -14,20 +14,12 @@ namespace kvkeep {
 template <backend Ctx, class P, class D>
 void device_session<Ctx, P, D>::check_setup() const {
   KVKEEP_EXPECTS(!layers_.empty(), "layers", layers_.size(), "at least one that is not skipped");
+  detail::check_layers(layers_);
   cache_shape const& first = layers_[0].kv.shape;
-  for (auto const& l : layers_) {
-    std::string const name = "layers[" + std::to_string(l.spec) + "].shape";
-    check_shape(l.kv.shape);
-    cache_shape same = l.kv.shape;
-    same.max_slots = first.max_slots;
-    KVKEEP_EXPECTS(same == first, name.c_str(), "different",
-                   "as in the first layer, but for max_slots");
-  }
   auto const n = n_layers();
   check_policy(prompt_, n, first);
   check_policy(decode_, n, first);
-  detail::check_offer(prompt_.score, first, limits_, one_policy_);
-  if (!one_policy_) detail::check_offer(decode_.score, first, limits_, true);
+  detail::check_evidence(prompt_, decode_, one_policy_, layers_, limits_);
   detail::check_pair(prompt_, decode_, one_policy_, layers_, limits_);
   bool const rows =
       limits_.decode == decode_offer::attention_rows || limits_.decode == decode_offer::scores;
@@ -131,7 +123,8 @@ void device_session<Ctx, P, D>::measure() {
   for (auto& l : layers_) {
     take([&](workspace& w) { return verify_layer(l, 0, w); });
     take([&](workspace& w) { return give_slots(l, batch, nullptr, nullptr, nullptr, w); });
-    take([&](workspace& w) { return weigh(l, batch, q, false, nullptr, nullptr, w); });
+    if (limits_.decode == decode_offer::attend)
+      take([&](workspace& w) { return weigh(l, batch, q, false, nullptr, nullptr, w); });
     if (!detail::decides_late(decode_.when))
       take([&](workspace& w) { return decide_by_rows(l, batch, nullptr, w); });
   }

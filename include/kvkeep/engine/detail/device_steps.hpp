@@ -16,8 +16,9 @@ enum class device_fault : index_t {
   no_slot = 1,
   /// A block table entry is out of range.
   bad_table = 2,
-  /// A token was appended, confirmed or decided on too early: before the one before it was attended to, its prompt had
-  /// ended, or a report had told of the tables. Or more tokens were confirmed than there were.
+  /// A token was appended, confirmed or decided on too early: before the one before it was attended to. Or, where the
+  /// engine commits or whole blocks leave, before its prompt had ended or a report had told of the tables. Or more
+  /// tokens were confirmed than there were.
   bad_order = 4,
   /// A plan was committed to a sequence that has changed since: nothing moved, and it goes on.
   stale_plan = 8,

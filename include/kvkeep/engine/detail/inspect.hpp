@@ -24,6 +24,11 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::save(index_t id, std::span<std::byte> out) const noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (out.size() < saved_bytes()) return status::workspace_too_small;
+  // What the sequence waits for in buffers that others use in turn is not saved.
+  bool const staged = shared_.staging_id == id && limits_.max_prompt > 0;
+  for (auto const& l : layers_)
+    if (staged && l.prompt_done[id] == 0 && l.appended[id] > 0) return status::bad_order;
+  if (shared_.prompt_owner == id) return status::bad_order;
   detail::saved_header h;
   h.config = detail::config_of(prompt_, decode_, limits_, layers_);
   h.bytes = saved_bytes();
@@ -59,6 +64,7 @@ status session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexc
   }
   shared_.frozen[id] = h.frozen;
   shared_.confirmed[id] = h.confirmed;
+  if (shared_.prompt_owner == id) shared_.prompt_owner = -1;
   next_generation(id);
   return status::ok;
 }

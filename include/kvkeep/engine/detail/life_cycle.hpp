@@ -101,6 +101,8 @@ status session<Ctx, P, D>::fork(index_t from, index_t& id, sequence_options cons
   if (!alive(from)) return status::bad_sequence;
   if (o.frozen < 0) return status::bad_argument;
   for (auto const& l : layers_)
+    if (o.frozen > l.appended[from]) return status::bad_argument;
+  for (auto const& l : layers_)
     if (l.appended[from] != l.attended[from] && limits_.decode != decode_offer::nothing)
       return status::bad_order;
   if (shared_.prompt_owner == from) return status::bad_order;

@@ -12,7 +12,6 @@ namespace kvkeep {
 /// The destination has slots and valid table entries for what a plan keeps.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::room_for_plan(layer_data const& l, keep_plan<space> const& plan,
-                                         batch_ref<space> const&,
                                          batch_ref<space> const& to) const noexcept {
   for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
     index_t const n = plan.count(0, h);
@@ -41,7 +40,7 @@ void session<Ctx, P, D>::note_cut(layer_data& l, source const& from,
     for (index_t h = 0; h < shape_.cache.n_kv_heads; ++h) {
       index_t const id = from.batch.id[i];
       index_t const n = from.layer.slots.lengths(id, h), kept = plan.count(i, h);
-      if (from.id0 == 0) {
+      if (from.layer.slots.lengths.data == l.slots.lengths.data) {  // no transient prompt
         index_t& held = plan_.held(l.number, id, h);
         held = std::max(held, (n + block - 1) / block);
       }
@@ -83,8 +82,8 @@ bool session<Ctx, P, D>::due(batch const& b) const noexcept {
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::choose(batch const& b, plan_type& out) noexcept {
   KVKEEP_TRY(check_batch(b));
-  if (!limits_.engine_commits) return status::unsupported;
-  if (!decode_.score.traits().at_decode) return status::unsupported;
+  if (!limits_.engine_commits || !detail::cuts_while_decoding(decode_.score))
+    return status::unsupported;
   auto const n = static_cast<index_t>(b.ids.size());
   for (auto const& l : layers_)
     for (std::size_t i = 0; i < b.ids.size(); ++i) {
@@ -96,17 +95,10 @@ status session<Ctx, P, D>::choose(batch const& b, plan_type& out) noexcept {
     plan_.row[i] = b.rows.empty() ? plan_.id[i] : b.rows[static_cast<std::size_t>(i)];
     plan_.generation[i] = shared_.generation[plan_.id[i]];
   }
-  plan_.n = n;
   workspace w = scratch();
   KVKEEP_TRY(choose_layers(n, w));
   note_scratch(layers_[0], w);
-  out.n = n;
-  out.n_layers = static_cast<index_t>(layers_.size());
-  out.id = plan_.id;
-  out.row = plan_.row;
-  out.generation = plan_.generation;
-  out.slots = plan_.slots;
-  out.count = plan_.count;
+  out = plan_.chosen(n, static_cast<index_t>(layers_.size()));
   return status::ok;
 }
 
@@ -134,7 +126,7 @@ status session<Ctx, P, D>::choose_layers(index_t n, workspace& w) noexcept {
 
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::commit(plan_type const& p) noexcept {
-  if (p.id != plan_.id || p.n != plan_.n || p.n == 0) return status::stale_plan;
+  if (!plan_.is_last(p)) return status::stale_plan;
   for (index_t i = 0; i < p.n; ++i)
     if (!alive(p.id[i]) || shared_.generation[p.id[i]] != p.generation[i])
       return status::stale_plan;
@@ -171,12 +163,12 @@ status session<Ctx, P, D>::report(index_t id, report_buffer const& out, index_t 
   KVKEEP_TRY(
       each(plan_.n_tables, detail::measure_tables<space>{layers_.data(), n_layers, plan_, id}, w));
   // A report that does not fit changes nothing.
-  std::size_t n_freed = 0, n_entries = 0;
+  std::size_t n_freed = 0, n_entries = 0, before = 0;
   for (index_t t = 0; t < plan_.n_tables; ++t) {
     auto const& owner = layers_[static_cast<std::size_t>(plan_.owner[t] / shape_.cache.n_kv_heads)];
     n_freed += static_cast<std::size_t>(plan_.freed[t]);
-    n_entries = product(t, owner.kv.k.layout.paged.blocks_per_table) +
-                static_cast<std::size_t>(plan_.needed[t]);
+    n_entries = before + static_cast<std::size_t>(plan_.needed[t]);
+    before += static_cast<std::size_t>(owner.kv.k.layout.paged.blocks_per_table);
   }
   auto const tables = static_cast<std::size_t>(plan_.n_tables);
   auto const fits = [](std::span<index_t> s, std::size_t n) { return s.empty() || s.size() >= n; };

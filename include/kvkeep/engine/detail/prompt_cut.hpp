@@ -50,12 +50,11 @@ status session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<space> c
   if (limits_.max_prompt > 0) {
     index_t const tokens = l.appended[id];
     if (prompt == nullptr) return status::bad_argument;
-    if (tokens == 0) KVKEEP_TRY(take_staging(l, id, 0, 0));
-    if (shared_.staging_layer != m || shared_.staging_id != id) return status::bad_order;
     KVKEEP_TRY(detail::check_prompt_view(*prompt, l.kv, limits_.max_prompt, at, tokens));
     if (id >= l.kv.shape.n_seq) return status::bad_argument;
-    from = transient(l, id, *prompt, &zero, &at);
     KVKEEP_TRY(check_blocks(l, id, id, 0));
+    KVKEEP_TRY(take_staging(l, id, tokens));
+    from = transient(l, id, *prompt, &zero, &at);
   } else {
     if (prompt != nullptr || at >= l.kv.shape.n_seq) return status::bad_argument;
     KVKEEP_TRY(check_blocks(l, at, id, 0));
@@ -127,7 +126,7 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
     if (bt.needs_scores && (measuring || !short_prompt))
       KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
     KVKEEP_TRY(cut_prompt(l, from, to, scores, w));
-    if (!measuring && !short_prompt) KVKEEP_TRY(cut_earlier(l, id, to, tokens, w));
+    if (measuring || !short_prompt) KVKEEP_TRY(cut_earlier(l, id, to, tokens, w));
   }
   KVKEEP_TRY(fix_decode_budget(l, id, tokens, w));
   return hand_over(l, to, w);
@@ -137,7 +136,8 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::join_layers(layer_data& l, source const& to, score_map<space> scores,
                                        workspace& w) noexcept {
-  KVKEEP_TRY(add_layer(l, to, scores, shared_.prompt_sum, w));
+  KVKEEP_TRY(add_layer(l, prompt_.score.traits().comparable,
+                       {to.batch, to.layer.slots, scores, false, false, 1, shared_.prompt_sum}, w));
   bool const last = static_cast<std::size_t>(l.number) + 1 == layers_.size();
   return last || w.measuring() ? decide_sequence_prompt(to, w) : status::ok;
 }
@@ -222,7 +222,7 @@ status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source 
   workspace::frame const frame(w);
   index_t const heads = shape_.cache.n_kv_heads;
   index_t const slots = from.layer.kv.shape.max_slots;
-  bool const in_place = from.layer.kv.k.data == to.layer.kv.k.data && from.id0 == to.id0;
+  bool const in_place = from.layer.slots.lengths.data == to.layer.slots.lengths.data;
   bool const measuring = w.measuring();
   if (!measuring && in_place && !cuts_at_prompt(l, from)) return status::ok;
   auto const ids = static_cast<std::size_t>(shape_.n_sequences);
@@ -246,7 +246,7 @@ status session<Ctx, P, D>::cut_prompt(layer_data& l, source const& from, source 
   KVKEEP_TRY(prompt_.select.select(*ctx_, from.batch, from.layer.slots, scores, keep,
                                    guard_of(true, from.id0), plan, w));
   if (!measuring) {
-    KVKEEP_TRY(room_for_plan(l, plan, from.batch, to.batch));
+    KVKEEP_TRY(room_for_plan(l, plan, to.batch));
     note_cut(l, from, plan);
     if (!prompt_.select.traits().moves_tokens) KVKEEP_TRY(record_blocks(l, from.batch, plan, w));
     next_generation(to.batch.id[0]);

@@ -31,10 +31,11 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
   source from = pool(l, &id, &at, 1);
   if (limits_.max_prompt > 0) {
     if (all && prompt == nullptr) return status::bad_argument;
-    KVKEEP_TRY(take_staging(l, id, p0, n));
-    from = transient(l, id, prompt != nullptr ? *prompt : l.kv, &zero, &at);
+    if (n > limits_.max_prompt - p0) return status::capacity_exceeded;
     if (prompt != nullptr)
       KVKEEP_TRY(detail::check_prompt_view(*prompt, l.kv, limits_.max_prompt, at, p0 + n));
+    KVKEEP_TRY(take_staging(l, id, p0));
+    from = transient(l, id, prompt != nullptr ? *prompt : l.kv, &zero, &at);
   } else {
     if (prompt != nullptr || at >= l.kv.shape.n_seq) return status::bad_argument;
     KVKEEP_TRY(check_blocks(l, at, id, n));
@@ -54,11 +55,9 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
 
 /// One transient prompt is under way at a time, layer after layer.
 template <backend Ctx, class P, class D>
-status session<Ctx, P, D>::take_staging(layer_data const& l, index_t id, index_t p0,
-                                        index_t n) noexcept {
+status session<Ctx, P, D>::take_staging(layer_data const& l, index_t id, index_t p0) noexcept {
   if (p0 > 0 && (shared_.staging_layer != l.number || shared_.staging_id != id))
     return status::bad_order;
-  if (n > limits_.max_prompt - p0) return status::capacity_exceeded;
   if (p0 == 0) {
     shared_.staging_layer = l.number;
     shared_.staging_id = id;

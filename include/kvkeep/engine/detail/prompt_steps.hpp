@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../../op/reduce.hpp"
 #include "../slots.hpp"
 #include "../steps.hpp"
 
@@ -39,6 +40,18 @@ layer_range due_layers(P const& prompt, Layers const& layers, index_t m) noexcep
   if (r.empty()) return {};
   return {layers[static_cast<std::size_t>(r.first)].spec,
           layers[static_cast<std::size_t>(r.last - 1)].spec + 1};
+}
+
+/// Adds a layer's scores to those of the layers before; with the last one's, `m.sum` is their mean. Scores that
+/// cannot be compared (positions) are the same in all layers, and would not survive a sum.
+/// @param layer  the managed layer's number  @param m  but for its place among the layers
+template <class Space>
+op::mean_layers<Space> placed_among(index_t layer, index_t n_layers, bool comparable,
+                                    op::mean_layers<Space> m) noexcept {
+  m.n_layers = comparable ? n_layers : 1;
+  m.first = !comparable || layer == 0;
+  m.last = !comparable || layer + 1 == n_layers;
+  return m;
 }
 
 /// Hands prompt queries to a scorer that wants all of them, `max_chunk` rows at a time.

@@ -14,44 +14,13 @@ namespace kvkeep {
 template <backend Ctx, class P, class D>
 void session<Ctx, P, D>::check_setup(std::span<layer_spec<space> const> layers) const {
   KVKEEP_EXPECTS(!layers_.empty(), "layers", layers.size(), "at least one that is not skipped");
-  cache_shape const& first = layers_[0].kv.shape;
-  for (auto const& l : layers_) {
-    std::string const name = "layers[" + std::to_string(l.spec) + "]";
-    check_view(l.kv, name);
-    auto const same = [&](char const* field, index_t v, index_t want) {
-      KVKEEP_EXPECTS(v == want, (name + ".shape." + field).c_str(), v,
-                     std::to_string(want) + ", as in the first layer");
-    };
-    same("n_seq", l.kv.shape.n_seq, first.n_seq);
-    same("n_q_heads", l.kv.shape.n_q_heads, first.n_q_heads);
-    same("n_kv_heads", l.kv.shape.n_kv_heads, first.n_kv_heads);
-    same("dim_k", l.kv.shape.dim_k, first.dim_k);
-    same("dim_v", l.kv.shape.dim_v, first.dim_v);
-  }
+  detail::check_layers(layers_);
   auto const n = static_cast<index_t>(layers_.size());
-  check_policy(prompt_, n, first);
-  check_policy(decode_, n, first);
-  check_evidence();
-
+  check_policy(prompt_, n, layers_[0].kv.shape);
+  check_policy(decode_, n, layers_[0].kv.shape);
+  detail::check_evidence(prompt_, decode_, one_policy_, layers_, limits_);
   detail::check_pair(prompt_, decode_, one_policy_, layers_, limits_);
   detail::check_slots(prompt_, decode_, layers_, limits_);
-}
-
-template <backend Ctx, class P, class D>
-void session<Ctx, P, D>::check_evidence() const {
-  cache_shape const& shape = layers_[0].kv.shape;
-  detail::check_offer(prompt_.score, shape, limits_, one_policy_);
-  if (!one_policy_) detail::check_offer(decode_.score, shape, limits_, true);
-  auto const reads = [&](evidence e) {
-    return e != evidence::none && e != evidence::engine_scores;
-  };
-  bool const reads_k = reads(prompt_.score.traits().prompt) ||
-                       reads(decode_.score.traits().decode) ||
-                       limits_.decode == decode_offer::attend;
-  for (auto const& l : layers_)
-    for (auto const* p : {&l.kv.k, &l.kv.v})
-      KVKEEP_EXPECTS(p->type != dtype::opaque || p->reader.read != nullptr || !reads_k,
-                     "view.reader", "null", "a row_reader, to score or attend over opaque rows");
 }
 
 template <backend Ctx, class P, class D>

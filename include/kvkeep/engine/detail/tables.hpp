@@ -14,7 +14,8 @@ namespace kvkeep::detail {
 /// Memory of the current plan, and what reports say of block tables. A table is one distinct block table of a sequence.
 template <class Space>
 struct plan_memory {
-  index_t n = 0;
+  index_t n = 0;             ///< entries of the plan; 0: there is none
+  std::uint64_t number = 0;  ///< plans that were chosen
   index_t* id = nullptr;
   index_t* row = nullptr;
   std::uint32_t* generation = nullptr;
@@ -31,6 +32,15 @@ struct plan_memory {
   index_t* owner = nullptr;   ///< [table] layer * n_kv_heads + head of its first appearance
   index_t* needed = nullptr;  ///< [table] entries in use, while a report is written
   index_t* freed = nullptr;   ///< [table] blocks that leave, while a report is written
+
+  /// What has just been chosen for so many entries; only this plan can be committed.
+  plan<Space> chosen(index_t entries, index_t n_layers) noexcept {
+    n = entries;
+    return {n, n_layers, ++number, id, row, generation, slots, count};
+  }
+  bool is_last(plan<Space> const& p) const noexcept {
+    return p.id == id && p.number == number && p.n > 0 && p.n == n;
+  }
 };
 
 /// What `plan_memory::n_kept` says where it is no count.
@@ -209,14 +219,16 @@ struct write_tables {
     auto const& pages = own.kv.k.layout.paged;
     index_t const needed = p.needed[t], n_gone = p.freed[t];
     bool const whole = p.n_kept(l, id, head) >= 0;
-    offset_t at = 0;
-    for (index_t u = 0; u < t; ++u) at += p.freed[u];
+    offset_t at = 0, from = 0;
+    for (index_t u = 0; u < t; ++u) {
+      at += p.freed[u];
+      from += layers[p.owner[u] / heads].kv.k.layout.paged.blocks_per_table;
+    }
     index_t const list = head * pages.blocks_per_table;
     for (index_t i = 0; i < n_gone && freed != nullptr; ++i)
       freed[at + i] = whole ? p.gone(l, id, list + i) : pages.entry(row, head, needed + i);
     if (freed_of != nullptr) freed_of[t] = n_gone;
     if (sizes != nullptr) sizes[t] = needed;
-    offset_t const from = offset_t{t} * pages.blocks_per_table;
     for (index_t i = 0; i < needed && tables != nullptr; ++i)
       tables[from + i] = whole ? p.kept(l, id, list + i) : pages.entry(row, head, i);
   }
