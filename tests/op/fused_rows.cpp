@@ -121,6 +121,25 @@ TEST_CASE(
 }
 
 #if defined(KVKEEP_TEST_CUDA)
+TEST_CASE(
+    "rows and slots that are more than a grid has blocks are refused while they are measured") {
+  test::layer_options o;
+  o.cache.shape = {1, 8, 1, 4, 4, 131072};
+  test::test_layer const l(o);
+  generator g(7);
+  auto const measured = [&](index_t n_rows) {
+    test_rows const rows(l, g, n_rows, false);
+    fused_run f(l, rows.ref(), 9, reduction::sum);
+    long const started = test::started_kernels();
+    workspace measure;
+    status const result = test::call(test::one_thread(), f.op, measure);
+    CHECK(test::started_kernels() == started);
+    return result;
+  };
+  CHECK(measured(508) == status::ok);
+  CHECK(measured(511) == status::unsupported);
+}
+
 TEST_CASE("a block that takes several strips of slots fuses the same bits") {
   test::layer_options o;
   o.cache.shape = {4, 8, 2, 16, 4, 700};

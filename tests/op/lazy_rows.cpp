@@ -280,3 +280,26 @@ TEST_CASE("lazy ops refuse shapes that they cannot serve, and heads below their 
   CHECK(refused({l.shape().group(), 0, 8}));
   CHECK(refused({l.shape().group(), lazy_shape::most_rows + 1, 512}));
 }
+
+#if defined(KVKEEP_TEST_CUDA)
+TEST_CASE(
+    "a decision that needs more shared memory than a block has is refused while it measures") {
+  generator g(5);
+  test::layer_options o = full_layer(g, 140);
+  o.cache.shape.n_kv_heads = 1;
+  o.cache.shape.n_q_heads = 71;
+  test::test_layer l(o);
+  lazy_steps x(l, g, {71, 128, 128}, reduction::max);
+  workspace measure;
+  long const started = test::started_kernels();
+  CHECK(test::call(test::one_thread(), x.leave, measure) == status::unsupported);
+  test::aligned_block const block(measure.peak());
+  workspace place(block.span());
+  CHECK(test::call(test::one_thread(), x.leave, place) == status::unsupported);
+  // So does a chain of it.
+  auto const chain = op::make_chain<host_space>(l.n(), 1, l.shape().max_slots, x.enter, x.leave);
+  workspace both;
+  CHECK(test::call(test::one_thread(), chain, both) == status::unsupported);
+  CHECK(test::started_kernels() == started);
+}
+#endif

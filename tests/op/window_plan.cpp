@@ -44,6 +44,14 @@ TEST_CASE("grids of all kernels fit, from one slot to 128k slots of 64 sequences
   }
 }
 
+TEST_CASE("a grid says where rows and slots are too many for one launch") {
+  auto const fits = [](index_t rows) {
+    return slice_grid({1, 1, 8, rows, 131072, fused_slice_slots}, rows, 32, 128).fits();
+  };
+  CHECK(fits(508));
+  CHECK(!fits(511));
+}
+
 TEST_CASE("blocks take several strips only where all multiprocessors have work") {
   CHECK(strip_steps({1, 8, 4, 32, 8192}, 256, true, 132) == 1);
   window_sizes const large{64, 8, 4, 32, 131072};

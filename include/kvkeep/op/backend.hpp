@@ -30,7 +30,8 @@ template <class Ctx, class Op>
 concept same_memory = backend<Ctx> && std::same_as<typename Op::space, space_of<Ctx>>;
 
 /// The backend has the op: `enqueue(ctx, op, workspace) -> status`, found through the context's
-/// namespace. With a measuring workspace the op only counts its scratch.
+/// namespace. With a measuring workspace the op only counts its scratch, and refuses what it
+/// could not run.
 template <class Ctx, class Op>
 concept runs = same_memory<Ctx, Op> && requires(Ctx& c, Op const& o, workspace& w) {
   { enqueue(c, o, w) } -> std::same_as<status>;

@@ -62,10 +62,11 @@ inline status run_attention(context const& c, attend_task& t, index_t n_entries,
   attend_plan const plan(t.kv.shape, n_entries, t.n_rows, t.usual_slots);
   workspace::frame const frame(ws);
   take_scratch(t, plan, ws);
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
   if (!asks) return status::ok;
-  KVKEEP_TRY(launch_splits(c, plan, t));
-  return launch_merge(c, plan, t);
+  KVKEEP_TRY(launch_splits(on, plan, t));
+  return launch_merge(on, plan, t);
 }
 
 /// Attention of every entry and KV head. With tickets and up to 4352 slots one launch (two where rows of some heads alone

@@ -29,11 +29,12 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::compact<device_space> const& o,
       (o.how != op::move_kind::pack && !same))
     return status::bad_argument;
   if (!movable(a.k) || !movable(a.v) || !movable(b.k) || !movable(b.v)) return status::unsupported;
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
   bool const rows = o.from.slots.rows.data != nullptr && o.to.slots.rows.data != nullptr;
   compact_kernel const kernel{
       o, rows ? std::min(o.from.slots.rows.extent[2], o.to.slots.rows.extent[2]) : 0};
-  return launch(c, head_grid(o.batch.n, a.shape.n_kv_heads, kernel.parts(), 256), 0, kernel);
+  return launch(launching(c, ws), head_grid(o.batch.n, a.shape.n_kv_heads, kernel.parts(), 256), 0,
+                kernel);
 }
 
 }  // namespace kvkeep::cuda

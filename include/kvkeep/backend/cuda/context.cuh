@@ -46,6 +46,7 @@ struct context {
   int shared_bytes = 0;  ///< shared memory that one block may use
   int capability = 0;    ///< 80, 90, ...
   bool overlap = false;  ///< kernels may be placed before those in front end (allow_overlap)
+  bool starts = true;    ///< kernels; else a launch only says whether it fits (an op that measures)
 };
 
 /// What is enqueued in `later` from now on waits for all that has been in `earlier`. Not on the host, and in a graph

@@ -9,7 +9,7 @@
 namespace kvkeep::cuda {
 
 /// The direct form of the heads that are not skipped. `job` has its rows and limits.
-inline status launch_plain_fused(context& c, window_job const& job, reduction fuse,
+inline status launch_plain_fused(context const& c, window_job const& job, reduction fuse,
                                  score_map<device_space> const& out,
                                  tensor_ref<float, 3, device_space> const& out_heads) noexcept {
   KVKEEP_TRY(launch_plain_slices(c, job));
@@ -19,7 +19,8 @@ inline status launch_plain_fused(context& c, window_job const& job, reduction fu
 }
 
 /// The last old position of every head.
-inline status launch_limits(context& c, window_job const& job, old_limits const& limits) noexcept {
+inline status launch_limits(context const& c, window_job const& job,
+                            old_limits const& limits) noexcept {
   window_sizes const s = sizes_of(job);
   int const threads = head_threads(s.max_slots, s.heads(), c.n_sm);
   return launch(c, head_grid(s.n_entries, s.n_heads, 1, threads), old_limits::shared_bytes(),
@@ -27,7 +28,7 @@ inline status launch_limits(context& c, window_job const& job, old_limits const&
 }
 
 /// All of the direct form for 16-bit keys.
-inline status launch_mma_fused(context& c, window_job const& job, old_limits const& limits,
+inline status launch_mma_fused(context const& c, window_job const& job, old_limits const& limits,
                                reduction fuse, score_map<device_space> const& out) noexcept {
   plane_ref<device_space> const& k = job.layer.kv.k;
   window_sizes const s = sizes_of(job);
@@ -71,11 +72,12 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::fused_rows<device_space> const& o,
   if (mma) take_split(job, job.n_rows, ws);
   auto* const limit = ws.take<index_t>(product(sizes_of(job).heads()));
   job.limit = limit;
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
   old_limits const limits{o.batch, o.layer.slots, o.recent, limit};
-  if (mma) return launch_mma_fused(c, job, limits, o.fuse, o.out);
-  KVKEEP_TRY(launch_limits(c, job, limits));
-  return launch_plain_fused(c, job, o.fuse, o.out, o.out_heads);
+  if (mma) return launch_mma_fused(on, job, limits, o.fuse, o.out);
+  KVKEEP_TRY(launch_limits(on, job, limits));
+  return launch_plain_fused(on, job, o.fuse, o.out, o.out_heads);
 }
 
 }  // namespace kvkeep::cuda

@@ -41,9 +41,10 @@ status enqueue(context& c, op::head_chain<device_space, Ops...> const& o, worksp
   status result = status::ok;
   auto stages = plan_each(c, o.ops, ws, result);
   if (result != status::ok) return result;
-  if (!placed(ws)) return not_placed(ws);
-  KVKEEP_TRY(begin_each(c, stages));
-  return launch_stages(c, o.n_entries, o.n_heads, o.max_slots, stages);
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
+  KVKEEP_TRY(begin_each(on, stages));
+  return launch_stages(on, o.n_entries, o.n_heads, o.max_slots, stages);
 }
 
 /// One kernel for both.
@@ -58,11 +59,12 @@ status enqueue(context& c,
   auto heads = plan_each(c, o.heads.ops, ws, result);
   auto const entries = plan_each(c, o.entries.ops, ws, result);
   if (result != status::ok) return result;
-  if (!placed(ws)) return not_placed(ws);
-  KVKEEP_TRY(begin_each(c, heads));
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
+  KVKEEP_TRY(begin_each(on, heads));
   joined_kernel<decltype(heads), std::remove_const_t<decltype(entries)>> const kernel{
       {heads, o.heads.n_heads}, entries, reinterpret_cast<unsigned*>(o.tickets)};
-  return launch_heads(c, o.heads.n_entries, o.heads.n_heads, o.heads.max_slots,
+  return launch_heads(on, o.heads.n_entries, o.heads.n_heads, o.heads.max_slots,
                       std::max(most_shared(heads), most_shared(entries)), kernel);
 }
 

@@ -23,18 +23,19 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::key_diff<device_space> const& o,
                      nullptr, nullptr};
   part.partial = ws.take<double>(product(o.batch.n, heads, chunks, dim));
   part.mean = ws.take<float>(product(o.batch.n, heads, dim + 1));
-  if (!placed(ws)) return not_placed(ws);
-  KVKEEP_TRY(find_orders(c, o.batch, o.layer.slots, part.orders));
-  KVKEEP_TRY(launch(c, head_grid(o.batch.n, heads, chunks, key_sum_kernel::most_threads),
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
+  KVKEEP_TRY(find_orders(on, o.batch, o.layer.slots, part.orders));
+  KVKEEP_TRY(launch(on, head_grid(o.batch.n, heads, chunks, key_sum_kernel::most_threads),
                     shared_pieces::bytes<float>(key_diff_part::chunk) +
                         shared_pieces::bytes<std::byte const*>(key_diff_part::chunk),
                     key_sum_kernel{part}));
-  KVKEEP_TRY(launch(c, head_grid(o.batch.n, heads, 1, key_mean_kernel::most_threads),
+  KVKEEP_TRY(launch(on, head_grid(o.batch.n, heads, 1, key_mean_kernel::most_threads),
                     shared_pieces::bytes<double>(key_diff_part::strands * dim) +
                         shared_pieces::bytes<double>(warp_size),
                     key_mean_kernel{part}));
   return launch(
-      c,
+      on,
       head_grid(o.batch.n, heads, ceil_div(kv.shape.max_slots, key_cosine_kernel::slots_per_block),
                 key_cosine_kernel::most_threads),
       0, key_cosine_kernel{part});
@@ -55,12 +56,13 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::lag_score<device_space> const& o,
   std::size_t const ranks = product(o.batch.n, heads, kernel.orders.n_slots);
   kernel.keys = ws.take<float>(ranks);
   kernel.values = ws.take<float>(ranks);
-  if (!placed(ws)) return not_placed(ws);
-  KVKEEP_TRY(find_orders(c, o.batch, o.layer.slots, kernel.orders));
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
+  KVKEEP_TRY(find_orders(on, o.batch, o.layer.slots, kernel.orders));
   offset_t const parts = std::clamp<offset_t>(kv.shape.max_slots / o.lag, 1, 65535);
   offset_t const work = static_cast<offset_t>(o.lag) * kernel.most_dim / 8;
   return launch(
-      c, head_grid(o.batch.n, heads, parts, std::min(threads_for(work), lag_kernel::most_threads)),
+      on, head_grid(o.batch.n, heads, parts, std::min(threads_for(work), lag_kernel::most_threads)),
       lag_kernel::bytes(kernel.most_dim), kernel);
 }
 

@@ -50,12 +50,14 @@ inline status allow_overlap(context& c) noexcept {
 
 /// Starts a kernel on the context's stream. A grid without blocks starts nothing.
 /// @param shared dynamic shared memory in bytes
+/// @return unsupported where the device has no such grid or not as much shared memory
 template <class K>
 status launch(context const& c, grid const& g, std::size_t shared, K const& kernel) noexcept {
   static_assert(std::is_trivially_copyable_v<K> && sizeof(K) <= 4096);
   if (g.x == 0 || g.y == 0) return status::ok;
   if (!g.fits() || g.threads > K::most_threads || shared > static_cast<std::size_t>(c.shared_bytes))
     return status::unsupported;
+  if (!c.starts) return status::ok;
   // The limit belongs to the kernel, which others may be starting at the same time: it never falls.
   if (shared > plain_shared_bytes &&
       cudaFuncSetAttribute(start<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -84,10 +86,11 @@ std::size_t most_shared(sequence<First, Rest...> const& stages) noexcept {
     return std::max(stages.first.shared_bytes(), most_shared(stages.rest));
 }
 
-/// After the scratch has been taken: whether there is memory to work on, and the result if not.
-inline bool placed(workspace const& ws) noexcept { return !ws.measuring() && ws.ok(); }
-inline status not_placed(workspace const& ws) noexcept {
-  return ws.measuring() ? status::ok : status::workspace_too_small;
+/// The context of an op's launches: while the op measures, they only say whether they fit.
+inline context launching(context const& c, workspace const& ws) noexcept {
+  context r = c;
+  r.starts = !ws.measuring();
+  return r;
 }
 
 /// An op as a stage: what `stage_of(context, op, workspace)` gives, the scratch taken.
@@ -122,8 +125,8 @@ status run_stage(context const& c, Op const& o, index_t n_entries, index_t n_hea
   workspace::frame const frame(ws);
   auto const p = stage_of(c, o, ws);
   if (p.result != status::ok) return p.result;
-  if (!placed(ws)) return not_placed(ws);
-  return launch_stages(c, n_entries, n_heads, max_slots, make_sequence(p.stage));
+  if (!ws.ok()) return status::workspace_too_small;
+  return launch_stages(launching(c, ws), n_entries, n_heads, max_slots, make_sequence(p.stage));
 }
 
 /// An array that is given, or will be: while a session measures, its own arrays have no memory yet.

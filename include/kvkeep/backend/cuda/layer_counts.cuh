@@ -48,15 +48,16 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::layer_counts<device_space> const& 
   part.above = ws.take<unsigned>(all);
   part.equal = ws.take<unsigned>(all);
   part.rank = ws.take<joint_rank>(product(o.batch.n));
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
   grid const entries = head_grid(o.batch.n, 1, 1, joint_start_kernel::most_threads);
   std::size_t const box = shared_pieces::bytes<long long>(warp_size);
   if (o.normalize || o.safe > 0)
-    KVKEEP_TRY(launch(c, head_grid(o.batch.n, parts, 1, threads_for(n_slots)),
+    KVKEEP_TRY(launch(on, head_grid(o.batch.n, parts, 1, threads_for(n_slots)),
                       joint_head_kernel::bytes(), joint_head_kernel{{}, part}));
-  KVKEEP_TRY(launch(c, entries, box, joint_start_kernel{part}));
-  KVKEEP_TRY(count_joint(c, part, o.batch.n, parts, n_slots));
-  return launch(c, entries, box, joint_finish_kernel{part});
+  KVKEEP_TRY(launch(on, entries, box, joint_start_kernel{part}));
+  KVKEEP_TRY(count_joint(on, part, o.batch.n, parts, n_slots));
+  return launch(on, entries, box, joint_finish_kernel{part});
 }
 
 }  // namespace kvkeep::cuda

@@ -18,13 +18,14 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::pool_rows<device_space> const& o,
   index_t const heads = o.slots.lengths.extent[1], n_slots = o.slots.positions.extent[2];
   slot_orders const orders = take_orders(ws, o.batch, o.slots);
   auto* const pooled = ws.take<float>(product(o.batch.n, heads, o.values.extent[2], n_slots));
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
   if (o.kind == op::pooling::none || o.kernel == 1) return status::ok;
   pool_part const part{{}, o, orders, pooled};
   grid const g = slot_grid(o.batch.n, heads, n_slots);
-  KVKEEP_TRY(find_orders(c, o.batch, o.slots, orders));
-  KVKEEP_TRY(launch(c, g, 0, pool_kernel{part}));
-  return launch(c, g, 0, pool_back_kernel{part});
+  KVKEEP_TRY(find_orders(on, o.batch, o.slots, orders));
+  KVKEEP_TRY(launch(on, g, 0, pool_kernel{part}));
+  return launch(on, g, 0, pool_back_kernel{part});
 }
 
 }  // namespace kvkeep::cuda

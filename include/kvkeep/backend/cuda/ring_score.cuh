@@ -28,15 +28,16 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::ring_score<device_space> const& o,
   auto* const inverse = ws.take<float>(product(s.heads(), job.n_queries()));
   job.limit = limit;
   job.skipped = skipped;
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
   constexpr int threads = ring_kernel::most_threads;
   ring_kernel const ring{o, limit, inverse, skipped};
-  KVKEEP_TRY(launch_limits(c, job, {o.batch, o.layer.slots, o.recent, limit}));
-  KVKEEP_TRY(launch(c, head_grid(s.n_entries, s.n_heads, job.n_queries(), threads),
+  KVKEEP_TRY(launch_limits(on, job, {o.batch, o.layer.slots, o.recent, limit}));
+  KVKEEP_TRY(launch(on, head_grid(s.n_entries, s.n_heads, job.n_queries(), threads),
                     shared_pieces::bytes<float>(warp_size), ring_sums_kernel{ring}));
-  KVKEEP_TRY(launch(c, strip_grid(s, threads, threads), shared_pieces::bytes<float>(warp_size),
+  KVKEEP_TRY(launch(on, strip_grid(s, threads, threads), shared_pieces::bytes<float>(warp_size),
                     ring_fuse_kernel{ring}));
-  return launch_plain_fused(c, job, o.fuse, o.out, {});
+  return launch_plain_fused(on, job, o.fuse, o.out, {});
 }
 
 }  // namespace kvkeep::cuda

@@ -24,11 +24,11 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::select_k<device_space> const& o,
   if (!slots_contiguous(o.scores) || !slots_contiguous(o.slots.positions) ||
       !slots_contiguous(o.out.slots) || !room_in(o.out, o.slots))
     return status::bad_argument;
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
   auto const start = [&]<bool Cached>(std::bool_constant<Cached>) {
     using kernel = select_k_kernel<Cached>;
-    return launch(c, select_grid(o.batch.n, o.slots), kernel::bytes(o.slots.positions.extent[2]),
-                  kernel{{}, o});
+    return launch(launching(c, ws), select_grid(o.batch.n, o.slots),
+                  kernel::bytes(o.slots.positions.extent[2]), kernel{{}, o});
   };
   bool const fits = select_k_kernel<true>::bytes(o.slots.positions.extent[2]) <=
                     static_cast<std::size_t>(c.shared_bytes);
@@ -46,8 +46,8 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::select_blocks<device_space> const&
   index_t const heads = o.slots.lengths.extent[1];
   index_t const most_blocks = o.slots.positions.extent[2] / o.block + 1;
   auto* const blocks = ws.take<uint2>(product(o.batch.n, heads, most_blocks));
-  if (!placed(ws)) return not_placed(ws);
-  return launch(c, select_grid(o.batch.n, o.slots), select_box::bytes(),
+  if (!ws.ok()) return status::workspace_too_small;
+  return launch(launching(c, ws), select_grid(o.batch.n, o.slots), select_box::bytes(),
                 select_blocks_kernel{{}, o, blocks, most_blocks});
 }
 

@@ -64,9 +64,9 @@ status enqueue(context& c, op::score_slots<Fn, device_space> const& o, workspace
   workspace::frame const frame(ws);
   auto const p = stage_of(c, o, ws);
   if (p.result != status::ok) return p.result;
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
   cache_shape const& s = o.layer.kv.shape;
-  return launch_slots(c, o.batch.n, s.n_kv_heads, s.max_slots, p.stage.work);
+  return launch_slots(launching(c, ws), o.batch.n, s.n_kv_heads, s.max_slots, p.stage.work);
 }
 
 /// In a chain: the indices of a place by its block.
@@ -78,8 +78,8 @@ planned<for_each_stage<Fn>> stage_of(context const&, op::for_each<Fn, device_spa
 /// fn(0), fn(1), ... in any order, at once: a functor writes what no other index touches.
 template <class Fn>
 status enqueue(context& c, op::for_each<Fn, device_space> const& o, workspace& ws) noexcept {
-  if (!placed(ws)) return not_placed(ws);
-  return launch(c, flat_grid(o.n, slot_threads), 0, for_each_kernel<Fn>{o});
+  if (!ws.ok()) return status::workspace_too_small;
+  return launch(launching(c, ws), flat_grid(o.n, slot_threads), 0, for_each_kernel<Fn>{o});
 }
 
 }  // namespace kvkeep::cuda

@@ -64,7 +64,7 @@ inline void take_split(window_job& job, index_t n_rows, workspace& ws) noexcept 
   std::size_t const pieces = dim <= 64 ? 8 : dim <= 128 ? 16 : 32;
   job.split = {ws.take<uint4>(n * pieces), ws.take<uint4>(n * pieces), ws.take<split_query>(n)};
 }
-inline status launch_split(context& c, window_job const& job) noexcept {
+inline status launch_split(context const& c, window_job const& job) noexcept {
   return with_mma(job.layer.kv.k, [&]<class S>(S) {
     using kernel = split_kernel<typename S::type, S::blocks>;
     window_sizes const s = sizes_of(job);
@@ -75,16 +75,16 @@ inline status launch_split(context& c, window_job const& job) noexcept {
   });
 }
 
-inline status launch_plain_slices(context& c, window_job const& job) noexcept {
+inline status launch_plain_slices(context const& c, window_job const& job) noexcept {
   return launch(c, slice_grid(sizes_of(job), job.n_rows, plain_queries, plain_threads),
                 plain_tile::bytes(), plain_slices_kernel{{}, job});
 }
 template <class Kernel>
-status launch_slices(context& c, window_job const& job, index_t queries) noexcept {
+status launch_slices(context const& c, window_job const& job, index_t queries) noexcept {
   return launch(c, slice_grid(sizes_of(job), job.n_rows, queries, Kernel::most_threads),
                 Kernel::bytes(), Kernel{job});
 }
-inline status launch_mma_slices(context& c, window_job const& job) noexcept {
+inline status launch_mma_slices(context const& c, window_job const& job) noexcept {
   return with_mma(job.layer.kv.k, [&]<class S>(S) {
     using T = typename S::type;
     if constexpr (has_sm90a_code && S::blocks <= 4) {
@@ -98,7 +98,7 @@ inline status launch_mma_slices(context& c, window_job const& job) noexcept {
 }
 
 /// Normalisers from the slices' shares.
-inline status launch_join(context& c, window_job const& job, float const* sinks) noexcept {
+inline status launch_join(context const& c, window_job const& job, float const* sinks) noexcept {
   window_sizes const s = sizes_of(job);
   constexpr int threads = join_slices_kernel::most_threads;
   return launch(c, head_grid(s.n_entries, s.n_heads, ceil_div(job.n_queries(), threads), threads),
@@ -110,7 +110,8 @@ struct sums_output {
   bool by_id, per_query_head, clear;
 };
 
-inline status launch_plain_sums(context& c, window_job const& job, sums_output const& to) noexcept {
+inline status launch_plain_sums(context const& c, window_job const& job,
+                                sums_output const& to) noexcept {
   return launch(c, strip_grid(sizes_of(job), plain_slots, plain_threads), plain_tile::bytes(),
                 plain_sums_kernel{{}, job, to.out, to.by_id, to.per_query_head, to.clear});
 }
@@ -152,7 +153,7 @@ inline status launch_mma_sums(context const& c, window_job const& job,
 }
 
 /// Column sums of some rows. @param norms they have no log-sum-exp
-inline status launch_sums(context& c, window_job const& job, sums_output const& to,
+inline status launch_sums(context const& c, window_job const& job, sums_output const& to,
                           bool norms) noexcept {
   bool const mma = fits_mma(job.layer.kv.k);
   if (mma) KVKEEP_TRY(launch_split(c, job));
@@ -180,11 +181,12 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::column_sums<device_space> const& o
   bool const norms = o.rows.lse.data == nullptr;
   if (norms || fits_mma(kv.k)) take_norms(job, step, ws);
   if (fits_mma(kv.k)) take_split(job, step, ws);
-  if (!placed(ws)) return not_placed(ws);
+  if (!ws.ok()) return status::workspace_too_small;
+  context const on = launching(c, ws);
   do {
     job.n_rows = std::min(step, n_rows - job.first_row);
     bool const clear = o.clear && job.first_row == 0;
-    KVKEEP_TRY(launch_sums(c, job, {o.out, o.out_by_id, o.per_query_head, clear}, norms));
+    KVKEEP_TRY(launch_sums(on, job, {o.out, o.out_by_id, o.per_query_head, clear}, norms));
     job.first_row += job.n_rows;
   } while (job.first_row < n_rows);
   return status::ok;
