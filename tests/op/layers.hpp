@@ -70,30 +70,43 @@ class random_logits {
   std::vector<float> sinks_;
 };
 
-/// The layer with its keys copied to rows that begin at multiples of 16 bytes where their size allows it.
+/// Where copied keys begin, in elements.
+struct key_place {
+  offset_t shift = 0;  ///< of the first one
+  offset_t apart = 0;  ///< between heads
+};
+
+/// The layer with its keys copied to rows that begin at multiples of 16 bytes where their size and place allow it.
 class aligned_keys {
  public:
-  explicit aligned_keys(test_layer const& l)
-      : layer_(l.ref()),
-        block_(uz(l.shape().n_seq) * uz(l.shape().n_kv_heads) * uz(l.shape().max_slots) *
-               uz(layer_.kv.k.row_bytes)) {
+  explicit aligned_keys(test_layer const& l, key_place const& at = {})
+      : layer_(l.ref()), block_(bytes_of(l, at)) {
     cache_shape const& s = l.shape();
     plane_ref<>& k = layer_.kv.k;
     offset_t const size = dtype_bytes(k.type), row = k.row_bytes / size;
-    strided_layout const to{s.n_kv_heads * s.max_slots * row, s.max_slots * row, row, s.max_slots};
+    offset_t const head = s.max_slots * row + at.apart;
+    strided_layout const to{s.n_kv_heads * head, head, row, s.max_slots};
+    std::byte* const first = block_.span().data() + at.shift * size;
     for (index_t q = 0; q < s.n_seq; ++q)
       for (index_t h = 0; h < s.n_kv_heads; ++h)
         for (index_t t = 0; t < l.cache.capacity(q, h); ++t) {
           auto const from = l.cache.k().raw(q, h, t);
-          std::copy(from.begin(), from.end(), block_.span().begin() + to.offset(q, h, t) * size);
+          std::copy(from.begin(), from.end(), first + to.offset(q, h, t) * size);
         }
-    k.data = block_.span().data();
+    k.data = first;
     k.features = {};
     k.layout = to;
   }
   layer_ref<> const& ref() const { return layer_; }
 
  private:
+  static std::size_t bytes_of(test_layer const& l, key_place const& at) {
+    cache_shape const& s = l.shape();
+    plane_ref<> const k = l.ref().kv.k;
+    std::size_t const heads = uz(s.n_seq) * uz(s.n_kv_heads), size = uz(dtype_bytes(k.type));
+    return heads * (uz(s.max_slots) * uz(k.row_bytes) + uz(at.apart) * size) + uz(at.shift) * size;
+  }
+
   layer_ref<> layer_;
   aligned_block block_;
 };

@@ -149,27 +149,25 @@ inline bool readable(plane_ref<device_space> const& p) noexcept {
   return movable(p) && p.type != dtype::opaque;
 }
 
-/// Whether a plane's rows start at multiples of 16 bytes. Where every head has a place of its own, the
-/// device looks.
+/// Which heads' rows start at multiples of 16 bytes. Where it is only some, the device looks.
 enum class alignment : std::uint8_t { none, some, all };
 
 inline alignment alignment_of(plane_ref<device_space> const& p) noexcept {
-  offset_t const size = dtype_bytes(p.type);
   any_layout const& l = p.layout;
-  auto const fits = [&](auto... strides) {
-    return reinterpret_cast<std::uintptr_t>(p.data) % 16 == 0 &&
-           (... && (strides * size % 16 == 0));
+  // Strides within a head, and between heads, whose lowest bit tells where these may begin.
+  auto const of = [&](offset_t within, offset_t between) {
+    offset_t const size = dtype_bytes(p.type), bits = between * size | 16, unit = bits & -bits;
+    bool const none = within * size % 16 != 0 ||
+                      reinterpret_cast<std::uintptr_t>(p.data) % static_cast<unsigned>(unit) != 0;
+    return none ? alignment::none : unit == 16 ? alignment::all : alignment::some;
   };
   switch (l.kind) {
     case layout_kind::paged:
-      return fits(l.paged.block_stride, l.paged.head_stride, l.paged.slot_stride) ? alignment::all
-                                                                                  : alignment::none;
+      return of(l.paged.block_stride | l.paged.slot_stride, l.paged.head_stride);
     case layout_kind::ragged:
-      return fits(l.ragged.slot_stride) ? alignment::some : alignment::none;
+      return of(l.ragged.slot_stride, 1);
     case layout_kind::strided:
-      return fits(l.strided.seq_stride, l.strided.head_stride, l.strided.slot_stride)
-                 ? alignment::all
-                 : alignment::none;
+      return of(l.strided.slot_stride, l.strided.seq_stride | l.strided.head_stride);
     case layout_kind::custom:
       break;
   }

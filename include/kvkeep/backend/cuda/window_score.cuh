@@ -50,10 +50,10 @@ status with_mma(plane_ref<device_space> const& k, F const& f) noexcept {
   return k.type == dtype::bf16 ? sized(bf16{}) : sized(fp16{});
 }
 
-/// Whether every head's 16-bit keys are certain to be whole pieces of 16 bytes.
-inline bool whole_pieces(plane_ref<device_space> const& k) noexcept {
-  return dtype_bytes(k.type) == 2 && k.contiguous() && k.dim % 8 == 0 &&
-         alignment_of(k) == alignment::all;
+/// Which heads' keys are whole pieces of 16 bytes of 16-bit numbers.
+inline alignment whole_pieces(plane_ref<device_space> const& k) noexcept {
+  return dtype_bytes(k.type) == 2 && k.contiguous() && k.dim % 8 == 0 ? alignment_of(k)
+                                                                      : alignment::none;
 }
 
 /// Takes memory for the split queries of `n_rows` rows at a time.
@@ -131,12 +131,13 @@ status launch_sum_strips(context const& c, window_job const& job, sums_output co
     return Kernel{job, to.out, to.by_id, to.per_query_head, to.clear, plan, steps};
   });
 }
-/// f of a kernel for heads whose keys are whole pieces of 16 bytes, and of one for the others. Where a head begins
-/// may be known on the device alone.
+/// f of a kernel for heads whose keys are whole pieces of 16 bytes, and of one for the others, as far as there may be
+/// such heads.
 template <class F>
 status for_both_kinds(plane_ref<device_space> const& k, F const& f) noexcept {
-  if (k.features.contiguous(k.dim) && k.dim % 8 == 0) KVKEEP_TRY(f(std::true_type{}));
-  return whole_pieces(k) ? status::ok : f(std::false_type{});
+  alignment const whole = whole_pieces(k);
+  if (whole != alignment::none) KVKEEP_TRY(f(std::true_type{}));
+  return whole == alignment::all ? status::ok : f(std::false_type{});
 }
 inline status launch_mma_sums(context const& c, window_job const& job,
                               sums_output const& to) noexcept {
