@@ -119,6 +119,37 @@ TEST_CASE("pooling follows positions, not slots; protected slots keep their valu
   });
 }
 
+TEST_CASE("a maximum of rows ignores NaN") {
+  test::layer_options lo;
+  lo.cache.shape = {1, 1, 1, 1, 1, 3};
+  lo.min_length = 3;
+  lo.dense = true;
+  test::test_layer const l(lo);
+  float const nan = std::numeric_limits<float>::quiet_NaN();
+  float const inf = std::numeric_limits<float>::infinity();
+  std::vector<index_t> const seen(uz(l.n_ids), 5);
+  for (index_t const n_rows : {1, 2, 3})
+    for (bool const by_age : {false, true}) {
+      INFO(n_rows << " rows" << (by_age ? ", by age" : ""));
+      padded<float, 4> in({1, 1, n_rows, 3}, nan);
+      in(0, 0, n_rows - 1, 0) = 3;
+      in(0, 0, 0, 2) = 1;
+      padded<float, 3> out({1, 1, 3}, -7);
+      op::reduce_rows<> o{l.batch(), l.slots(), in.cref()};
+      o.how = reduction::max;
+      o.by_age = by_age;
+      o.seen = seen.data();
+      o.out = out.ref();
+      test::run_op(o, out);
+      auto const age = [&](index_t t) {
+        return by_age ? static_cast<float>(seen[0] - l.position(0, 0, t)) : 1.0F;
+      };
+      CHECK(out(0, 0, 0) == 3 / age(0));
+      CHECK(out(0, 0, 1) == -inf);  // there is nothing else
+      CHECK(out(0, 0, 2) == 1 / age(2));
+    }
+}
+
 TEST_CASE("even kernels, and ages without the tokens seen, are refused") {
   test::layer_options lo;
   lo.cache.shape = {1, 1, 1, 1, 1, 9};

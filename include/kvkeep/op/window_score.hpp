@@ -60,6 +60,7 @@ struct row_weights {
 };
 
 /// out[slot] = scale * reduce over rows of in[row, slot], divided by (seen - position) if `by_age`.
+/// A maximum ignores NaN: of nothing else it is -infinity.
 /// @note `in` is indexed by id if `in_by_id`.
 template <class Space = host_space>
 struct reduce_rows {

@@ -41,7 +41,7 @@ KVKEEP_CPU_OP status enqueue(context& c, op::reduce_rows<host_space> const& o,
   for_heads(c, o.batch.n, heads, [&](index_t b, index_t h, int) {
     index_t const id = o.batch.id_of(b), n = o.slots.lengths(id, h);
     index_t const from = o.in_by_id ? id : b;
-    if (o.in.extent[2] == 1 && !o.by_age) {
+    if (o.in.extent[2] == 1 && !o.by_age && o.how != reduction::max) {
       if (h + 1 < heads) prefetch_slots(o.in.at(from, h + 1, 0, 0), n);
       scale_row(o.in.at(from, h, 0, 0), n, o.scale, o.out.at(b, h, 0));
       return;

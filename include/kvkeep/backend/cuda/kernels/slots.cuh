@@ -127,8 +127,9 @@ struct reduce_rows_slots {
   }
   __device__ void operator()(block_head const& at, index_t j) const {
     index_t const id = o.batch.id_of(at.entry), n_rows = o.in.extent[2];
+    float const least = __uint_as_float(0xff800000u);  // -infinity; a maximum ignores NaN
     float const* const in = o.in.at(o.in_by_id ? id : at.entry, at.head, 0, j);
-    float x = in[0];
+    float x = o.how == reduction::max ? max(in[0], least) : in[0];
     for (index_t r = 1; r < n_rows; ++r) {
       float const y = in[r * o.in.stride[2]];
       x = o.how == reduction::max ? (y > x ? y : x) : __fadd_rn(x, y);
