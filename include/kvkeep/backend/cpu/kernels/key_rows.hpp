@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Statistics of key or value rows: norms (KNorm), sums of unit rows (KeyDiff), ranges and
-/// normalised deviations (LagKV). The dot of all rows with one vector is qk_rows with one query
-/// row.
+/// Statistics of key or value rows: norms (KNorm), ranges and normalised deviations (LagKV). The dot of all
+/// rows with one vector is qk_rows with one query row.
 #pragma once
 
 #include "decode.hpp"
@@ -38,21 +37,6 @@ inline void row_norms(row_list<T> const& k, index_t dim, float* out) noexcept {
     }
     store_some(out + j, sqrt(sum_each(acc)), count);
   }
-}
-
-/// 1 / max(norm, 1e-12). @param inverse [n] floats, host; may be `norms`
-inline void invert_norms(float const* norms, index_t n, float* inverse) noexcept {
-  for (index_t j = 0; j < n; ++j) inverse[j] = 1.0f / (norms[j] > 1e-12f ? norms[j] : 1e-12f);
-}
-
-/// Sum of the rows divided by their norms.
-/// @param inverse_norms [k.n], host, see invert_norms
-/// @param out [dim] floats, host
-template <class T>
-inline void unit_row_sum(row_list<T> const& k, index_t dim, float const* inverse_norms,
-                         float* out) noexcept {
-  value_weights const w{.e = inverse_norms, .stride = 0, .scale = nullptr, .n_rows = 1};
-  av_rows(w, k, dim, out, dim);
 }
 
 /// Smallest and largest value of every feature over the rows; FLT_MAX and -FLT_MAX without rows.
