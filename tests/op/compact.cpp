@@ -2,6 +2,8 @@
 // Survivors move bytewise, with their positions and rows, in place and between caches.
 #include <kvkeep/backend/cpu/compact.hpp>
 
+#include <sys/mman.h>
+
 #include "../support/run_op.hpp"
 
 namespace {
@@ -212,6 +214,44 @@ TEST_CASE("out of place from any layout into a smaller pool of any other") {
         CHECK((p.positions.intact() && p.lengths.intact() && p.rows.intact()));
       });
 }
+
+#if !defined(KVKEEP_TEST_CUDA) || defined(KVKEEP_EMULATION)
+TEST_CASE("slots that stay are not written: they may lie in pages that are only read") {
+  constexpr index_t slots = 48, dim = 64;  // 16 slots of 256 bytes to a page
+  constexpr std::size_t page = 4096, bytes = 3 * page;
+  void* const memory =
+      mmap(nullptr, 2 * bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  REQUIRE(memory != MAP_FAILED);
+  auto* const floats = static_cast<float*>(memory);
+  for (index_t i = 0; i < 2 * slots; ++i) floats[i * dim] = static_cast<float>(i);
+  test::layer_options lo;
+  lo.cache.shape = {1, 1, 1, dim, dim, slots};
+  lo.min_length = slots;
+  test_layer const l(lo);
+  padded<index_t, 3> kept({1, 1, slots}, -7);
+  padded<index_t, 2> const count({1, 1}, 30);
+  for (index_t i = 0; i < 30; ++i) kept(0, 0, i) = i < 16 ? i : i + 5;
+  op::compact<> o;
+  o.batch = o.to_batch = l.batch();
+  o.from = l.ref();
+  strided_layout const rows{slots * dim, slots * dim, dim, slots};
+  for (plane_ref<>* const p : {&o.from.kv.k, &o.from.kv.v}) {
+    p->data = static_cast<std::byte*>(memory) + (p == &o.from.kv.v ? bytes : 0);
+    p->layout = rows;
+  }
+  o.to = o.from;
+  o.plan = {kept.ref(), count.ref()};
+  for (std::size_t const at : {std::size_t{0}, bytes})
+    REQUIRE(mprotect(static_cast<char*>(memory) + at, page, PROT_READ) == 0);
+  CHECK(test::run_exact(test::one_thread(), o) == status::ok);
+  bool right = true;
+  for (index_t i = 0; i < 30; ++i)
+    for (index_t const first : {0, slots})
+      right = right && floats[(first + i) * dim] == static_cast<float>(first + kept(0, 0, i));
+  CHECK(right);
+  munmap(memory, 2 * bytes);
+}
+#endif
 
 TEST_CASE("heads outside the batch stay as they are") {
   generator g(4);

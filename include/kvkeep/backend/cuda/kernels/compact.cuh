@@ -50,7 +50,8 @@ class slot_moves {
 };
 
 /// Moves `pieces` words of every slot, not more than the block has threads. A thread takes the same word of
-/// several slots: what it has to look up for each, it looks up for all at once.
+/// several slots: what it has to look up for each, it looks up for all at once. Words that stay are neither read nor
+/// written.
 /// @param from, to address of word w of slot s
 template <class Word, class From, class To>
 __device__ void move_words(slot_moves const& m, index_t pieces, From const& from, To const& to) {
@@ -60,6 +61,7 @@ __device__ void move_words(slot_moves const& m, index_t pieces, From const& from
   for (offset_t base = 0; base < n; base += static_cast<offset_t>(each) * across) {
     index_t slot[each];
     Word const* at[each];
+    Word* goal[each];
     Word word[each];
     auto const number = [&](int e) { return base + static_cast<offset_t>(e) * across + row; };
     unrolled<each>([&](int e) {
@@ -67,11 +69,14 @@ __device__ void move_words(slot_moves const& m, index_t pieces, From const& from
     });
     unrolled<each>([&](int e) { at[e] = slot[e] >= 0 ? from(slot[e], piece) : nullptr; });
     unrolled<each>([&](int e) {
-      if (slot[e] >= 0) word[e] = *at[e];
+      goal[e] = slot[e] >= 0 ? to(m.target(static_cast<index_t>(number(e))), piece) : nullptr;
+    });
+    unrolled<each>([&](int e) {
+      if (at[e] != goal[e]) word[e] = *at[e];
     });
     __syncthreads();
     unrolled<each>([&](int e) {
-      if (slot[e] >= 0) *to(m.target(static_cast<index_t>(number(e))), piece) = word[e];
+      if (at[e] != goal[e]) *goal[e] = word[e];
     });
     __syncthreads();
   }
