@@ -52,6 +52,12 @@ struct weight_fold {
   tensor_ref<index_t const, 2, Space> fresh_slot{};
 };
 
+/// Slots lie side by side in every row that the kernels read; null counts as fine.
+template <class T, int R, class S>
+bool slots_contiguous(tensor_ref<T, R, S> const& t) noexcept {
+  return t.data == nullptr || t.extent[R - 1] <= 1 || t.stride[R - 1] == 1;
+}
+
 /// A score map as a tensor with one row per KV head.
 template <class Space>
 KVKEEP_HD tensor_ref<float, 4, Space> as_rows(score_map<Space> const& m) noexcept {

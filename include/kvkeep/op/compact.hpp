@@ -29,4 +29,11 @@ struct compact {
   move_kind how = move_kind::pack;
 };
 
+/// Rows of one plane are rows of the other.
+template <class Space>
+bool same_rows(plane_ref<Space> const& a, plane_ref<Space> const& b) noexcept {
+  return a.type == b.type && a.dim == b.dim &&
+         (a.type != dtype::opaque || a.row_bytes == b.row_bytes);
+}
+
 }  // namespace kvkeep::op

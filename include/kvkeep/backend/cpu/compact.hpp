@@ -118,16 +118,11 @@ inline slot_moves hole_moves(index_t const* kept, index_t count, index_t* holes)
   return {kept + stay, holes, n};
 }
 
-inline bool same_plane(plane const& a, plane const& b) noexcept {
-  return a.type == b.type && a.dim == b.dim &&
-         (a.type != dtype::opaque || a.row_bytes == b.row_bytes);
-}
-
 /// Everything that can be refused, before anything moves.
 inline status check_compact(op::compact<host_space> const& o) noexcept {
   kv_ref<host_space> const& a = o.from.kv;
   kv_ref<host_space> const& b = o.to.kv;
-  if (!same_plane(a.k, b.k) || !same_plane(a.v, b.v) || o.batch.n != o.to_batch.n ||
+  if (!op::same_rows(a.k, b.k) || !op::same_rows(a.v, b.v) || o.batch.n != o.to_batch.n ||
       a.shape.n_kv_heads != b.shape.n_kv_heads || !slots_contiguous(o.plan.slots) ||
       !slots_contiguous(o.from.slots.positions) || !slots_contiguous(o.to.slots.positions) ||
       !slots_contiguous(o.from.slots.rows) || !slots_contiguous(o.to.slots.rows))

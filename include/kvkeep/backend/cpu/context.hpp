@@ -159,12 +159,6 @@ inline status not_placed(workspace const& ws) noexcept {
 
 constexpr std::size_t size_of(index_t n) noexcept { return static_cast<std::size_t>(n); }
 
-/// Slots lie side by side in every row that the kernels read; null counts as fine.
-template <class T, int R>
-bool slots_contiguous(tensor_ref<T, R> const& t) noexcept {
-  return t.data == nullptr || t.extent[R - 1] <= 1 || t.stride[R - 1] == 1;
-}
-
 }  // namespace KVKEEP_CPU_ISA
 }  // namespace kvkeep::cpu
 

@@ -8,12 +8,6 @@
 
 namespace kvkeep::cuda {
 
-inline bool same_plane(plane_ref<device_space> const& a,
-                       plane_ref<device_space> const& b) noexcept {
-  return a.type == b.type && a.dim == b.dim &&
-         (a.type != dtype::opaque || a.row_bytes == b.row_bytes);
-}
-
 /// Applies a keep plan. Counts, rows and ids lie on the device: a head whose plan does not fit into the
 /// destination stays as it is, where the host's backend refuses the call. Precondition: other than by
 /// `pack`, source and destination are the same rows and ids.
@@ -22,7 +16,7 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::compact<device_space> const& o,
   kv_ref<device_space> const& a = o.from.kv;
   kv_ref<device_space> const& b = o.to.kv;
   bool const same = a.k.data == b.k.data && a.v.data == b.v.data;
-  if (!same_plane(a.k, b.k) || !same_plane(a.v, b.v) || o.batch.n != o.to_batch.n ||
+  if (!op::same_rows(a.k, b.k) || !op::same_rows(a.v, b.v) || o.batch.n != o.to_batch.n ||
       a.shape.n_kv_heads != b.shape.n_kv_heads || !slots_contiguous(o.plan.slots) ||
       !slots_contiguous(o.from.slots.positions) || !slots_contiguous(o.to.slots.positions) ||
       !slots_contiguous(o.from.slots.rows) || !slots_contiguous(o.to.slots.rows) ||

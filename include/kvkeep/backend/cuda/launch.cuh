@@ -135,12 +135,6 @@ bool asked(tensor_ref<T, R, S> const& t) noexcept {
   return t.data != nullptr || t.extent[0] > 0;
 }
 
-/// Slots lie side by side in every row that the kernels read; null counts as fine.
-template <class T, int R, class S>
-bool slots_contiguous(tensor_ref<T, R, S> const& t) noexcept {
-  return t.data == nullptr || t.extent[R - 1] <= 1 || t.stride[R - 1] == 1;
-}
-
 /// Whether device code can reach the rows: no layout behind host functions, no opaque elements.
 inline bool movable(plane_ref<device_space> const& p) noexcept {
   return p.layout.kind != layout_kind::custom;
