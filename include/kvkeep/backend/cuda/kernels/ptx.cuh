@@ -50,17 +50,19 @@ __device__ inline float fast_inverse(float x) {
 
 /// 16 aligned bytes of device memory that nobody writes while the kernel runs, but perhaps the one before it, whose end
 /// this one has waited for: so not through the read-only path (__ldg), of which nothing promises that it sees them.
+/// Volatile: else the compiler takes it for a function of the address, and may move it out of loops, in front of the
+/// condition that there is something to read, or in front of that wait.
 __device__ inline uint4 read_16(void const* from) {
   uint4 r;
-  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-      : "l"(from));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(from));
   return r;
 }
 /// The same with 8 bytes.
 __device__ inline uint2 read_8(void const* from) {
   uint2 r;
-  asm("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(from));
   return r;
 }
 /// Starts copying 16 bytes from device to shared memory, both aligned, or zeros if not `wanted`.
