@@ -52,10 +52,12 @@ struct rotation {
 /// @param set_bytes  inputs of a call
 /// @param all_bytes  wanted of all sets together
 /// @param least_calls  of a recording, so that its start does not count
-inline rotation rotate(double set_bytes, double all_bytes, std::size_t least_calls) {
+/// @param least_sets   however large they are
+inline rotation rotate(double set_bytes, double all_bytes, std::size_t least_calls,
+                       std::size_t least_sets = 1) {
   constexpr double most_sets = 1024;
-  auto const sets =
-      static_cast<std::size_t>(std::clamp(std::ceil(all_bytes / set_bytes), 1.0, most_sets));
+  auto const sets = static_cast<std::size_t>(
+      std::clamp(std::ceil(all_bytes / set_bytes), static_cast<double>(least_sets), most_sets));
   return {sets, (least_calls + sets - 1) / sets * sets};
 }
 

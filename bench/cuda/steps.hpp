@@ -20,6 +20,13 @@ namespace bench {
 /// Tokens before anything is timed: the window's queries and bounds are then those of decoded tokens.
 inline int warm_steps(suite const& s, point const& p) { return s.tiny ? 10 : p.window + 16; }
 
+/// At least eight: a decision aside hides beside the next layer alone, and a replay's last one has none. (At most 9 GB of
+/// keys and values, and as much state: morphkv-cached, C = 4096, B = 64.)
+inline std::size_t layers_of(suite const& s, point const& p, index_t slots) {
+  auto const bytes = static_cast<double>(2 * plane_bytes(p, slots));
+  return rotate(bytes, s.rotate_bytes, 1, s.tiny ? 1 : 8).sets;
+}
+
 /// Times a replay of `step` and one of `plain` in turn, and reports both for each of the `parts` (tokens and layers) of
 /// them.
 template <class Case>
@@ -55,8 +62,7 @@ void measure_pairs(benchmark::State& state, suite& s, Case& c, recording const& 
 template <class Policy>
 void measure_step(benchmark::State& state, suite& s, point const& p, Policy const& policy,
                   bool all_queries, bool aside = false) {
-  auto const bytes = static_cast<double>(2 * plane_bytes(p, p.capacity + 1));
-  std::size_t const layers = rotate(bytes, s.rotate_bytes, 1).sets;
+  std::size_t const layers = layers_of(s, p, p.capacity + 1);
   step_case<Policy> c(s, p, policy, layers, 1);
   if (aside) c.decide_aside();
   c.fill_prompts(all_queries);
@@ -74,8 +80,7 @@ template <class Policy>
 void measure_drafts(benchmark::State& state, suite& s, point const& p, Policy const& policy,
                     bool all_queries) {
   constexpr index_t drafts = 4;
-  auto const bytes = static_cast<double>(2 * plane_bytes(p, p.capacity + 1 + drafts));
-  std::size_t const layers = rotate(bytes, s.rotate_bytes, 1).sets;
+  std::size_t const layers = layers_of(s, p, p.capacity + 1 + drafts);
   step_case<Policy> c(s, p, policy, layers, drafts, drafts);
   c.fill_prompts(all_queries);
   recording const step(s.ctx.stream, [&] {

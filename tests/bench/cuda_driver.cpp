@@ -19,6 +19,8 @@ TEST_CASE("inputs rotate through more than a cache, in whole turns") {
   CHECK(rotate(100e6, 256e6, 4).sets == 3);
   CHECK(rotate(100e6, 256e6, 4).calls == 6);
   CHECK(rotate(1, 256e6, 4).sets == 1024);
+  CHECK(rotate(300e6, 256e6, 1, 8).sets == 8);
+  CHECK(rotate(2e6, 256e6, 1, 8).sets == 128);
   rotated<index_t> const each(3, 5), shared(1, 5);
   CHECK(each.at(2) - each.at(0) == 10);
   CHECK(shared.at(2) == shared.at(0));
