@@ -7,7 +7,8 @@
 /// `aside` is `step` with decisions in a second stream: a layer's runs beside the next layers' attention.
 /// `overlapped` is `step` with kernels that are placed before those in front have ended (allow_overlap).
 /// `drafts` is four tokens that wait for confirm, and that; figures are a token's.
-/// `steady` asks whether a step's time grows: one layer, eight tokens per replay, from token 1k to 100k.
+/// `steady` asks whether a step's time grows: one layer (in the last cache, so without a floor), eight tokens per replay,
+/// from token 1k to 100k.
 /// Each policy is a unit, and a program, of its own: they take long to compile.
 #pragma once
 
@@ -150,7 +151,7 @@ void measure_steady(benchmark::State& state, suite& s, point const& p, Policy co
   advance(last - tokens * (s.samples + 3));
   std::vector<double> const late = sample();
   if (std::string const what = c.fault(done); !what.empty()) throw std::runtime_error(what);
-  report(state, s, c.work_of_step(), late);
+  report_times(state, late);
   auto& counters = state.counters;
   counters["early_us"] = quantile(early, 0.5) * 1e6;
   counters["drift"] = quantile(late, 0.5) / quantile(early, 0.5) - 1;

@@ -79,18 +79,24 @@ inline std::vector<double> time_replays(recording const& r, int n) {
   return time_replays(r, n, [](int) {});
 }
 
-/// Counters of a row: median, how much samples and halves of the run differ, floor, rates.
+/// Counters of a row: median, how much samples and halves of the run differ.
 /// @param t  seconds per call of each sample
-inline void report(benchmark::State& state, suite const& s, work const& w,
-                   std::vector<double> const& t) {
+inline void report_times(benchmark::State& state, std::vector<double> const& t) {
   std::size_t i = 0;
   for (auto _ : state) state.SetIterationTime(t[i++ % t.size()]);
   auto const middle = t.begin() + static_cast<std::ptrdiff_t>(t.size() / 2);
-  double const us = quantile(t, 0.5) * 1e6, floor = floor_of(w, s.rates) * 1e6;
+  double const us = quantile(t, 0.5) * 1e6;
   auto& c = state.counters;
   c["us"] = us;
   c["spread"] = (quantile(t, 0.75) - quantile(t, 0.25)) * 1e6 / us;
   c["halves"] = quantile({middle, t.end()}, 0.5) / quantile({t.begin(), middle}, 0.5) - 1;
+}
+/// The same, floor and rates. The floor is one of inputs in device memory.
+inline void report(benchmark::State& state, suite const& s, work const& w,
+                   std::vector<double> const& t) {
+  report_times(state, t);
+  double const us = quantile(t, 0.5) * 1e6, floor = floor_of(w, s.rates) * 1e6;
+  auto& c = state.counters;
   c["floor_us"] = floor;
   c["floor_ratio"] = us / floor;
   if (w.bytes() > 0) c["GB/s"] = w.bytes() / us * 1e-3;
