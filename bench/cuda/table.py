@@ -77,7 +77,7 @@ TARGETS = [
     ("floor", ["window_mma"], lambda r: r.number["T"] >= 32768, lambda r: r.get("floor_ratio"), 1.6, False),
     ("torch eager", ["window"], lambda r: True, lambda r: r.times("torch eager"), 8, True),
     ("torch.compile", ["window"], lambda r: True, lambda r: r.times("torch.compile"), 3, True),
-    ("floor", ["h2o_prompt"], lambda r: True, lambda r: r.get("floor_ratio"), 1.6, False),
+    ("floor", ["h2o_prompt", "h2o_prompt_mma"], lambda r: True, lambda r: r.get("floor_ratio"), 1.6, False),
     ("torch.topk", ["select_k"], lambda r: r.number["n"] >= 8192, lambda r: r.times("torch.topk"), 4, True),
     ("us", ["select_k"], lambda r: r.number["rows"] == 8 and r.number["n"] == 8192, lambda r: r.get("us"), 7, False),
     ("floor", ["compact"], lambda r: True, lambda r: r.get("floor_ratio"), 1.2, False),

@@ -92,6 +92,7 @@ class Table(unittest.TestCase):
     def test_selection_moves_and_steady(self):
         rows = [row("select_k/rows:8/n:8192/k:1024/uniform", 6.0), row("select_k/rows:8/n:32768/k:1024/uniform", 9.0),
                 row("compact/T:8192/C:1024/bf16", 11.9), row("h2o_prompt/T:8192/bf16/lse", 16.0),
+                row("h2o_prompt_mma/T:8192/bf16/lse", 17.0),
                 row("steady/tova/C:1024/bf16", 9.0, drift=-0.03, p99_ratio=1.02)]
         name = rows[0]["name"].replace("/iterations:200/manual_time", "")
         cells, _ = self.page(rows, [peer(name, "torch.topk", 30), peer(name, "torch.topk, indices sorted", 50)])
@@ -100,6 +101,7 @@ class Table(unittest.TestCase):
         self.assertEqual(verdict["select_k/rows:8/n:32768/k:1024/uniform"], "not measured")
         self.assertEqual(verdict["compact/T:8192/C:1024/bf16"], "met (1.19)")
         self.assertEqual(verdict["h2o_prompt/T:8192/bf16/lse"], "met (1.6)")
+        self.assertEqual(verdict["h2o_prompt_mma/T:8192/bf16/lse"], "**missed** (1.7)")
         self.assertEqual(verdict["steady/tova/C:1024/bf16"], "**missed** (0.03); met (1.02)")
 
     def test_failures_are_named_and_aggregates_left_out(self):
