@@ -519,6 +519,12 @@ def by_weight(pair):
     return 1 if name == "torch.compile" else 0 if name.startswith(("torch eager", "torch.topk", "SDPA", "published")) else 2
 
 
+def pairs_of(ours):
+    """(row, peer) of what was measured, each once, in the order to time them."""
+    rows = dict.fromkeys(results.row_name(r["name"]) for r in ours if not r.get("error_occurred"))
+    return sorted(((row, name) for row in rows for name, _ in PEERS.get(row.split("/")[0], [])), key=by_weight)
+
+
 # -- check ------------------------------------------------------------------------------------------------------
 
 SMALL = ["window/T:300/W:16/f32/lse", "window/T:300/W:16/f32/no_lse", "window/T:256/W:32/bf16/lse",
@@ -588,12 +594,10 @@ def main():
         write([], [{"row": "all", "peer": "all", "reason": reason}])
         return
     try:
-        rows = [results.row_name(r["name"]) for r in results.read(a.ours)["benchmarks"]
-                if not r.get("error_occurred")]
+        pairs = pairs_of(results.read(a.ours)["benchmarks"])
     except results.Unreadable as e:
         sys.exit(f"no shapes: {e}")
-    pairs = [(row, name) for row in rows for name, _ in PEERS.get(row.split("/")[0], [])]
-    compare(sorted(pairs, key=by_weight), a.seconds, write)
+    compare(pairs, a.seconds, write)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def device(ours):
 
 
 def sorted_out(ours, peers):
-    """Rows that were measured, by name, and lines about those that were not."""
+    """Rows that were measured, by name (the first of a name), and lines about those that were not."""
     rows, failures, left_out = {}, [], []
     if ours["context"].get("incomplete"):
         failures.append(f"- incomplete: {ours['context']['incomplete']}")
@@ -152,7 +152,7 @@ def sorted_out(ours, peers):
         message = entry.get("error_message", "")
         if not entry.get("error_occurred"):
             if r.kind != "calibration":
-                rows[r.name] = r
+                rows.setdefault(r.name, r)
         elif message.startswith("skipped: "):
             left_out.append(f"- {r.name} {message}")
         else:

@@ -71,6 +71,12 @@ class Peers(unittest.TestCase):
         self.assertEqual([n for _, n in sorted((("row", n) for n in names), key=peers.by_weight)],
                          ["SDPA math, group as rows", "torch eager", "torch.compile", "lean H2O", "CuPy argsort"])
 
+    def test_a_row_that_was_measured_twice_is_timed_once(self):
+        name = "compact/T:300/C:64/bf16"
+        ours = [{"name": "attend/C:8/bf16", "error_occurred": True}, {"name": name + "/iterations:200/manual_time"},
+                {"name": name}]
+        self.assertEqual(peers.pairs_of(ours), [(name, "torch index_select")])
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -140,6 +140,14 @@ class Table(unittest.TestCase):
         self.assertIn("  missed: window/T:32768/W:32/bf16/lse, 2", lines)
         self.assertIn("window, torch eager >= 8x: 2 not measured", lines)
 
+    def test_of_two_rows_of_a_name_the_first_that_was_measured_counts(self):
+        failed = {"name": "window/T:8192/W:16/bf16/lse", "error_occurred": True, "error_message": "a fault"}
+        again = [row(f"window/T:8192/W:{w}/bf16/lse", 20.0, products="warps") for w in (16, 32)]
+        cells, lines = self.page([failed, row("window/T:8192/W:32/bf16/lse", 12.0)] + again)
+        self.assertEqual({name: c[0] for name, c in cells.items()},
+                         {"window/T:8192/W:16/bf16/lse (mma.sync alone)": "20", "window/T:8192/W:32/bf16/lse": "12"})
+        self.assertIn("- window/T:8192/W:16/bf16/lse failed: a fault", lines)
+
     def run_script(self, name, *words):
         return subprocess.run([sys.executable, str(FOLDER / name), *map(str, words)], capture_output=True, text=True)
 
