@@ -439,13 +439,23 @@ def first_line(e):
     return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
 
 
+def first_output(call):
+    """@raises Skip where torch has no kernel for such inputs: it says so before anything runs"""
+    try:
+        return call(0)
+    except RuntimeError as e:
+        if str(e).startswith("No available kernel"):
+            raise Skip(first_line(e)) from e
+        raise
+
+
 def time_one(row, name, captures):
     """(result or None, reason, whether this process can go on); NotCaptured is the reason of a second try."""
     try:
         s = parse(row)
         s.device, s.tiny = "cuda", False
         c, call = dict(PEERS[s.kind])[name](s)
-        if not finite(call(0)):
+        if not finite(first_output(call)):
             raise Skip("its output is not finite")
         return take(call, c.sets, captures and getattr(c, "captures", True)), None, True
     except Skip as e:

@@ -6,6 +6,8 @@ import sys
 import time
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench/cuda"))
 import peers  # noqa: E402
@@ -70,6 +72,19 @@ class Peers(unittest.TestCase):
         names = ["lean H2O", "torch.compile", "SDPA math, group as rows", "CuPy argsort", "torch eager"]
         self.assertEqual([n for _, n in sorted((("row", n) for n in names), key=peers.by_weight)],
                          ["SDPA math, group as rows", "torch eager", "torch.compile", "lean H2O", "CuPy argsort"])
+
+    def test_one_that_torch_refuses_beforehand_spoils_no_process(self):
+        def raises(reason):
+            def call(i):
+                raise RuntimeError(reason)
+            return lambda s: (None, call)
+
+        refusal = "No available kernel. Aborting execution."
+        forms = [("refused", raises(refusal + "\nmore")), ("broken", raises("CUDA error"))]
+        torch = SimpleNamespace(cuda=SimpleNamespace(OutOfMemoryError=MemoryError))
+        with mock.patch.dict(peers.PEERS, {"attend": forms}), mock.patch.object(peers, "torch", torch):
+            self.assertEqual(peers.time_one("attend/C:8/f32", "refused", True), (None, f"RuntimeError: {refusal}", True))
+            self.assertEqual(peers.time_one("attend/C:8/f32", "broken", True), (None, "RuntimeError: CUDA error", False))
 
     def test_a_row_that_was_measured_twice_is_timed_once(self):
         name = "compact/T:300/C:64/bf16"
