@@ -8,6 +8,8 @@ Two kinds of each, both written from the policies' formulas:
 - "lean" is what torch allows to one who cares: buffers of fixed size, a new token written over the one
   that left, one product per KV head for all its query heads, outputs into memory allocated once.
 
+Set-up takes the default device and type; steps take them from the tensors at hand.
+
 Shapes: queries [q_head, ...], keys and values [kv_head, slot, dim]. Query heads of a KV head are adjacent.
 """
 
@@ -78,7 +80,7 @@ class PublishedMorph(PublishedStep):
 
     def chosen(self, fused, heads, n):
         """An additive mask [heads, 1, n]: 0 for the best C - W old tokens and the W + 1 newest."""
-        mask = torch.full((heads, 1, n), -math.inf)
+        mask = fused.new_full((heads, 1, n), -math.inf)
         best = torch.topk(fused.sum(dim=1, keepdim=True), self.p.capacity - self.p.window, dim=-1)
         mask.scatter_(-1, best.indices, 0.0)
         mask[:, :, -(self.p.window + 1):] = 0.0
@@ -118,10 +120,10 @@ class PublishedH2O(PublishedStep):
         out = torch.matmul(weights, values)[:, 0]
         n = keys.shape[1]
         row = weights.view(p.kv_heads, p.group, n).mean(dim=1)
-        self.sums = torch.cat([self.sums, torch.zeros(p.kv_heads, 1)], dim=1) + row
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(p.kv_heads, 1)], dim=1) + row
         best = torch.topk(self.sums[:, :-recent], p.capacity - recent, dim=-1).indices.sort().values
-        newest = torch.arange(n - recent, n).repeat(p.kv_heads, 1)
-        stays = torch.zeros(p.kv_heads, n, dtype=torch.bool)
+        newest = torch.arange(n - recent, n, device=q.device).repeat(p.kv_heads, 1)
+        stays = self.sums.new_zeros(p.kv_heads, n, dtype=torch.bool)
         stays.scatter_(-1, torch.cat([best, newest], dim=-1), True)
         self.k, self.v = gathered(self.k, stays), gathered(self.v, stays)
         self.sums = self.sums[stays].view(p.kv_heads, -1)
@@ -184,7 +186,7 @@ class LeanMorph(LeanStep):
 
     def decide(self):
         safe = self.protected()
-        mask = torch.zeros(safe.shape).masked_fill_(safe, -math.inf)
+        mask = self.k.new_zeros(safe.shape).masked_fill_(safe, -math.inf)
         torch.softmax(self.masked_rows(mask[:, None, None]), dim=-1, out=self.soft)
         torch.amax(self.soft, dim=1, out=self.fused)
         self.slot = self.fused.sum(dim=1).masked_fill_(safe, math.inf).argmin(dim=-1)

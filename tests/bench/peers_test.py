@@ -93,5 +93,27 @@ class Peers(unittest.TestCase):
         self.assertEqual(peers.pairs_of(ours), [(name, "torch index_select")])
 
 
+@unittest.skipUnless(peers.torch, "torch is not installed")
+class Twins(unittest.TestCase):
+    def test_steps_take_device_and_type_from_what_they_work_on(self):
+        """Defaults would be a mode, which adds to the time of every call of torch."""
+        ran = 0
+        for row in ("step/morphkv/C:64/bf16", "step/h2o/C:64/bf16"):
+            s = peers.parse(row)
+            s.device, s.tiny, s.heads = "cpu", True, 2
+            for name, make in peers.PEERS["step"]:
+                try:
+                    _, call = make(s)
+                except peers.Skip:
+                    continue
+                # What names no device would land on that one.
+                with mock.patch.object(peers, "defaults", None), peers.torch.device("meta"):
+                    out = [call(0) for _ in range(3)][-1]
+                self.assertEqual((out.device.type, out.dtype), ("cpu", peers.torch.bfloat16), name)
+                self.assertTrue(peers.finite(out), name)
+                ran += 1
+        self.assertEqual(ran, 5)
+
+
 if __name__ == "__main__":
     unittest.main()
