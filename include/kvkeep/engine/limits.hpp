@@ -45,7 +45,8 @@ struct limits {
   /// written into the cache itself.
   index_t max_prompt = 0;
   index_t max_chunk = 128;  ///< query rows that are scored at a time (memory, not a limit of calls)
-  index_t max_draft = 0;    ///< unconfirmed tokens beyond plain decoding
+  /// Unconfirmed tokens beyond plain decoding. Confirmed ones leave no earlier than none is unconfirmed.
+  index_t max_draft = 0;
   prompt_offer prompt = prompt_offer::all_queries;
   decode_offer decode = decode_offer::attend;
   /// The engine calls due, choose and commit itself while decoding (and appends at the tail).

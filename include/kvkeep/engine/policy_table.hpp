@@ -28,7 +28,7 @@ namespace kvkeep {
 struct policy_options {
   index_t capacity = 1024;
   index_t window = 32;  ///< W; H2O: the recent tokens; TOVA: 1 protects the newest token
-  index_t sinks = 0;
+  index_t sinks = 0;    ///< of every policy, whatever its paper has (StreamingLLM, LagKV: 4)
   index_t kernel = 5;
   op::pooling pooling = op::pooling::average;
   reduction group = reduction::mean;

@@ -35,10 +35,9 @@ class thread_pool {
 
   int size() const noexcept { return static_cast<int>(threads_.size()) + 1; }
 
-  /// Calls `f(task, worker)` once for each task in [0, n_tasks), `worker` in [0, size()) and
-  /// below n_tasks, and
-  /// returns when all are done. `f` must not throw. Several threads may call at once: while the
-  /// pool is busy, the others do their tasks alone.
+  /// Calls `f(task, worker)` once for each task in [0, n_tasks), `worker` in [0, size()) and below
+  /// n_tasks, and returns when all are done. `f` must not throw. Several threads may call at once:
+  /// while the pool is busy, the others do their tasks alone.
   template <class F>
   void parallel_for(index_t n_tasks, F& f) noexcept {
     if (n_tasks <= 1 || threads_.empty() || busy_.exchange(true, std::memory_order_acquire)) {

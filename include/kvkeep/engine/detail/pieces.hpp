@@ -71,8 +71,8 @@ template <class P, class D, class Layers>
 std::uint64_t config_of(P const& prompt, D const& decode, limits const& lim,
                         Layers const& layers) noexcept {
   cache_shape const& c = layers[0].kv.shape;
-  std::uint64_t h =
-      config_key(prompt.key(), decode.key(), c.n_q_heads, c.n_kv_heads, c.dim_k, lim.max_draft);
+  std::uint64_t h = config_key(prompt.key(), decode.key(), c.n_q_heads, c.n_kv_heads, c.dim_k,
+                               lim.max_draft, lim.engine_commits);
   for (auto const& l : layers) h = config_key(h, l.kv.shape.max_slots);
   return h;
 }
