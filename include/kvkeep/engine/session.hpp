@@ -40,7 +40,7 @@ class session {
   /// Starts a sequence; `id` is set on success. Clears its state.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
   /// Starts a sequence as a copy of `from`: all state, not K and V (the engine shares or copies those). Not while
-  /// the prompt's layers are being cut together.
+  /// the prompt's layers are being cut together. At most all tokens of `from` are frozen.
   KVKEEP_COLD status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
   /// Frees a sequence's state.
   status end(index_t id) noexcept;
@@ -117,6 +117,7 @@ class session {
 
   // -- saved state (K and V are the engine's to save) ---------------------------------------------
   KVKEEP_COLD std::size_t saved_bytes() const noexcept;
+  /// Not in the middle of a prompt that passes through a buffer, or whose layers are being cut together.
   KVKEEP_COLD status save(index_t id, std::span<std::byte> out) const noexcept;
   /// Restores into a sequence that was begun. Refuses another version, configuration or byte order.
   KVKEEP_COLD status load(index_t id, std::span<std::byte const> in) noexcept;

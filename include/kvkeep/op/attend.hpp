@@ -23,8 +23,8 @@ struct attend {
   batch_ref<Space> batch{};
   layer_ref<Space> layer{};
   tensor_ref<float const, 3, Space> q{};  ///< [entry, q_head, dim_k]
-  queries
-      raw{};  ///< instead of `q`, if it has a row: of any type, one row per entry and query head
+  /// Instead of `q`, if it has a row: of any type, one row per entry and query head.
+  queries raw{};
   tensor_ref<float, 3, Space> out{};  ///< [entry, q_head, dim_v], or null: weights only
   tensor_ref<float, 2, Space> lse{};  ///< [entry, q_head] natural log-sum-exp, or null
   /// exp(z - max) per slot, `[id, kv_head, g, slot]`, row `weight_row[entry]` of a ring (stride

@@ -19,8 +19,7 @@ template <class Ctx>
 concept backend = requires {
   typename backend_traits<Ctx>::space;
   { backend_traits<Ctx>::name } -> std::convertible_to<char const*>;
-}
-&&memory_space<typename backend_traits<Ctx>::space>;
+} && memory_space<typename backend_traits<Ctx>::space>;
 
 template <backend Ctx>
 using space_of = typename backend_traits<Ctx>::space;
@@ -39,7 +38,8 @@ concept runs = same_memory<Ctx, Op> && requires(Ctx& c, Op const& o, workspace& 
 
 /// Runs an op; a missing op, or one on the wrong memory, fails this one constraint by name.
 template <class Ctx, class Op>
-requires runs<Ctx, Op> status run(Ctx& ctx, Op const& op, workspace& ws) {
+  requires runs<Ctx, Op>
+status run(Ctx& ctx, Op const& op, workspace& ws) {
   return enqueue(ctx, op, ws);
 }
 

@@ -21,8 +21,8 @@ struct layer_counts {
   index_t n_maps = 0;
   /// [map, entry, kv_head, slot]; in slot order, which is position order at the end of a prompt
   tensor_ref<float const, 4, Space> scores{};
-  tensor_ref<index_t const, 2, Space>
-      candidates{};  ///< [entry, kv_head] leading slots that compete
+  /// [entry, kv_head] leading slots that compete.
+  tensor_ref<index_t const, 2, Space> candidates{};
   index_t skip = 0;  ///< slots at the front that do not (sinks)
   index_t best_per_head = 0;
   bool normalize = false;

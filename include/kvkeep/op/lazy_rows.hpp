@@ -15,8 +15,8 @@ namespace kvkeep {
 /// sum, the row's maximum, and the weights at the W newest positions, which will age into the old ones.
 struct lazy_shape {
   static constexpr index_t ahead = 8;  ///< steps that a slot's bounds last; at most W
-  static constexpr index_t most_rows =
-      200;                             ///< R: more fp32 terms than that outgrow the bounds' slack
+  /// R: more fp32 terms than that outgrow the bounds' slack.
+  static constexpr index_t most_rows = 200;
   static constexpr index_t tile = 64;  ///< slots whose bounds are prepared together
 
   index_t group = 0;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../../op/compact.hpp"
 #include "../../op/reduce.hpp"
 #include "../slots.hpp"
 #include "../steps.hpp"
@@ -16,14 +17,10 @@ namespace kvkeep::detail {
 template <class Space>
 status check_prompt_view(kv_ref<Space> const& v, kv_ref<Space> const& pool, index_t max_prompt,
                          index_t row, index_t tokens) noexcept {
-  auto const same = [](plane_ref<Space> const& a, plane_ref<Space> const& b) {
-    return a.type == b.type && a.dim == b.dim &&
-           (a.type != dtype::opaque || a.row_bytes == b.row_bytes);
-  };
   cache_shape shape = v.shape;
   shape.n_seq = pool.shape.n_seq;
   shape.max_slots = pool.shape.max_slots;
-  if (!(shape == pool.shape) || !same(v.k, pool.k) || !same(v.v, pool.v))
+  if (!(shape == pool.shape) || !op::same_rows(v.k, pool.k) || !op::same_rows(v.v, pool.v))
     return status::bad_argument;
   if (row < 0 || row >= v.shape.n_seq) return status::bad_argument;
   if (v.shape.max_slots < tokens) return status::capacity_exceeded;
