@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Fibers that stand in for the threads of a CUDA block (see cuda_runtime.h beside this).
+/// Fibers on which the threads of a CUDA block run, one at a time (see cuda_runtime.h beside this).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -63,14 +63,18 @@ void arrives(place& at, place& from) {
 [[gnu::noinline]] void change(place& from, place& to) {
   leaves(from, to);
   if (__builtin_setjmp(from.words) == 0) jump(to);
-  arrives(from, to);
 }
 
+/// A stack, and where it was left. A thread keeps it from its first line to its last.
 struct fiber {
-  state now = state::done;
   place at;
-  std::unique_ptr<char[]> stack;
-  uint3 thread{};
+  std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(stack_bytes);
+};
+
+struct thread {
+  state now = state::done;
+  fiber* on = nullptr;  ///< null before its first line and after its last
+  uint3 index{};
   unsigned long warp_calls = 0;
   sync_count syncs;
   std::vector<std::vector<copy_started>> groups;
@@ -102,41 +106,95 @@ struct warp_box {
 
 struct machine {
   calls counted;
-  std::vector<fiber> fibers{most_threads};
+  std::vector<thread> threads{most_threads};
   std::vector<warp_box> warps{most_threads / warp_size};
-  place scheduler;
+  std::vector<std::unique_ptr<fiber>> fibers;
+  std::vector<fiber*> idle;        ///< those of no thread, left where they begin the next
+  place outside, *from = nullptr;  ///< of the kernel; who has changed last
   std::function<void()> const* body = nullptr;
-  fiber* running = nullptr;
+  thread* running = nullptr;
   unsigned n = 0, waiting = 0, brought = 0, result = 0, finished = 0;
+  /// Rounds over the threads, from anywhere, either way round: how many of this one had their turn.
+  unsigned first = 0, turns = 0;
+  bool backwards = false, moved = false;
   meeting_place barrier;
   std::unordered_map<void const*, std::vector<unsigned>>
       tickets;                 ///< blocks that have counted themselves
   std::vector<unsigned> seen;  ///< blocks whose writes the running one may read
   std::minstd_rand order{1};
 };
-machine& m() {
-  static machine instance;
-  return instance;
+machine the_machine;
+machine& m() { return the_machine; }
+
+void begin_round(machine& k) {
+  k.turns = 0;
+  k.moved = false;
+  k.first = static_cast<unsigned>(k.order()) % k.n;
+  k.backwards = k.order() % 2 == 0;
 }
 
-void leave() { change(m().running->at, m().scheduler); }
+/// Whose turn it is. @return null when all are done
+thread* next_ready() {
+  machine& k = m();
+  while (k.finished < k.n) {
+    if (k.turns == k.n) {
+      if (!k.moved) fail("threads wait for others that never come (divergent barrier?)");
+      begin_round(k);
+    }
+    unsigned const turn = k.turns++, i = k.first + (k.backwards ? k.n - turn : turn);
+    thread& t = k.threads[i < k.n ? i : i - k.n];
+    if (t.now != state::ready) continue;
+    k.moved = true;
+    return &t;
+  }
+  return nullptr;
+}
 
-/// First function on a fiber's stack: one thread of one block after another. Never returns.
+/// From now on `t` is the one that runs, on whatever stack.
+void stands(thread& t, fiber& on) {
+  t.on = &on;
+  m().running = &t;
+  threadIdx = t.index;
+  standing.thread = static_cast<unsigned>(&t - m().threads.data());
+  standing.syncs = t.syncs;
+  standing.stack = on.stack.get();
+  standing.stack_bytes = stack_bytes;
+  standing.running = true;
+}
+
+void change_to(place& here, place& to) {
+  m().from = &here;
+  change(here, to);
+  arrives(here, *m().from);
+}
+
+/// First function on a fiber's stack: one thread after another. Never returns.
 void enter() {
-  arrives(m().running->at, m().scheduler);
+  machine& k = m();
+  fiber& here = *k.running->on;
+  arrives(here.at, *k.from);
   for (;;) {
-    (*m().body)();
-    fiber& f = *m().running;
-    if (standing.overlapped && !f.syncs.previous) fail("ends without waiting for those in front");
-    if (!f.open.empty() || !f.groups.empty())
+    (*k.body)();
+    thread& t = *k.running;
+    if (standing.overlapped && !t.syncs.previous) fail("ends without waiting for those in front");
+    if (!t.open.empty() || !t.groups.empty())
       fail("asynchronous copies are left when the thread ends");
-    f.now = state::done;
-    ++m().finished;
-    leave();
+    t.now = state::done;
+    t.on = nullptr;
+    ++k.finished;
+    thread* const next = next_ready();
+    // Who has not begun does so here: threads that never wait need one stack.
+    if (next != nullptr && next->on == nullptr) {
+      stands(*next, here);
+      continue;
+    }
+    k.idle.push_back(&here);
+    if (next != nullptr) stands(*next, *next->on);
+    change_to(here.at, next != nullptr ? next->on->at : k.outside);
   }
 }
 
-[[gnu::noinline]] void start(fiber& f) {
+[[gnu::noinline]] void begin(place& here, fiber& f) {
   f.at.bottom = f.stack.get();
   f.at.bytes = stack_bytes;
   ucontext_t to;
@@ -145,29 +203,32 @@ void enter() {
   to.uc_stack.ss_size = stack_bytes;
   to.uc_link = nullptr;
   makecontext(&to, enter, 0);
-  leaves(m().scheduler, f.at);
-  if (__builtin_setjmp(m().scheduler.words) == 0) setcontext(&to);
-  arrives(m().scheduler, f.at);
+  m().from = &here;
+  leaves(here, f.at);
+  if (__builtin_setjmp(here.words) == 0) setcontext(&to);
+  arrives(here, *m().from);
 }
 
-/// Lets a fiber run until it waits.
-void resume(fiber& f) {
+/// Lets a thread run; comes back when it is the turn of who stands here.
+void let_run(thread& t, place& here) {
   machine& k = m();
-  k.running = &f;
-  threadIdx = f.thread;
-  standing.thread = static_cast<unsigned>(&f - k.fibers.data());
-  standing.syncs = f.syncs;
-  bool const started = f.stack != nullptr;
-  if (!started) f.stack = std::make_unique_for_overwrite<char[]>(stack_bytes);
-  standing.stack = f.stack.get();
-  standing.stack_bytes = stack_bytes;
-  standing.running = true;
-  if (started)
-    change(k.scheduler, f.at);
-  else
-    start(f);
-  standing.running = false;
+  if (t.on != nullptr) {
+    stands(t, *t.on);
+    change_to(here, t.on->at);
+  } else if (!k.idle.empty()) {
+    fiber& f = *k.idle.back();
+    k.idle.pop_back();
+    stands(t, f);
+    change_to(here, f.at);
+  } else {
+    fiber& f = *k.fibers.emplace_back(std::make_unique<fiber>());
+    stands(t, f);
+    begin(here, f);
+  }
 }
+
+/// The running thread waits while others run.
+void wait_for_others() { let_run(*next_ready(), m().running->on->at); }
 
 /// `shared`: bytes that the launch has asked for. What lies behind them must stay as it is.
 void run_block(std::size_t shared) {
@@ -183,29 +244,17 @@ void run_block(std::size_t shared) {
   for (auto& w : k.warps) w.arrived[0] = w.arrived[1] = 0;
   k.seen.clear();
   k.waiting = k.brought = k.finished = 0;
-  unsigned const per_row = blockDim.x, per_plane = per_row * blockDim.y;
   for (unsigned i = 0; i < k.n; ++i) {
-    fiber& f = k.fibers[i];
-    f.now = state::ready;
-    f.warp_calls = 0;
-    f.fenced = false;
-    f.counted = nullptr;
-    f.syncs = {};
-    f.thread = {i % per_row, i / per_row % blockDim.y, i / per_plane};
+    thread& t = k.threads[i];
+    t.now = state::ready;
+    t.warp_calls = 0;
+    t.fenced = false;
+    t.counted = nullptr;
+    t.syncs = {};
   }
-  while (k.finished < k.n) {
-    bool moved = false;
-    unsigned const first = static_cast<unsigned>(k.order()) % k.n;
-    bool const backwards = k.order() % 2 == 0;
-    for (unsigned j = 0; j < k.n; ++j) {
-      unsigned const i = (first + (backwards ? k.n - j : j)) % k.n;
-      fiber& f = k.fibers[i];
-      if (f.now != state::ready) continue;
-      moved = true;
-      resume(f);
-    }
-    if (!moved) fail("threads wait for others that never come (divergent barrier?)");
-  }
+  begin_round(k);
+  let_run(*next_ready(), k.outside);
+  standing.running = false;
   if (__asan_unpoison_memory_region != nullptr) __asan_unpoison_memory_region(memory, most_shared);
   for (std::size_t i = 0; i < behind; ++i)
     if (memory[shared + i] != 0xa5) fail("writes behind the shared memory of its launch");
@@ -232,6 +281,9 @@ void run_grid(started const& how, std::function<void()> const& body) {
   standing.overlapped = how.overlapped;
   ++standing.launch;
   k.tickets.clear();
+  unsigned const per_row = blockDim.x, per_plane = per_row * blockDim.y;
+  for (unsigned i = 0; i < k.n; ++i)
+    k.threads[i].index = {i % per_row, i / per_row % blockDim.y, i / per_plane};
   dim3 const grid = how.grid;
   // No order of blocks is promised: from anywhere, either way round.
   std::uint64_t const blocks = std::uint64_t{grid.x} * grid.y * grid.z, first = k.order() % blocks;
@@ -252,12 +304,12 @@ int block_barrier(bool value, bool anywhere) {
   k.brought += value ? 1 : 0;
   if (++k.waiting < k.n) {
     k.running->now = state::at_barrier;
-    leave();
+    wait_for_others();
   } else {
     k.result = k.brought;
     k.waiting = k.brought = 0;
     for (unsigned i = 0; i < k.n; ++i)
-      if (k.fibers[i].now == state::at_barrier) k.fibers[i].now = state::ready;
+      if (k.threads[i].now == state::at_barrier) k.threads[i].now = state::ready;
     standing.syncs = k.running->syncs;
   }
   return static_cast<int>(k.result);
@@ -265,18 +317,18 @@ int block_barrier(bool value, bool anywhere) {
 
 void fence() {
   machine& k = m();
-  fiber& f = *k.running;
-  f.fenced = true;
-  if (f.counted != nullptr) k.seen.insert(k.seen.end(), f.counted->begin(), f.counted->end());
-  f.counted = nullptr;
+  thread& t = *k.running;
+  t.fenced = true;
+  if (t.counted != nullptr) k.seen.insert(k.seen.end(), t.counted->begin(), t.counted->end());
+  t.counted = nullptr;
 }
 void count_block(void const* ticket) {
   machine& k = m();
-  fiber& f = *k.running;
-  if (!f.fenced) fail("counts its block before a fence");
+  thread& t = *k.running;
+  if (!t.fenced) fail("counts its block before a fence");
   auto& blocks = k.tickets[ticket];
   blocks.push_back(standing.block);
-  f.counted = &blocks;
+  t.counted = &blocks;
 }
 bool has_seen(unsigned block) {
   auto const& seen = m().seen;
@@ -295,30 +347,30 @@ std::uint64_t const* warp_exchange(std::uint64_t value, unsigned mask, char cons
   w.arrived[turn] |= 1u << (t % warp_size);
   if (w.arrived[turn] != all_lanes) {
     k.running->now = state::in_warp;
-    leave();
+    wait_for_others();
     return w.value[turn];
   }
   w.arrived[turn] = 0;
   for (unsigned l = 0; l < warp_size; ++l)
-    if (k.fibers[first + l].now == state::in_warp) k.fibers[first + l].now = state::ready;
+    if (k.threads[first + l].now == state::in_warp) k.threads[first + l].now = state::ready;
   return w.value[turn];
 }
 void warp_barrier(unsigned mask) {
-  fiber& f = *m().running;
-  ++f.syncs.warp;
+  thread& t = *m().running;
+  ++t.syncs.warp;
   warp_exchange(0, mask, "__syncwarp");
-  standing.syncs = f.syncs;
+  standing.syncs = t.syncs;
 }
 
 void let_next_start() {
-  fiber& f = *m().running;
-  f.syncs.entered = true;
-  standing.syncs = f.syncs;
+  thread& t = *m().running;
+  t.syncs.entered = true;
+  standing.syncs = t.syncs;
 }
 void wait_for_previous() {
-  fiber& f = *m().running;
-  f.syncs.previous = true;
-  standing.syncs = f.syncs;
+  thread& t = *m().running;
+  t.syncs.previous = true;
+  standing.syncs = t.syncs;
 }
 
 void watch_read(void const* at, std::size_t bytes) {
@@ -336,9 +388,9 @@ void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros
   m().running->open.push_back({to, from, bytes, zeros});
 }
 void end_copy_group() {
-  fiber& f = *m().running;
-  f.groups.push_back(std::move(f.open));
-  f.open.clear();
+  thread& t = *m().running;
+  t.groups.push_back(std::move(t.open));
+  t.open.clear();
 }
 void wait_copy_groups(int pending) {
   auto& groups = m().running->groups;
