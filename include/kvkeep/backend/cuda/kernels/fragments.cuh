@@ -87,31 +87,31 @@ class key_pieces {
   bool aligned_;
 };
 
-/// What a product with a query becomes: a logit and then a probability.
-struct query_info {
+/// How a product with a query becomes a logit, and that a probability: 2^(logit - shift).
+struct alignas(8) query_scale {
   float factor;  ///< of the dot product
-  float shift;
-  float inverse;
-  index_t limit;  ///< last position that the query sees
+  float shift;   ///< log2 of the row's sum of powers; infinite if the row has no say
 };
 
 /// Batches times 32 queries of a head in shared memory.
 template <int Blocks, int Batches>
 struct query_tile {
-  uint4* high;       ///< [Batches][4 groups of 8 rows][Blocks][lane]
-  uint4* rest;       ///< the same; unset where no query of the tile has a second number
-  query_info* info;  ///< [Batches * 32]
-  int* uneven;       ///< [Batches * 32]
+  uint4* high;         ///< [Batches][4 groups of 8 rows][Blocks][lane]
+  uint4* rest;         ///< the same; unset where no query of the tile has a second number
+  query_scale* scale;  ///< [Batches * 32]
+  index_t* limit;      ///< [Batches * 32] last position that a query sees
+  int* uneven;         ///< [Batches * 32]
 
   static constexpr index_t queries = Batches * batch_queries, pieces = queries * Blocks * 4;
   __device__ explicit query_tile(shared_pieces& s)
       : high(s.take<uint4>(pieces)),
         rest(s.take<uint4>(pieces)),
-        info(s.take<query_info>(queries)),
+        scale(s.take<query_scale>(queries)),
+        limit(s.take<index_t>(queries)),
         uneven(s.take<int>(queries)) {}
   static constexpr std::size_t bytes() {
-    return 2 * shared_pieces::bytes<uint4>(pieces) + shared_pieces::bytes<query_info>(queries) +
-           shared_pieces::bytes<int>(queries);
+    return 2 * shared_pieces::bytes<uint4>(pieces) + shared_pieces::bytes<query_scale>(queries) +
+           shared_pieces::bytes<index_t>(queries) + shared_pieces::bytes<int>(queries);
   }
 
   /// Where a group of eight rows begins; a lane adds its number.
@@ -135,7 +135,9 @@ struct query_tile {
       split_query const query =
           q < 0 ? split_query{0, no_position, 0} : h.job.split.query[first + q];
       row_norm const norm = normed && q >= 0 ? h.job.norms[first + q] : row_norm{};
-      info[i] = {query.factor, norm.shift, norm.inverse, query.limit};
+      float const sum = norm.inverse > 0 ? -log2f(norm.inverse) : __uint_as_float(0x7f800000u);
+      scale[i] = {query.factor, __fadd_rn(norm.shift, sum)};
+      limit[i] = query.limit;
       uneven[i] = query.uneven;
       any = any || query.uneven != 0;
     }
@@ -156,12 +158,11 @@ struct query_tile {
  private:
   template <class N>
   __device__ static void copy(uint4 const* from, uint4* to, N const& number) {
+    // In the order of places: eight threads in a row write to all banks.
     for (index_t x = thread_of_block(); x < pieces; x += threads_of_block()) {
-      index_t const i = x / (Blocks * 4), piece = x % (Blocks * 4), q = number(i);
-      index_t const eight = i % batch_queries / turn_queries * 2 + i % 4 / 2;
-      index_t const r = i % turn_queries / 4 * 2 + i % 2;
-      copy_16(to + place(i / batch_queries, eight, piece / 4) + r * 4 + piece % 4,
-              from + static_cast<offset_t>(max(q, 0)) * (Blocks * 4) + piece, q >= 0);
+      index_t const eight = x / (Blocks * 32), piece = x / 32 % Blocks * 4 + x % 4;
+      index_t const q = number(eight / 4 * batch_queries + query_of(eight % 4, x % 32 / 4));
+      copy_16(to + x, from + static_cast<offset_t>(max(q, 0)) * (Blocks * 4) + piece, q >= 0);
     }
   }
 };

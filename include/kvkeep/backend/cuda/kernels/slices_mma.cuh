@@ -36,7 +36,7 @@ struct mma_slices_kernel {
     __device__ explicit warp_queries(queries const& tile)
         : lowest(above_positions), highest(no_position) {
       unrolled<4>([&](int x) {
-        index_t const limit = tile.info[number(x)].limit;
+        index_t const limit = tile.limit[number(x)];
         lowest = min(lowest, limit);
         highest = max(highest, limit);
         unrolled<Blocks>([&](int s) {
@@ -96,15 +96,17 @@ struct mma_slices_kernel {
   /// Starts fetching 32 keys; behind the end come zeros that nobody sees.
   __device__ static void take_keys(window_head const& h, key_pieces<T> const& keys, index_t from,
                                    index_t end, uint4* to, index_t* positions) {
-    for (index_t i = thread_of_block(); i < stage_pieces; i += threads_of_block()) {
-      index_t const key = i / (Blocks * 4), piece = i % (Blocks * 4), slot = from + key;
-      uint4* const at = to + (key / 8 * Blocks + piece / 4) * 32 + key % 8 * 4 + piece % 4;
+    // In the order of places: eight threads in a row write to all banks.
+    index_t const lane = lane_of_warp();
+    for (index_t i = warp_of_block(); i < stage_keys / 8 * Blocks; i += warps_of_block()) {
+      index_t const key = i / Blocks * 8 + lane / 4, slot = from + key;
+      index_t const piece = i % Blocks * 4 + lane % 4, x = i * 32 + lane;
       bool const live = slot < end;
       if (keys.whole())
-        copy_16(at, keys.address(live ? slot : end - 1, keys.has(piece) ? piece : 0),
+        copy_16(to + x, keys.address(live ? slot : end - 1, keys.has(piece) ? piece : 0),
                 live && keys.has(piece));
       else
-        *at = live ? keys.gather(keys.row(slot), piece) : make_uint4(0, 0, 0, 0);
+        to[x] = live ? keys.gather(keys.row(slot), piece) : make_uint4(0, 0, 0, 0);
       if (piece == 0) positions[key] = live ? h.positions[slot] : above_positions;
     }
     copies_end();
@@ -152,13 +154,14 @@ struct mma_slices_kernel {
   __device__ static void add_logits(L const& form, queries const& tile, index_t const* positions,
                                     products& z, row_sum (&sum)[4]) {
     unrolled<4>([&](int x) {
-      query_info const query = tile.info[warp_queries::number(x)];
+      index_t const query = warp_queries::number(x);
+      float const factor = tile.scale[query].factor;
+      index_t const limit = positions != nullptr ? tile.limit[query] : above_positions;
       float top = sum[x].top;
       unrolled<4>([&](int i) {
         float& logit = z[x / 2][i / 2][x % 2 * 2 + i % 2];
-        logit = form(__fmul_rn(logit, query.factor));
-        if (positions != nullptr &&
-            positions[i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2] > query.limit)
+        logit = form(__fmul_rn(logit, factor));
+        if (positions != nullptr && positions[i / 2 * 8 + lane_of_warp() % 4 * 2 + i % 2] > limit)
           logit = __uint_as_float(0xff800000u);
         top = max(top, logit);
       });

@@ -84,7 +84,7 @@ struct mma_strip {
   __device__ static bool weigh(kv_ref<device_space> const& kv, queries const& tile, index_t turn,
                                warp_keys const& own, key_positions const& positions, products& z) {
     index_t const first = turn * turn_queries, mine = first + lane_of_warp() % turn_queries;
-    index_t const quad = lane_of_warp() % 4 * 4, limit = tile.info[mine].limit;
+    index_t const quad = lane_of_warp() % 4 * 4, limit = tile.limit[mine];
     if (__any_sync(all_lanes, limit >= positions.lowest[warp_of_block()] ? 1 : 0) == 0)
       return false;
     bool const all_seen =
@@ -100,7 +100,7 @@ struct mma_strip {
     }
     multiply_all(tile.high, turn, own, z);
     with_logit(kv, [&](auto const& form) {
-      to_weights(form, tile.info + first + quad, all_seen ? nullptr : positions.of_warp(), z);
+      to_weights(form, tile, first + quad, all_seen ? nullptr : positions.of_warp(), z);
     });
     return true;
   }
@@ -116,17 +116,17 @@ struct mma_strip {
           [&](int m) { multiply(T{}, z[m][t], own.piece[2 * m][s], own.piece[2 * m + 1][s], b); });
     });
   }
-  /// @param positions of the warp's keys, or null if all are seen
+  /// @param first  this lane's first query of the turn  @param positions  of the warp's keys, or null if all are seen
   template <class L>
-  __device__ static void to_weights(L const& form, query_info const* info, index_t const* positions,
-                                    products& z) {
+  __device__ static void to_weights(L const& form, queries const& tile, index_t first,
+                                    index_t const* positions, products& z) {
     unrolled<4>([&](int i) {
-      query_info const q = info[i];
+      query_scale const q = tile.scale[first + i];
       unrolled<n_keys>([&](int x) {
         float& p = weight(z, x, i);
         float const logit = form(__fmul_rn(p, q.factor));
-        p = __fmul_rn(fast_exp2(__fadd_rn(logit, -q.shift)), q.inverse);
-        if (positions != nullptr && positions[warp_keys::number(x)] > q.limit) p = 0;
+        p = fast_exp2(__fadd_rn(logit, -q.shift));
+        if (positions != nullptr && positions[warp_keys::number(x)] > tile.limit[first + i]) p = 0;
       });
     });
   }

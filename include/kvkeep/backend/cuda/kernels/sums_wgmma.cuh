@@ -151,8 +151,8 @@ struct wgmma_sums_kernel {
   /// Adds what the warp's keys receive from 64 queries of the tile.
   __device__ void add_part(tile_of_queries const& tile, index_t first, warp_keys const& own,
                            group_products& z, float (&sum)[2]) const {
-    query_info const* const info = tile.at.info + first;
-    index_t const a = info[lane_of_warp()].limit, b = info[lane_of_warp() + warp_size].limit;
+    index_t const* const limits = tile.at.limit + first;
+    index_t const a = limits[lane_of_warp()], b = limits[lane_of_warp() + warp_size];
     // The same in all warps of the warpgroup; a shuffle tells the compiler that they are of one mind.
     index_t const highest = __shfl_sync(all_lanes, warp_reduce(max(a, b), larger{}), 0);
     if (highest < __shfl_sync(all_lanes, own.group_lowest, 0)) return;
@@ -161,11 +161,10 @@ struct wgmma_sums_kernel {
     multiply(tile.at.high, first, own, z, uneven);
     with_logit(job.layer.kv, [&](auto const& form) {
       unrolled<part / turn_queries>([&](int turn) {
-        index_t const limit = info[turn * turn_queries + lane_of_warp() % turn_queries].limit;
+        index_t const limit = limits[turn * turn_queries + lane_of_warp() % turn_queries];
         if (__any_sync(all_lanes, limit >= own.lowest ? 1 : 0) == 0) return;
         bool const all_seen = __all_sync(all_lanes, limit >= own.highest ? 1 : 0) != 0;
-        to_weights(form, info + turn * turn_queries + lane_of_warp() % 4 * 4, turn, own, all_seen,
-                   z);
+        to_weights(form, tile.at, first, turn, own, all_seen, z);
         add_terms(z, turn, sum);
       });
     });
@@ -206,17 +205,18 @@ struct wgmma_sums_kernel {
   __device__ float pass_on(float s, index_t phase) const {
     return __shfl_sync(all_lanes, s, (lane_of_warp() >> lane_shift() << lane_shift()) + phase);
   }
-  /// @param info of this lane's four queries of the turn
+  /// @param first  query of the part
   template <class L>
-  __device__ static void to_weights(L const& form, query_info const* info, int turn,
+  __device__ static void to_weights(L const& form, queries const& tile, index_t first, int turn,
                                     warp_keys const& own, bool all_seen, group_products& z) {
+    index_t const mine = first + turn * turn_queries + lane_of_warp() % 4 * 4;
     unrolled<4>([&](int i) {
-      query_info const q = info[i];
+      query_scale const q = tile.scale[mine + i];
       unrolled<2>([&](int x) {
         float& p = z[turn * 2 + i / 2][x * 2 + i % 2];
         float const logit = form(__fmul_rn(p, q.factor));
-        p = __fmul_rn(fast_exp2(__fadd_rn(logit, -q.shift)), q.inverse);
-        if (!all_seen && own.position[x] > q.limit) p = 0;
+        p = fast_exp2(__fadd_rn(logit, -q.shift));
+        if (!all_seen && own.position[x] > tile.limit[mine + i]) p = 0;
       });
     });
   }
