@@ -88,11 +88,21 @@ struct row_path {
   template <class Q>
   __device__ static void load_queries(attend_task const& t, split_place const& at,
                                       float (&q)[G][mine]) {
+    constexpr int width = 16 / int{sizeof(Q)}, at_once = each % width == 0 ? width : 1;
     Q const* const row =
         static_cast<Q const*>(t.q.data) + t.query_at(at.entry, at.q_head(t), at.row);
+    bool const aligned = at_once == width && t.q.head_stride % width == 0 &&
+                         reinterpret_cast<std::uintptr_t>(row) % 16 == 0;
     for (int g = 0; g < G; ++g)
-      for (int i = 0; i < mine; ++i)
-        q[g][i] = g < at.count ? to_float(row[g * t.q.head_stride + feature_of(i)]) : 0.0f;
+      for (int i = 0; i < mine; i += at_once) {
+        Q const* const from = row + g * t.q.head_stride + feature_of(i);
+        float x[width] = {};
+        if (g < at.count && aligned)
+          unpack(read_16(from), x, Q{});
+        else if (g < at.count)
+          for (int k = 0; k < at_once; ++k) x[k] = to_float(from[k]);
+        for (int k = 0; k < at_once; ++k) q[g][i + k] = x[k];
+      }
   }
 
   __device__ static void dot_products(attend_task const& t, split_place const& at,
@@ -192,9 +202,16 @@ struct row_path {
 
     constexpr int kept = G * mine * lanes / warp_size;
     float* const sums = box.sums + warp_of_block() * G * D;
-    for (int i = 0; i < kept; ++i) {
+    // One by one they would all go to few banks: lanes are whole pieces apart.
+    constexpr int wide = kept % 4 == 0 ? 4 : 1;
+    static_assert(each % wide == 0);
+    for (int i = 0; i < kept; i += wide) {
       int const number = lane_of_warp() / lanes * kept + i;
-      sums[number / mine * D + feature_of(number % mine)] = acc[i];
+      float* const to = sums + number / mine * D + feature_of(number % mine);
+      if constexpr (wide == 4)
+        *reinterpret_cast<float4*>(to) = make_float4(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+      else
+        *to = acc[i];
     }
     __syncthreads();
     for (index_t i = thread_of_block(); i < at.count * D; i += split_threads) {
