@@ -21,6 +21,8 @@
 
 #include <cuda_runtime.h>
 
+#include "instrumented.hpp"
+
 extern "C" char const __executable_start;  // the linker's
 namespace kvkeep::cuda {
 extern uint4 shared_words[227 * 1024 / 16];
@@ -120,25 +122,23 @@ struct watcher {
   }
 };
 
-enum class kind { read, write, atomic };
+}  // namespace
 
-void access(void const* p, std::size_t bytes, kind what, void const* code) {
+void emulation::access(void const* p, std::size_t bytes, access_kind what, void const* code) {
   auto const at = reinterpret_cast<std::uintptr_t>(p);
   auto const stack = reinterpret_cast<std::uintptr_t>(standing.stack);
   if (!standing.running || at - stack < standing.stack_bytes) return;
   if (standing.overlapped && standing.syncs.entered && !standing.syncs.previous)
     emulation::fail("touches memory before the kernels in front have ended");
-  record const now = record::now(what == kind::atomic);
+  record const now = record::now(what == access_kind::atomic);
   for (std::size_t i = 0; i < bytes; ++i) {
     watcher const w{at + i, now, code};
-    if (what == kind::read)
+    if (what == access_kind::read)
       w.read();
     else
       w.write();
   }
 }
-
-}  // namespace
 
 /// From the return addresses of the calls that the thread is in. The code has to keep frame pointers, and must
 /// not be repeated on several paths (-O1 without jump threading).
@@ -155,63 +155,3 @@ std::uint64_t emulation::place_in_code() {
   }
   return place;
 }
-
-// What instrumented code calls. Atomic operations of the host's code are of no interest here, but must work.
-extern "C" {
-
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_vptr_read(void*) {}
-void __tsan_read_range(void* p, unsigned long bytes) {
-  access(p, bytes, kind::read, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, unsigned long bytes) {
-  access(p, bytes, kind::write, __builtin_return_address(0));
-}
-
-#define KVKEEP_ACCESS(bytes)                                                                      \
-  void __tsan_read##bytes(void* p) { access(p, bytes, kind::read, __builtin_return_address(0)); } \
-  void __tsan_write##bytes(void* p) {                                                             \
-    access(p, bytes, kind::write, __builtin_return_address(0));                                   \
-  }                                                                                               \
-  void __tsan_unaligned_read##bytes(void* p) {                                                    \
-    access(p, bytes, kind::read, __builtin_return_address(0));                                    \
-  }                                                                                               \
-  void __tsan_unaligned_write##bytes(void* p) {                                                   \
-    access(p, bytes, kind::write, __builtin_return_address(0));                                   \
-  }
-KVKEEP_ACCESS(1)
-KVKEEP_ACCESS(2)
-KVKEEP_ACCESS(4)
-KVKEEP_ACCESS(8)
-KVKEEP_ACCESS(16)
-#undef KVKEEP_ACCESS
-
-#define KVKEEP_CHANGE(bits, type, name, builtin)                                       \
-  type __tsan_atomic##bits##_##name(type volatile* p, type x, int) {                   \
-    access(const_cast<type*>(p), sizeof x, kind::atomic, __builtin_return_address(0)); \
-    return builtin(p, x, __ATOMIC_SEQ_CST);                                            \
-  }
-#define KVKEEP_ATOMIC(bits, type)                                                             \
-  KVKEEP_CHANGE(bits, type, exchange, __atomic_exchange_n)                                    \
-  KVKEEP_CHANGE(bits, type, fetch_add, __atomic_fetch_add)                                    \
-  KVKEEP_CHANGE(bits, type, fetch_sub, __atomic_fetch_sub)                                    \
-  type __tsan_atomic##bits##_load(type const volatile* p, int) {                              \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                              \
-  }                                                                                           \
-  void __tsan_atomic##bits##_store(type volatile* p, type x, int) {                           \
-    __atomic_store_n(p, x, __ATOMIC_SEQ_CST);                                                 \
-  }                                                                                           \
-  int __tsan_atomic##bits##_compare_exchange_strong(type volatile* p, type* old, type x, int, \
-                                                    int) {                                    \
-    return __atomic_compare_exchange_n(p, old, x, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
-  }
-KVKEEP_ATOMIC(8, unsigned char)
-KVKEEP_ATOMIC(32, unsigned)
-KVKEEP_ATOMIC(64, unsigned long)
-#undef KVKEEP_ATOMIC
-#undef KVKEEP_CHANGE
-
-}  // extern "C"
