@@ -3,9 +3,11 @@
 /// What a scorer is: it ranks the slots of one layer, per sequence and KV head; higher is kept.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstdint>
 #include <string_view>
+#include <type_traits>
 
 #include "../op/accumulate.hpp"
 #include "../op/score_slots.hpp"
@@ -175,9 +177,14 @@ inline std::uint64_t name_key(std::string_view name) noexcept {
 
 namespace detail {
 
-/// Copies ring rows of the last queries into a dense block, oldest first.
+/// Copies ring rows of the last queries into a dense block, oldest first. An index is a stretch of a row: on the host
+/// a whole one, elsewhere so little that neighbours read neighbours.
 template <class Space>
 struct gather_queries {
+  static constexpr index_t width(index_t dim) {
+    return std::is_same_v<Space, host_space> ? dim : std::min(dim, index_t{4});
+  }
+
   tensor_ref<float const, 4, Space> ring_q{};
   tensor_ref<float const, 3, Space> ring_lse{};
   float* q;
@@ -186,21 +193,25 @@ struct gather_queries {
   index_t const* seen;
   index_t const* from;
   index_t const* id;
-  index_t ring, n_rows, heads, dim;
+  index_t ring, n_rows, heads, dim, each;
 
-  KVKEEP_HD void operator()(index_t i) const noexcept {
+  /// Stretches of a row.
+  KVKEEP_HD index_t parts() const noexcept { return (dim + each - 1) / each; }
+  KVKEEP_HD void operator()(index_t index) const noexcept {
+    index_t const first = index % parts() * each, i = index / parts();
     index_t const row = i % n_rows;
     index_t const head = i / n_rows % heads;
     index_t const entry = i / n_rows / heads;
     index_t const s = id ? id[entry] : entry;
     index_t const p = seen[s] - n_rows + row;
     bool const present = p >= 0 && p >= from[s];
-    if (head == 0) position[entry * n_rows + row] = present ? p : -1;
+    if (head == 0 && first == 0) position[entry * n_rows + row] = present ? p : -1;
     if (!present) return;
-    if (lse) lse[i] = ring_lse(s, head, p % ring);
+    if (lse && first == 0) lse[i] = ring_lse(s, head, p % ring);
     float const* src = ring_q.at(s, head, p % ring);
     float* dst = q + static_cast<offset_t>(i) * dim;
-    for (index_t d = 0; d < dim; ++d) dst[d] = src[d];
+    index_t const end = first + each < dim ? first + each : dim;
+    for (index_t d = first; d < end; ++d) dst[d] = src[d];
   }
 };
 
@@ -223,12 +234,12 @@ status last_queries(Ctx& ctx, score_input<space_of<Ctx>> const& in, index_t n,
   out.by_id = false;
   if (ws.measuring()) return status::ok;
   if (!ws.ok()) return status::workspace_too_small;
-  detail::gather_queries<space> const fn{
-      in.ring_q,       in.ring_lse,  q,           lse,           position,
-      in.seen,         in.ring_from, in.batch.id, in.query_ring, n,
-      shape.n_q_heads, shape.dim_k};
-  return run(
-      ctx, op::for_each<detail::gather_queries<space>, space>{static_cast<index_t>(rows), fn}, ws);
+  using gather = detail::gather_queries<space>;
+  index_t const each = gather::width(shape.dim_k);
+  gather const fn{in.ring_q,       in.ring_lse,  q,           lse,           position,
+                  in.seen,         in.ring_from, in.batch.id, in.query_ring, n,
+                  shape.n_q_heads, shape.dim_k,  each};
+  return run(ctx, op::for_each<gather, space>{static_cast<index_t>(rows) * fn.parts(), fn}, ws);
 }
 
 /// Folds the newest token's weights where attention has not done it (`attention_fold`).
