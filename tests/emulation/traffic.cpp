@@ -39,6 +39,7 @@ struct lane_access {
   unsigned bytes = 0;
   bool write = false;
 };
+using lanes = std::array<lane_access, warp_size>;
 
 /// One place in the code, since the warp's threads last met, for the n-th time.
 struct request_key {
@@ -78,7 +79,7 @@ struct counter {
   traffic total;
   std::unordered_map<std::string, std::array<std::unordered_set<std::uintptr_t>, 2>> touched;
   unsigned launch = 0, block = 0, block_syncs = 0;  ///< of the requests
-  std::unordered_map<request_key, std::array<lane_access, warp_size>, key_hash> requests;
+  std::unordered_map<request_key, lanes, key_hash> requests;
   std::unordered_map<place_key, visits, key_hash> places;
   std::array<last_access, 1024> last;
 };
@@ -96,8 +97,6 @@ array const* array_of(std::uintptr_t at) {
     if (at - a.begin < a.end - a.begin) return &a;
   return nullptr;
 }
-
-using lanes = std::array<lane_access, warp_size>;
 
 unsigned width_of(lanes const& request) {
   unsigned width = 0;

@@ -13,7 +13,7 @@ namespace emulation {
 /// A device moves memory by so many bytes.
 inline constexpr std::size_t sector_bytes = 32;
 
-/// Accesses of one array, or of memory by one launch. A request is an instruction of a warp.
+/// Accesses of one array. A request is an instruction of a warp.
 struct array_traffic {
   double requests = 0;
   double bytes = 0;     ///< that its lanes asked for; what several lanes ask for counts once
