@@ -47,6 +47,20 @@ void read_adakv(recorded_case const& c, parameters& p, prompt_policy& r, index_t
   r.scores = kvpress ? reported::padded : reported::candidates;
 }
 
+/// Capacities per query head, the window besides, as the published program reads them from a table.
+void read_headkv(recorded_case const& c, parameters& p, prompt_policy& r, index_t group) {
+  read_window(p, r.options.window, r.options.capacity);
+  read_window_options(p, r.options, group, window_form::mean_rows);
+  auto const& of = checked_input(c, "head_capacity", {extent(c, "Hq")}, false).i32;
+  for (std::size_t i = 0; i < of.size(); ++i)
+    checked_integer(c, "inputs.head_capacity[" + std::to_string(i) + "]", of[i], {0, most_tokens});
+  r.name = "snapkv";
+  r.options.budget = "per_head";
+  r.head_tokens = per_head::of_query_heads(of, group, r.options.window).tokens;
+  r.window = r.options.window;
+  r.scores = reported::candidates;
+}
+
 void read_tova(parameters& p, prompt_policy& r) {
   r.options.capacity = p.integer("capacity", {1, most_tokens});
   bool const protect = p.flag("protect_last", true);
@@ -74,9 +88,9 @@ void read_lagkv(parameters& p, prompt_policy& r) {
 }  // namespace
 
 prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, index_t group) {
-  static constexpr char const* names[] = {"snapkv",  "pyramidkv", "adakv",
-                                          "h2o",     "tova",      "knorm",
-                                          "keydiff", "lagkv",     "observed_attention"};
+  static constexpr char const* names[] = {
+      "snapkv", "pyramidkv", "adakv",   "headkv", "h2o",
+      "tova",   "knorm",     "keydiff", "lagkv",  "observed_attention"};
   std::string const name = c.policy();
   auto const* known = std::find(std::begin(names), std::end(names), name);
   if (known == std::end(names)) throw unsupported(name);
@@ -85,6 +99,7 @@ prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, index_t 
   if (name == "snapkv") read_snapkv(p, r, group);
   if (name == "pyramidkv") read_pyramidkv(c, p, r, group);
   if (name == "adakv") read_adakv(c, p, r, group);
+  if (name == "headkv") read_headkv(c, p, r, group);
   if (name == "tova") read_tova(p, r);
   if (name == "knorm") read_knorm(p, r);
   if (name == "lagkv") read_lagkv(p, r);

@@ -18,13 +18,18 @@ enum class reported : std::uint8_t {
 struct prompt_policy {
   char const* name = "";
   policy_options options{};
+  std::vector<index_t> head_tokens{};  ///< [kv_head], where heads have budgets of their own
   reported scores = reported::all;
   index_t window = 0;    ///< tokens at the end that are no candidates
   index_t n_layers = 1;  ///< layers of the model, of which the case records `layer`
   index_t layer = 0;
   bool skipped = false;  ///< the layer is left alone
 
-  chosen policy() const { return {name, options}; }
+  chosen policy() const {
+    policy_options o = options;
+    o.head_tokens = head_tokens;
+    return {name, o};
+  }
 };
 
 /// The policy of a prefill case. @throws unsupported, or std::runtime_error naming the parameter

@@ -12,6 +12,7 @@
 #include "policy/dynamickv.hpp"
 #include "policy/fullkv.hpp"
 #include "policy/h2o.hpp"
+#include "policy/headkv.hpp"
 #include "policy/keydiff.hpp"
 #include "policy/knorm.hpp"
 #include "policy/lagkv.hpp"

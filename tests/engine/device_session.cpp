@@ -164,6 +164,19 @@ TEST_CASE("a device session keeps and computes what a session does, under every 
     });
 }
 
+TEST_CASE("a device session keeps what a session does where heads have budgets of their own") {
+  index_t const of_heads[] = {9, 16, 30, 12};
+  for (char const* prompt : {"snapkv", "h2o"})
+    test::for_seeds(2, [&](generator& g) {
+      pairing p{prompt, "h2o", small(16), small(16)};
+      p.o.budget = "per_head";
+      p.o.head_tokens = of_heads;
+      p.d = p.o;
+      INFO(describe(p));
+      compare(p, {}, g.next());
+    });
+}
+
 /// What an engine of its own exports: probabilities of the newest token over a sequence's slots in use.
 std::vector<float> exported(test::device_engine& device, test::world const& w,
                             test::stream const& s, index_t slots) {

@@ -65,7 +65,7 @@ bool contains(std::string const& text, std::string const& part) {
 
 bool is_supported(fs::path const& dir) {
   std::string const policy = load_case(dir, false).policy();
-  return policy != "headkv" && policy != "cake" && policy != "expected_attention";
+  return policy != "cake" && policy != "expected_attention";
 }
 
 /// A copy of a golden case with a changed case.json.
@@ -141,7 +141,7 @@ TEST_CASE("a trace of two sequences is two traces") {
 }
 
 TEST_CASE("policies that do not exist are named") {
-  for (char const* policy : {"headkv", "cake", "expected_attention"})
+  for (char const* policy : {"cake", "expected_attention"})
     for (auto const& dir : case_dirs(KVKEEP_GOLDEN_DIR)) {
       if (load_case(dir, false).policy() != policy) continue;
       auto const r = replay({dir.string(), "--check"});
@@ -210,11 +210,12 @@ TEST_CASE("a mismatch fails, and of several cases the gravest code is returned")
   CHECK(no_sets.code == 1);
   CHECK(contains(no_sets.text, "kept: dtype differs"));
 
-  std::string const good = golden("knorm_kvf").string(), headkv = golden("headkv_kvf_gqa").string();
+  std::string const good = golden("knorm_kvf").string();
+  std::string const unknown = golden("expected_attention_kvpress").string();
   std::string const missing = (tmp.path / "missing").string();
-  CHECK(replay({good, headkv, "--check"}).code == 3);
-  CHECK(replay({headkv, dir.string(), good, "--check"}).code == 1);
-  CHECK(replay({good, dir.string(), missing, headkv, "--check"}).code == 2);
+  CHECK(replay({good, unknown, "--check"}).code == 3);
+  CHECK(replay({unknown, dir.string(), good, "--check"}).code == 1);
+  CHECK(replay({good, dir.string(), missing, unknown, "--check"}).code == 2);
 }
 
 TEST_CASE("bad parameters and shapes are refused by name, and nothing is written") {

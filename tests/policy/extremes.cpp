@@ -284,3 +284,35 @@ TEST_CASE("heads and layers without a budget keep what is protected, or nothing"
     }
   }
 }
+
+TEST_CASE("heads have budgets of their own, at the prompt's end and while decoding") {
+  for (layout_id const layout : {layout_id::hnd, layout_id::ragged, layout_id::paged_per_head})
+    for (char const* name : {"knorm", "keydiff", "h2o", "snapkv", "morphkv"}) {
+      INFO(name);
+      policy_options o;
+      o.window = o.sinks = 2;
+      if (std::string_view(name) == "morphkv") o.sinks = 0;
+      std::vector<index_t> const tokens{5, 12, 30, 7};
+      o.budget = "per_head";
+      o.head_tokens = tokens;
+      any const p = make(name, o);
+      world w;
+      w.layout = layout;
+      text const words = w.words();
+      engine e(w.options(p, 60), p);
+      stream s = e.begin(words);
+      e.prompt(s, w.prompt);
+      bool const decodes = std::string_view(name) != "snapkv";
+      for (index_t step = 0; step < 20; ++step) {
+        auto const r = e.step({&s});
+        for (index_t l = 0; l < w.n_layers; ++l)
+          for (index_t h = 0; h < 2; ++h) {
+            index_t const most = tokens[uz(2 * l + h)];
+            index_t const kept =
+                decodes ? std::min(most, w.prompt + step + 1) : std::min(most, w.prompt) + step + 1;
+            REQUIRE(oracle::count(r[uz(l)].done[uz(h)]) == kept);
+          }
+        e.check({&s});
+      }
+    }
+}

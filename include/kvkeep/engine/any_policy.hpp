@@ -10,6 +10,7 @@
 #include "../budget/ada_heads.hpp"
 #include "../budget/dynamic_layers.hpp"
 #include "../budget/inherit.hpp"
+#include "../budget/per_head.hpp"
 #include "../budget/pyramid.hpp"
 #include "../policy/policy.hpp"
 #include "detail/token_chain.hpp"
@@ -128,7 +129,8 @@ class any_scorer {
 /// Any of the library's budgets.
 class any_budget {
  public:
-  using value = std::variant<uniform, per_layer, pyramid, dynamic_layers, ada_heads, inherit>;
+  using value =
+      std::variant<uniform, per_layer, pyramid, dynamic_layers, ada_heads, inherit, per_head>;
 
   any_budget() = default;
   template <class B>

@@ -53,8 +53,9 @@ struct policy_options {
   index_t lag = 128;
   bool cross_scoring = false;
   scope per = scope::head;
-  /// Replaces the policy's own budget: "", "uniform", "pyramid", "dynamic", "ada", "inherit".
+  /// Replaces the policy's own budget: "", "uniform", "pyramid", "dynamic", "ada", "per_head", "inherit".
   std::string_view budget{};
+  std::span<index_t const> head_tokens{};  ///< [layer][kv_head] of budget "per_head"
   index_t block = 1;  ///< > 1: packed blocks, or whole ones
   bool whole_blocks = false;
 };
@@ -146,8 +147,9 @@ inline any_budget named_budget(policy_options const& o) {
   if (o.budget == "dynamic")
     return dynamic_layers{o.capacity, o.r_max, o.r_min, o.every, o.published};
   if (o.budget == "ada") return ada_heads{o.capacity, o.alpha, o.normalize, o.form};
+  if (o.budget == "per_head") return per_head{{o.head_tokens.begin(), o.head_tokens.end()}};
   if (o.budget == "inherit") return inherit{};
-  refuse("budget", std::string(o.budget), "uniform, pyramid, dynamic, ada or inherit");
+  refuse("budget", std::string(o.budget), "uniform, pyramid, dynamic, ada, per_head or inherit");
 }
 
 }  // namespace detail

@@ -81,7 +81,7 @@ KVKEEP_COLD void check_budgets(P const& prompt, D const& decode, bool one) {
   KVKEEP_EXPECTS(!pb.inherits, "budget", pb.name,
                  "a budget of its own (inherit is for a decode policy beside another)");
   KVKEEP_EXPECTS(one || !db.needs_scores, "decode.budget", db.name,
-                 "uniform, per_layer, pyramid or inherit beside another prompt policy");
+                 "uniform, per_layer, per_head, pyramid or inherit beside another prompt policy");
   index_t const guarded = decode.keep.sinks + decode.keep.recent;
   KVKEEP_EXPECTS(
       !db.inherits || !cuts_while_decoding(decode.score) || prompt.budget.capacity() > guarded,
