@@ -485,12 +485,12 @@ TEST_CASE(
 TEST_CASE("a copy is frozen as far as it has tokens") {
   fixture f(layout_id::hnd, "knorm", 30);
   stream s = f.e->begin(f.words);
-  f.e->prompt(s, 20);
+  f.e->prompt(s, 6);
   index_t id = -1;
   sequence_options o;
-  o.frozen = 21;
+  o.frozen = 7;
   f.refused(status::bad_argument, [&] { return f.s().fork(s.id, id, o); });
-  o.frozen = 20;
+  o.frozen = 6;
   CHECK(f.s().fork(s.id, id, o) == status::ok);
 }
 

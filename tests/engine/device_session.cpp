@@ -631,8 +631,7 @@ TEST_CASE("no copy is made of a sequence whose layers are being cut together") {
   auto const a = w.words(1);
   test::stream x = device.begin(a);
   index_t id = -1;
-  for (index_t l = 0; l < w.n_layers; ++l)
-    REQUIRE(device.session().observe(l, x.id, tokens_only(30), nullptr, x.row) == status::ok);
+  for (index_t l = 0; l < w.n_layers; ++l) device.observe_prompt(x, l, 0, 30);
   REQUIRE(device.end_layer(x, 0) == status::ok);
   CHECK(device.session().fork(x.id, id) == status::bad_order);
   REQUIRE(device.end_layer(x, 1) == status::ok);

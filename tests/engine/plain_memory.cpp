@@ -1,87 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // What both kinds of session do alike, over plain arrays: plans, reports of tables, sets of sequences, set-up.
 #include <kvkeep/kvkeep.hpp>
-#include <numeric>
-#include <optional>
 
-#include "../support/aligned_block.hpp"
-#include "../support/catch.hpp"
-#include "../support/session_run.hpp"
+#include "../support/plain_model.hpp"
 
 using namespace kvkeep;
 using namespace kvkeep::test;
 
 namespace {
 
-constexpr index_t dim = 8, block = 4;
-
-std::vector<float> numbers(std::size_t n) {
-  std::vector<float> x(n);
-  for (std::size_t i = 0; i < n; ++i) x[i] = static_cast<float>(i * 7919 % 1013) / 1013.0F - 0.5F;
-  return x;
-}
-
-/// Layers of one KV head, in pages or not, and how they are bound.
-struct model {
-  index_t n_seq = 2;
-  limits lim{};
-  std::vector<std::vector<float>> rows{};
-  std::vector<std::vector<index_t>> tables{};
-  std::vector<layer_spec<>> specs{};
-  cpu::context ctx{};
-  std::optional<aligned_block> memory{};
-
-  model() { lim.max_sequences = n_seq; }
-  cache_shape shape(index_t slots) const { return {n_seq, 2, 1, dim, dim, slots}; }
-  void add(index_t slots) {
-    rows.push_back(numbers(uz(n_seq * slots * dim)));
-    specs.push_back(contiguous_view(rows.back().data(), rows.back().data(), shape(slots)));
-  }
-  /// Entries of a table count from 100 times the layer.
-  void add_pages(index_t slots) {
-    index_t const each = slots / block, first = 100 * static_cast<index_t>(specs.size());
-    tables.emplace_back(uz(n_seq * each));
-    std::iota(tables.back().begin(), tables.back().end(), first);
-    index_t const n_blocks = first + n_seq * each;
-    rows.push_back(numbers(uz(n_blocks * block * dim)));
-    page_geometry const g{block, n_blocks, tables.back().data(), each};
-    specs.push_back(paged_view(rows.back().data(), rows.back().data(), shape(slots), g));
-  }
-  std::span<layer_spec<> const> layers() const { return specs; }
-
-  template <class P>
-  auto bind(std::false_type, P const& p) {
-    memory.emplace(session_bytes(ctx, p, p, layers(), lim));
-    return bind_session(ctx, p, p, layers(), lim, memory->span());
-  }
-  template <class P>
-  auto bind(std::true_type, P const& p) {
-    memory.emplace(device_session_bytes(ctx, p, p, layers(), lim));
-    return bind_device_session(ctx, p, p, layers(), lim, memory->span());
-  }
-  std::string refusal_of(bool device, auto const& p) {
-    return refusal([&] {
-      if (device)
-        (void)bind(std::true_type{}, p);
-      else
-        (void)bind(std::false_type{}, p);
-    });
-  }
-};
-
-/// A batch of one, as each kind of session takes it.
-struct one {
-  index_t id;
-  batch host() const { return {{&id, 1}}; }
-  batch_ref<> device() const { return {1, &id, &id}; }
-};
-template <class S>
-auto of(S const&, one const& b) {
-  if constexpr (requires(S & s, plan<> p) { s.choose(b.device(), p); })
-    return b.device();
-  else
-    return b.host();
-}
+constexpr index_t dim = plain_dim, block = plain_block;
+using model = plain_model;
 
 }  // namespace
 

@@ -52,7 +52,7 @@ class device_session : public detail::device_core<Ctx> {
       core::prompt_of, core::one, core::pool, core::scratch, core::each, core::each_number,
       core::every, core::holding, core::n_kept, core::extend, core::mark, core::newest_rows_of,
       core::pushing, core::listing, core::settling, core::plan_of, core::take_scores,
-      core::take_cut, core::in_prompt, core::one_leaves_, core::tracks_tables_;
+      core::take_cut, core::in_prompt, core::staging_taken, core::one_leaves_, core::tracks_tables_;
 
  public:
   using space = space_of<Ctx>;
@@ -62,10 +62,8 @@ class device_session : public detail::device_core<Ctx> {
   /// Starts a sequence; `id` is set on success.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
   /// Starts a sequence as a copy of `from`: all state, faults too, not K and V (the engine copies those).
-  /// Not while the prompt's layers are being cut together. Cost: one launch per layer, the state's bytes read and
-  /// written.
+  /// Not while its prompt's layers are cut together or pass through a buffer. Cost: three launches per layer, its state.
   status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
-  /// Frees a sequence's state.
   status end(index_t id) noexcept;
 
   // -- prompt -------------------------------------------------------------------------------------
@@ -155,7 +153,8 @@ class device_session : public detail::device_core<Ctx> {
 
   // -- saved state, and proof -----------------------------------------------------------------------
   std::size_t saved_bytes() const noexcept;
-  /// Writes a sequence's state, `saved_bytes`, to the backend's memory; not K and V, nor in the middle of a prompt.
+  /// Writes a sequence's state, `saved_bytes`, to the backend's memory; not K and V, nor in the middle of a prompt. One
+  /// saved before its prompt takes none when it is loaded.
   status save(index_t id, std::span<std::byte> out) noexcept;
   /// Restores it into a sequence that was begun. Another version or configuration is device_fault::bad_save.
   status load(index_t id, std::span<std::byte const> in) noexcept;
@@ -193,7 +192,8 @@ class device_session : public detail::device_core<Ctx> {
   // device_prompt.hpp
   status find_prompt(layer_data const& l, index_t id, kv_ref<space> const* prompt, index_t row,
                      index_t more, source& from) noexcept;
-  status push_prompt(layer_data& l, index_t id, queries const& q, workspace& w) noexcept;
+  status push_prompt(layer_data& l, index_t id, queries const& q, index_t p0,
+                     workspace& w) noexcept;
   status feed_scorers(layer_data& l, source const& s, queries const& q, index_t p0,
                       workspace& w) noexcept;
 

@@ -42,7 +42,7 @@ struct limits {
   index_t max_sequences = 1;  ///< sequences alive at a time (ids 0 .. max_sequences - 1)
   index_t max_batch = 0;      ///< entries of one call; 0: max_sequences
   /// Longest prompt that comes through a transient one-layer view into a smaller pool; 0: prompts are
-  /// written into the cache itself.
+  /// written into the cache itself. One layer of one sequence at a time: all its chunks, then its end.
   index_t max_prompt = 0;
   index_t max_chunk = 128;  ///< query rows that are scored at a time (memory, not a limit of calls)
   /// Unconfirmed tokens beyond plain decoding. Confirmed ones leave no earlier than none is unconfirmed.

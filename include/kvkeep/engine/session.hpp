@@ -106,8 +106,8 @@ class session {
   tensor_ref<index_t const, 3, space> positions(index_t layer) const noexcept;
   /// Free slot inside the slots in use (the next append takes it), `[id, kv_head]`, -1: none.
   tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept;
-  /// Tokens seen by a sequence and confirmed; the next token's position while nothing is unconfirmed.
-  index_t tokens(index_t id) const noexcept { return shared_.confirmed[id]; }
+  /// Tokens seen by a sequence and confirmed; the next token's position while nothing is unconfirmed. 0: no such one.
+  index_t tokens(index_t id) const noexcept { return alive(id) ? shared_.confirmed[id] : 0; }
   /// Most slots per head that this session may need, besides prompts that are written into the cache
   /// itself (the free function counts those too, and needs no session).
   index_t slots_needed() const noexcept { return slots_needed_; }
@@ -117,9 +117,9 @@ class session {
 
   // -- saved state (K and V are the engine's to save) ---------------------------------------------
   KVKEEP_COLD std::size_t saved_bytes() const noexcept;
-  /// Not in the middle of a prompt that passes through a buffer, or whose layers are being cut together.
+  /// Not in the middle of a prompt that passes through a buffer or whose layers are being cut together, nor before a report.
   KVKEEP_COLD status save(index_t id, std::span<std::byte> out) const noexcept;
-  /// Restores into a sequence that was begun. Refuses another version, configuration or byte order.
+  /// Restores into a sequence that was begun. Refuses another version, configuration or byte order, and damage.
   KVKEEP_COLD status load(index_t id, std::span<std::byte const> in) noexcept;
 
   /// Bytes of memory that `bind_session` needs.

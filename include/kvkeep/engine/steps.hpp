@@ -230,16 +230,22 @@ struct share_victim {
   }
 };
 
-/// Fixes a budget for decoding, which keeps at least what it protects; index: KV head.
+/// Fixes a budget for decoding, which keeps at least what it protects: a decision that cannot be carried out would stay
+/// due for ever. Index: KV head.
 template <class Space>
 struct fix_budget {
   tensor_ref<index_t, 2, Space> from;  ///< [layer, head] the prompt's, or null: written already
   index_t layer;
   tensor_ref<index_t, 2, Space> to;  ///< [id, head]
   index_t id;
-  index_t least;
+  index_t least;          ///< sinks and recent tokens
+  index_t const* frozen;  ///< [id]
+  index_t beyond;         ///< recent tokens, which stay besides frozen ones
+  index_t block;          ///< slots that leave together
   KVKEEP_HD void operator()(index_t h) const noexcept {
-    index_t const k = from.data != nullptr ? from(layer, h) : to(id, h);
+    index_t k = from.data != nullptr ? from(layer, h) : to(id, h);
+    index_t const prefix = frozen[id] > 0 ? (frozen[id] + beyond + block - 1) / block * block : 0;
+    k = k > prefix ? k : prefix;
     to(id, h) = k > least ? k : least;
   }
 };

@@ -51,6 +51,9 @@ struct kv_ref {
 static_assert(std::is_trivially_copyable_v<kv_ref<host_space>>);
 
 /// Rows taking part in a call. Entry b uses cache row `row[b]` and state row `id[b]`; null means b.
+/// Ids are distinct and in range, and so are rows. A `session` checks that. Where the arrays lie on a device nobody
+/// does, but that a sequence which is twice in a batch has a fault when it is appended to: the entries of a recorded
+/// step that are not in use need sequences (`begin`) and rows of their own.
 template <class Space = host_space>
 struct batch_ref {
   index_t n = 0;

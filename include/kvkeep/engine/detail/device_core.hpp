@@ -18,6 +18,10 @@ class device_core {
  public:
   using space = space_of<Ctx>;
 
+  // Two of them would share the backend's memory, but not what the host knows of prompts.
+  device_core(device_core&&) noexcept = default;
+  device_core& operator=(device_core&&) noexcept = default;
+
   /// Slots in use, `[id, kv_head]`. This and what follows lies in the backend's memory.
   tensor_ref<index_t const, 2, space> lengths(index_t layer) const noexcept {
     auto const* const l = find(layer);
@@ -95,6 +99,12 @@ class device_core {
     return ended > 0 || std::any_of(layers_.begin(), layers_.end(),
                                     [&](auto const& l) { return prompt_of(l, id).observed; });
   }
+  /// Whether the buffer of transient prompts holds part of one that has not ended.
+  bool staging_taken() noexcept {
+    index_t const id = shared_.staging_id, m = shared_.staging_layer;
+    return id >= 0 && sequences_[static_cast<std::size_t>(id)].ended_layers <= m &&
+           prompt_of(layers_[static_cast<std::size_t>(m)], id).tokens > 0;
+  }
   /// One sequence as a batch: `numbers_` holds 0, 1, 2, ... in the backend's memory.
   batch_ref<space> one(index_t id, index_t row) const noexcept {
     return {1, numbers_ + row, numbers_ + id};
@@ -142,9 +152,7 @@ class device_core {
   }
 
   /// Gives the tokens of a prompt's chunk the tail slots of a sequence.
-  status extend(slot_state<space> const& s, index_t state_row, index_t p0, index_t n,
-                index_t own_rows, workspace& w) const noexcept {
-    extend_prompt<space> const step{s, state_row, p0, n, own_rows};
+  status extend(extend_prompt<space> const& step, workspace& w) const noexcept {
     return each(shape_.cache.n_kv_heads * step.each_head(), step, w);
   }
   /// Plans and appended tokens wait for the end of a prompt.

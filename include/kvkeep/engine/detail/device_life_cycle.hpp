@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../device_session.hpp"
+#include "prompt_steps.hpp"
 
 namespace kvkeep {
 
@@ -27,10 +28,12 @@ status device_session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) 
   for (auto& l : layers_) {
     KVKEEP_TRY(each_number(detail::clear_sequence<space>{detail::sequence_arrays(l), at}, w));
     KVKEEP_TRY(each(heads, detail::open_head<space>{l, {plan_, l.number, at, detail::settled}}, w));
-    if (o.frozen > 0) KVKEEP_TRY(extend(l.slots, at, 0, o.frozen, 0, w));
-    KVKEEP_TRY(each(1, detail::set_counters<space>{l, at, o.frozen, o.frozen}, w));
+    if (o.frozen > 0) KVKEEP_TRY(extend({l.slots, at, 0, o.frozen, 0}, w));
+    KVKEEP_TRY(each(
+        1, detail::set_counters<space>{l, faults_, shared_.generation, at, -1, o.frozen, o.frozen},
+        w));
     KVKEEP_TRY(fix_budget(l, at, 0, w));
-    prompt_of(l, at) = {o.frozen, true};
+    prompt_of(l, at) = {o.frozen, true, false, o.frozen, o.frozen};
   }
   sequences_[static_cast<std::size_t>(at)] = {true, 0};
   id = at;
@@ -42,7 +45,8 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
                                        sequence_options const& o) noexcept {
   if (!alive(from)) return status::bad_sequence;
   if (o.frozen < 0) return status::bad_argument;
-  if (prompt_owner_ == from) return status::bad_order;
+  if (prompt_owner_ == from || (limits_.max_prompt > 0 && in_prompt(from)))
+    return status::bad_order;
   index_t to = -1;
   KVKEEP_TRY(find_place(o.id, to));
   KVKEEP_TRY(join());
@@ -54,6 +58,8 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
     KVKEEP_TRY(each_number(detail::copy_sequence<space>{detail::sequence_arrays(l), from, to}, w));
     KVKEEP_TRY(
         each(shape_.cache.n_kv_heads, detail::fork_tables<space>{plan_, l.number, from, to}, w));
+    KVKEEP_TRY(each(shape_.cache.n_kv_heads,
+                    detail::raised_budget<space>(decode_, l, to, shared_.frozen), w));
     prompt_of(l, to) = prompt_of(l, from);
   }
   sequences_[static_cast<std::size_t>(to)] = sequences_[static_cast<std::size_t>(from)];
@@ -71,6 +77,7 @@ status device_session<Ctx, P, D>::end(index_t id) noexcept {
   }
   sequences_[static_cast<std::size_t>(id)].alive = false;
   if (prompt_owner_ == id) prompt_owner_ = -1;
+  if (shared_.staging_id == id) shared_.staging_id = -1;
   return status::ok;
 }
 

@@ -46,6 +46,7 @@ struct find_tail_faults {
     index_t fault = stops(faults[id]) | table_fault(n_kept, l.number, id, h);
     if (l.victim(id, h) >= 0) fault |= static_cast<index_t>(device_fault::bad_order);
     fault |= fault_of_next(l, id, row, h, drafts);
+    if (i % at.each_entry() == 0) fault |= fault_of_entry(at.batch, e);
     if (fault == 0 && slot_mapping != nullptr && l.kv.k.layout.kind == layout_kind::paged) {
       auto const& pages = l.kv.k.layout.paged;
       index_t const slot = l.slots.lengths(id, h), size = pages.block_size;
@@ -70,7 +71,7 @@ struct take_tails {
     index_t const e = at.entry(i), h = at.head(i), id = at.batch.id_of(e);
     index_t const fault = at.joined(found, e);
     if (i % at.each_entry() == 0) {
-      faults[id] |= fault;
+      if (fault != 0) faults[id] |= fault;
       ++generation[id];
     }
     if (fault != 0) return;

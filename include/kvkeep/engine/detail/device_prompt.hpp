@@ -29,7 +29,7 @@ status device_session<Ctx, P, D>::find_prompt(layer_data const& l, index_t id,
   if (row < 0) row = 0;
   if (row >= n_numbers_ || id >= l.kv.shape.n_seq) return status::bad_argument;
   bool const mine = shared_.staging_layer == l.number && shared_.staging_id == id;
-  if (tokens > 0 && !mine) return status::bad_order;
+  if (!mine && (tokens > 0 || staging_taken())) return status::bad_order;
   from = {one(0, row), {l.kv, shared_.staging.slots}, shared_.staging.weight_sum, id};
   if (prompt == nullptr) return status::ok;
   from.layer.kv = *prompt;
@@ -66,26 +66,29 @@ status device_session<Ctx, P, D>::observe(index_t layer, index_t id, queries con
   KVKEEP_TRY(wait_for_decision(m));
   index_t const p0 = prompt_of(l, id).tokens, state_row = limits_.max_prompt > 0 ? 0 : id;
   workspace w = scratch();
-  KVKEEP_TRY(extend(from.layer.slots, state_row, p0, n, shape_.rows.weights_at, w));
+  KVKEEP_TRY(
+      extend({from.layer.slots, state_row, p0, n, shape_.rows.weights_at, l.appended + id}, w));
   shared_.staging_layer = m;
   shared_.staging_id = id;
   prompt_of(l, id).tokens = p0 + n;
   prompt_of(l, id).observed = true;
   if (limits_.engine_commits) KVKEEP_TRY(mark(l, id, detail::prompt_open, w));
-  KVKEEP_TRY(push_prompt(l, id, q, w));
+  KVKEEP_TRY(push_prompt(l, id, q, p0, w));
   return feed_scorers(l, from, q, p0, w);
 }
 
-/// Stores the newest query rows of a prompt's chunk, whose tokens are counted already.
+/// Counts a prompt's chunk of which the tokens from `p0` on are new, and stores its newest query rows.
 template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::push_prompt(layer_data& l, index_t id, queries const& q,
-                                              workspace& w) noexcept {
+                                              index_t p0, workspace& w) noexcept {
   prompt_state& p = prompt_of(l, id);
   index_t const ring = shape_.rows.query_ring, first = p.tokens - q.n_rows;
   bool const gap = q.n_rows < q.n_tokens();
-  if (gap) p.has_lse = true;
+  if (gap) p.has_lse = true, p.ring_from = first;
   if (q.n_rows > 0 && q.lse == nullptr) p.has_lse = false;
-  KVKEEP_TRY(each(1, detail::set_counters<space>{l, id, p.tokens, gap ? first : -1}, w));
+  detail::set_counters<space> const counters{l,  faults_,  shared_.generation, id,
+                                             p0, p.tokens, gap ? first : -1};
+  KVKEEP_TRY(each(1, counters, w));
   if (ring == 0 || q.n_rows == 0) return status::ok;
   index_t const count = std::min(q.n_rows, ring);
   detail::push_queries<space> const push{
@@ -132,15 +135,14 @@ status device_session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<s
   index_t const tokens = prompt_of(l, id).tokens;
   if (m > 0 && prompt_of(layers_[static_cast<std::size_t>(m - 1)], id).tokens != tokens)
     return status::bad_order;
-  bool const together =
-      prompt_.budget.traits().couples_layers || prompt_.width() == scope::sequence;
+  bool const together = detail::joins_layers(prompt_);
   if (together && (m > 0 ? prompt_owner_ != id : prompt_owner_ >= 0)) return status::bad_order;
   bool const transient = limits_.max_prompt > 0;
   if (transient && prompt == nullptr) return status::bad_argument;
   KVKEEP_TRY(join());
   workspace w = scratch();
   if (transient && tokens == 0) {
-    KVKEEP_TRY(extend(from.layer.slots, 0, 0, 0, 0, w));
+    KVKEEP_TRY(extend({from.layer.slots, 0, 0, 0, 0}, w));
     shared_.staging_layer = m;
     shared_.staging_id = id;
   }

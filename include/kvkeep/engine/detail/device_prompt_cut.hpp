@@ -59,6 +59,10 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
   bool const wanted = bt.needs_scores || !detail::decides_late(prompt_.when);
   bool const scored = !whole && (bt.couples_layers || (!short_prompt && wanted));
   if (scored || measuring) {
+    auto const& p = prompt_of(l, id);
+    if (!measuring &&
+        detail::lacks_queries(prompt_, shape_.cache, p.tokens - p.ring_from, p.tokens - p.frozen))
+      return status::bad_order;
     KVKEEP_TRY(score_prompt(l, id, from, scores, w));
     if (bt.needs_scores && !short_prompt) KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
   }
@@ -110,7 +114,7 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::fix_budget(layer_data& l, index_t id, index_t tokens,
                                              workspace& w) noexcept {
   return detail::fix_decode_budget(*ctx_, prompt_, decode_, one_policy_, n_layers(), l, id, tokens,
-                                   shared_.prompt_k, w);
+                                   shared_.prompt_k, shared_.frozen, w);
 }
 
 /// The decode policy takes over, and cuts where it keeps less: coupled layers once all have ended.

@@ -21,16 +21,27 @@ struct prompt_state {
   index_t tokens = 0;
   bool has_lse = true;
   bool observed = false;
+  index_t frozen = 0;     ///< tokens of a prefix, which have no queries
+  index_t ring_from = 0;  ///< oldest token with queries
 };
 
-/// A sequence's counters in one layer; index: 0.
+/// A sequence's counters in one layer; index: 0. Plans of before are stale. Where tokens have come otherwise than by
+/// the prompt, that is a fault, and nothing else changes.
 template <class Space>
 struct set_counters {
   layer_state<Space> l;
+  index_t* faults;
+  std::uint32_t* generation;
   index_t id;
+  index_t before;  ///< tokens of the prompt so far; -1: whatever there is
   index_t tokens;
   index_t ring_from;  ///< oldest position in the query ring; -1: as it was
   KVKEEP_HD void operator()(index_t) const noexcept {
+    ++generation[id];
+    if (before >= 0 && l.appended[id] != before) {
+      faults[id] |= static_cast<index_t>(device_fault::bad_order);
+      return;
+    }
     l.seen[id] = l.appended[id] = l.attended[id] = tokens;
     if (ring_from >= 0) l.ring_from[id] = ring_from;
   }
@@ -157,18 +168,20 @@ struct note_prompt {
   KVKEEP_HD void operator()(index_t h) const noexcept { note(id, h); }
 };
 
-/// Gives `n` new tokens of a prompt the slots from `position` on, which is as many as there are. Index:
-/// head * each_head() + token.
+/// Gives `n` new tokens of a prompt the slots from `position` on, which is as many as there are, or does nothing where
+/// other tokens have come. Index: head * each_head() + token.
 template <class Space>
 struct extend_prompt {
   slot_state<Space> s;
   index_t id;        ///< state row
   index_t position;  ///< of the first new token
   index_t n;
-  index_t own_rows;  ///< scorer rows to clear
+  index_t own_rows;                   ///< scorer rows to clear
+  index_t const* appended = nullptr;  ///< the sequence's tokens, or null: as many as `position`
   /// Without tokens the length is set all the same.
   KVKEEP_HD index_t each_head() const noexcept { return n > 0 ? n : 1; }
   KVKEEP_HD void operator()(index_t i) const noexcept {
+    if (appended != nullptr && *appended != position) return;
     index_t const h = i / each_head(), slot = position + i % each_head();
     if (slot == position) s.lengths(id, h) = position + n;
     if (n == 0) return;

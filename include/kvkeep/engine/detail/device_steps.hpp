@@ -18,7 +18,7 @@ enum class device_fault : index_t {
   bad_table = 2,
   /// A token was appended, confirmed or decided on too early: before the one before it was attended to. Or, where the
   /// engine commits or whole blocks leave, before its prompt had ended or a report had told of the tables. Or more
-  /// tokens were confirmed than there were.
+  /// tokens were confirmed than there were, a sequence was twice in a batch, or a prompt was shown after a token.
   bad_order = 4,
   /// A plan was committed to a sequence that has changed since: nothing moved, and it goes on.
   stale_plan = 8,
@@ -110,6 +110,14 @@ KVKEEP_HD index_t take_slot(layer_state<Space> const& l, row_plan const& rows, i
   return slot;
 }
 
+/// What stands against giving an entry's sequence two tokens: an entry before it has the same one.
+template <class Space>
+KVKEEP_HD index_t fault_of_entry(batch_ref<Space> const& b, index_t entry) noexcept {
+  bool again = false;
+  for (index_t e = 0; e < entry; ++e) again = again || b.id_of(e) == b.id_of(entry);
+  return again ? static_cast<index_t>(device_fault::bad_order) : 0;
+}
+
 /// What stands against giving a head a slot for its next token: the sequence's fault, or one of its own.
 /// Index: entry * n_kv_heads + head.
 template <class Space>
@@ -127,6 +135,7 @@ struct find_faults {
     if (drafts > 0 && h == 0) position[entry] = l.appended[id];
     found[i] = stops(faults[id]) | table_fault(n_kept, l.number, id, h) |
                fault_of_next(l, id, batch.row_of(entry), h, drafts);
+    if (h == 0) found[i] |= fault_of_entry(batch, entry);
   }
 };
 
@@ -148,7 +157,7 @@ struct take_slots {
     index_t fault = 0;
     for (index_t k = 0; k < heads; ++k) fault |= found[entry * heads + k];
     if (h == 0) {
-      faults[id] |= fault;
+      if (fault != 0) faults[id] |= fault;
       ++generation[id];
       if (position == nullptr)
         l.appended[id] = l.seen[id] + 1;

@@ -9,6 +9,7 @@
 #include "../session.hpp"
 #include "budget_rule.hpp"
 #include "pieces.hpp"
+#include "prompt_steps.hpp"
 
 namespace kvkeep {
 
@@ -24,23 +25,27 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::save(index_t id, std::span<std::byte> out) const noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (out.size() < saved_bytes()) return status::workspace_too_small;
-  // What the sequence waits for in buffers that others use in turn is not saved.
-  bool const staged = shared_.staging_id == id && limits_.max_prompt > 0;
-  for (auto const& l : layers_)
-    if (staged && l.prompt_done[id] == 0 && l.appended[id] > 0) return status::bad_order;
-  if (shared_.prompt_owner == id) return status::bad_order;
+  // What the sequence waits for in buffers that others use in turn is not saved, nor what a report has to tell.
   detail::saved_header h;
+  for (auto const& l : layers_) {
+    if (detail::in_prompt(l, id)) h.in_prompt = 1;
+    for (index_t head = 0; head < shape_.cache.n_kv_heads; ++head)
+      if (plan_.n_kept(l.number, id, head) >= 0) return status::bad_order;
+  }
+  if (shared_.prompt_owner == id || (h.in_prompt != 0 && limits_.max_prompt > 0))
+    return status::bad_order;
   h.config = detail::config_of(prompt_, decode_, limits_, layers_);
   h.bytes = saved_bytes();
   h.frozen = shared_.frozen[id];
   h.confirmed = shared_.confirmed[id];
-  std::memcpy(out.data(), &h, sizeof h);
   std::byte* to = out.data() + sizeof h;
   for (auto const& l : layers_)
     detail::each_piece(l, id, [&](auto* from, std::size_t bytes) {
       std::memcpy(to, from, bytes);
       to += bytes;
     });
+  h.sum = detail::checksum(out.subspan(sizeof h, h.bytes - sizeof h));
+  std::memcpy(out.data(), &h, sizeof h);
   return status::ok;
 }
 
@@ -52,7 +57,9 @@ status session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexc
   own.config = detail::config_of(prompt_, decode_, limits_, layers_);
   own.bytes = saved_bytes();
   std::memcpy(&h, in.data(), sizeof h);
-  if (!h.fits(own)) return status::bad_argument;
+  if (!h.fits(own) || h.sum != detail::checksum(in.subspan(sizeof h, h.bytes - sizeof h)))
+    return status::bad_argument;
+  if (h.in_prompt != 0 && limits_.max_prompt > 0) return status::bad_order;
   std::byte const* from = in.data() + sizeof h;
   for (auto const& l : layers_) {
     detail::each_piece(l, id, [&](auto* to, std::size_t bytes) {
@@ -65,6 +72,7 @@ status session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexc
   shared_.frozen[id] = h.frozen;
   shared_.confirmed[id] = h.confirmed;
   if (shared_.prompt_owner == id) shared_.prompt_owner = -1;
+  if (shared_.staging_id == id) shared_.staging_id = -1;
   next_generation(id);
   return status::ok;
 }

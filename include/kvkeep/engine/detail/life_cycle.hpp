@@ -8,6 +8,7 @@
 
 #include "../session.hpp"
 #include "pieces.hpp"
+#include "prompt_steps.hpp"
 
 namespace kvkeep {
 
@@ -27,6 +28,7 @@ status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcep
   for (auto const& l : layers_)
     if (o.frozen > l.kv.shape.max_slots) return status::capacity_exceeded;
   workspace w = scratch();
+  shared_.frozen[at] = o.frozen;
   for (auto& l : layers_) {
     index_t const heads = shape_.cache.n_kv_heads;
     KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
@@ -38,7 +40,6 @@ status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcep
     l.prompt_done[at] = 0;
     KVKEEP_TRY(each(heads, detail::open_tables<space>{plan_, l.number, at, detail::settled}, w));
   }
-  shared_.frozen[at] = o.frozen;
   shared_.confirmed[at] = o.frozen;
   shared_.alive[at] = 1;
   next_generation(at);
@@ -52,6 +53,7 @@ status session<Ctx, P, D>::end(index_t id) noexcept {
   shared_.alive[id] = 0;
   next_generation(id);
   if (shared_.prompt_owner == id) shared_.prompt_owner = -1;
+  if (shared_.staging_id == id) shared_.staging_id = -1;
   return status::ok;
 }
 
@@ -101,10 +103,13 @@ status session<Ctx, P, D>::fork(index_t from, index_t& id, sequence_options cons
   if (!alive(from)) return status::bad_sequence;
   if (o.frozen < 0) return status::bad_argument;
   for (auto const& l : layers_)
-    if (o.frozen > l.appended[from]) return status::bad_argument;
+    if (!detail::holds_prefix(l, from, o.frozen)) return status::bad_argument;
   for (auto const& l : layers_)
     if (l.appended[from] != l.attended[from] && limits_.decode != decode_offer::nothing)
       return status::bad_order;
+  // What it waits for in buffers that others use in turn is not copied.
+  for (auto const& l : layers_)
+    if (limits_.max_prompt > 0 && detail::in_prompt(l, from)) return status::bad_order;
   if (shared_.prompt_owner == from) return status::bad_order;
   index_t to = -1;
   KVKEEP_TRY(begin(to, {o.id, 0}));
@@ -117,6 +122,10 @@ status session<Ctx, P, D>::fork(index_t from, index_t& id, sequence_options cons
       plan_.held(l.number, to, h) = plan_.held(l.number, from, h);
   }
   shared_.frozen[to] = std::max(o.frozen, shared_.frozen[from]);
+  workspace w = scratch();
+  for (auto const& l : layers_)
+    KVKEEP_TRY(each(shape_.cache.n_kv_heads,
+                    detail::raised_budget<space>(decode_, l, to, shared_.frozen), w));
   shared_.confirmed[to] = shared_.confirmed[from];
   id = to;
   return status::ok;

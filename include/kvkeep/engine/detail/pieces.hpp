@@ -3,6 +3,9 @@
 /// The state of one sequence, array by array, for whoever copies or stores it.
 #pragma once
 
+#include <cstring>
+#include <span>
+
 #include "../../core/config.hpp"
 #include "../state.hpp"
 
@@ -40,6 +43,18 @@ void each_flag(layer_state<Space> const& l, F&& f) {
   f(l.prompt_done);
 }
 
+/// Whether the first `n` slots of every head hold the tokens 0 .. n - 1, so that a copy may freeze them.
+template <class Space>
+bool holds_prefix(layer_state<Space> const& l, index_t id, index_t n) noexcept {
+  bool holds = true;
+  for (index_t h = 0; h < l.kv.shape.n_kv_heads && holds; ++h) {
+    index_t const free = l.victim(id, h);
+    holds = n <= l.slots.lengths(id, h) && (free < 0 || free >= n);
+    for (index_t i = 0; i < n && holds; ++i) holds = l.slots.positions(id, h, i) == i;
+  }
+  return holds;
+}
+
 /// Calls f(pointer, bytes) for every piece of one sequence's state in one layer.
 template <class Space, class F>
 void each_piece(layer_state<Space> const& l, index_t id, F&& f) {
@@ -59,6 +74,9 @@ struct saved_header {
   index_t confirmed = 0;  ///< of a session: a device session counts per layer
   index_t faults = 0;     ///< of a device session
   index_t on_device = 0;
+  std::uint64_t sum = 0;  ///< checksum of what follows; of a session
+  index_t in_prompt = 0;  ///< a prompt has begun and not ended; of a session
+  index_t unused = 0;
 
   KVKEEP_HD bool fits(saved_header const& o) const noexcept {
     return magic == o.magic && version == o.version && config == o.config && bytes == o.bytes &&
@@ -66,13 +84,24 @@ struct saved_header {
   }
 };
 
+/// FNV-1a by words of 8 bytes: damage is found, not malice.
+inline std::uint64_t checksum(std::span<std::byte const> bytes) noexcept {
+  std::uint64_t h = 14695981039346656037ULL;
+  for (std::size_t i = 0; i < bytes.size(); i += 8) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, bytes.data() + i, bytes.size() - i < 8 ? bytes.size() - i : 8);
+    h = (h ^ word) * 1099511628211ULL;
+  }
+  return h;
+}
+
 /// Identity of what determines a session's state.
 template <class P, class D, class Layers>
 std::uint64_t config_of(P const& prompt, D const& decode, limits const& lim,
                         Layers const& layers) noexcept {
   cache_shape const& c = layers[0].kv.shape;
   std::uint64_t h = config_key(prompt.key(), decode.key(), c.n_q_heads, c.n_kv_heads, c.dim_k,
-                               lim.max_draft, lim.engine_commits);
+                               lim.max_draft, lim.engine_commits, lim.decode);
   for (auto const& l : layers) h = config_key(h, l.kv.shape.max_slots);
   return h;
 }

@@ -20,6 +20,12 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::end_prompt(index_t id) noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (limits_.max_prompt > 0) return status::bad_argument;
+  for (auto const& l : layers_) {  // all of them or none
+    if (id >= l.kv.shape.n_seq) return status::bad_argument;
+    if (l.prompt_done[id] != 0 || l.appended[id] != layers_[0].appended[id])
+      return status::bad_order;
+    KVKEEP_TRY(check_blocks(l, id, id, 0));
+  }
   for (auto const& l : layers_) KVKEEP_TRY(end_prompt(l.spec, id));
   return status::ok;
 }
@@ -33,8 +39,7 @@ status session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<space> c
   if (!alive(id)) return status::bad_sequence;
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   if (l.prompt_done[id] != 0) return status::bad_order;
-  bool const together =
-      prompt_.budget.traits().couples_layers || prompt_.width() == scope::sequence;
+  bool const together = detail::joins_layers(prompt_);
   if (m > 0) {
     layer_data const& before = layers_[static_cast<std::size_t>(m - 1)];
     if (before.prompt_done[id] == 0 || before.appended[id] != l.appended[id])
@@ -87,7 +92,7 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
   index_t const heads = shape_.cache.n_kv_heads;
   index_t const tokens = measuring ? 0 : from.layer.slots.lengths(from.batch.id[0], 0);
   bool const whole = detail::keeps_all(prompt_.score);
-  bool const wide = prompt_.width() == scope::sequence;
+  bool const wide = !whole && prompt_.width() == scope::sequence;
   auto const bt = prompt_.budget.traits();
   budget_input<space> b{static_cast<index_t>(layers_.size()),
                         l.number,
@@ -116,6 +121,10 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
     scores.stride[0] = shared_.prompt_scores.stride[1];
     scores.stride[1] = shared_.prompt_scores.stride[2];
   }
+  if (scored && !measuring &&
+      detail::lacks_queries(prompt_, shape_.cache, l.appended[id] - l.ring_from[id],
+                            l.appended[id] - shared_.frozen[id]))
+    return status::bad_order;
   if (scored) KVKEEP_TRY(score_prompt(l, from, scores, w));
   // Whole blocks leave the table, which the engine adopts later: read the keys before.
   if (!prompt_.select.traits().moves_tokens) KVKEEP_TRY(settle(l, to, w));
@@ -273,7 +282,7 @@ status session<Ctx, P, D>::fix_decode_budget(layer_data& l, index_t id, index_t 
                                              workspace& w) noexcept {
   return detail::fix_decode_budget(*ctx_, prompt_, decode_, one_policy_,
                                    static_cast<index_t>(layers_.size()), l, id, tokens,
-                                   shared_.prompt_k, w);
+                                   shared_.prompt_k, shared_.frozen, w);
 }
 
 }  // namespace kvkeep

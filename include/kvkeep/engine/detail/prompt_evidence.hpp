@@ -47,6 +47,7 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
       detail::extend_head<space>{from.layer.slots, state_row, p0, n, shape_.rows.weights_at}, w));
   l.appended[id] = l.seen[id] = l.attended[id] = p0 + n;
   l.count.tokens += n;
+  next_generation(id);  // plans of before are stale
   KVKEEP_TRY(push_ring(l, id, q, 0, p0 + n - q.n_rows, w));
   if (q.n_rows > 0) KVKEEP_TRY(feed_scorers(l, from, q, p0, w));
   note_scratch(l, w);
@@ -56,8 +57,12 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
 /// One transient prompt is under way at a time, layer after layer.
 template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::take_staging(layer_data const& l, index_t id, index_t p0) noexcept {
-  if (p0 > 0 && (shared_.staging_layer != l.number || shared_.staging_id != id))
-    return status::bad_order;
+  index_t const owner = shared_.staging_id;
+  bool const mine = owner == id && shared_.staging_layer == l.number;
+  bool const taken =
+      owner >= 0 &&
+      detail::in_prompt(layers_[static_cast<std::size_t>(shared_.staging_layer)], owner);
+  if (!mine && (p0 > 0 || taken)) return status::bad_order;
   if (p0 == 0) {
     shared_.staging_layer = l.number;
     shared_.staging_id = id;

@@ -84,13 +84,45 @@ status feed_prompt(Ctx& ctx, Score const& score, score_input<space_of<Ctx>> cons
   return status::ok;
 }
 
+/// Whether the layers of a prompt are decided on together.
+template <class P>
+bool joins_layers(P const& prompt) noexcept {
+  bool const one_set = prompt.width() == scope::sequence && !keeps_all(prompt.score);
+  return one_set || prompt.budget.traits().couples_layers;
+}
+
+/// Whether a scorer of the last queries has seen too few: of a prompt of so many tokens, or of what follows a prefix.
+/// @param shown  query rows up to the prompt's end, without a gap
+template <class P>
+bool lacks_queries(P const& prompt, cache_shape const& cache, index_t shown, index_t tokens) {
+  return prompt.score.traits().prompt == evidence::window_queries &&
+         shown < std::min(prompt.score.state(cache).query_ring, tokens);
+}
+
+/// Whether a layer has part of a prompt that has not ended.
+template <class Space>
+bool in_prompt(layer_state<Space> const& l, index_t id) noexcept {
+  return l.prompt_done[id] == 0 && l.appended[id] > 0;
+}
+
+/// The step that raises a layer's budgets to what cannot leave.
+template <class Space, class D>
+fix_budget<Space> raised_budget(D const& decode, layer_state<Space> const& l, index_t id,
+                                index_t const* frozen) noexcept {
+  index_t const beyond = decode.keep.recent + decode.when.room;
+  return {
+      {}, l.number, l.k, id, least_budget(decode), frozen, beyond, decode.select.traits().block};
+}
+
 /// The tokens per head that decoding keeps. A prompt shorter than the capacity leaves the capacity.
 /// @param one  one policy serves the prompt and decoding
 /// @param prompt_k  budgets of the prompt that has ended, `[layer, kv_head]`
+/// @param frozen    [id] tokens that never leave
 template <class Ctx, class P, class D>
 status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, index_t n_layers,
                          layer_state<space_of<Ctx>> const& l, index_t id, index_t tokens,
-                         tensor_ref<index_t, 2, space_of<Ctx>> prompt_k, workspace& w) noexcept {
+                         tensor_ref<index_t, 2, space_of<Ctx>> prompt_k, index_t const* frozen,
+                         workspace& w) noexcept {
   using space = space_of<Ctx>;
   if (w.measuring()) return status::ok;
   auto const traits = decode.budget.traits();
@@ -102,7 +134,7 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
   b.k.extent[1] = heads;
   b.k.stride[1] = 1;  // stride[0] = 0: every layer number is this layer
   index_t const capacity = traits.inherits ? prompt.budget.capacity() : decode.budget.capacity();
-  fix_budget<space> fix{{}, l.number, l.k, id, least_budget(decode)};
+  auto fix = raised_budget<space>(decode, l, id, frozen);
   if (!traits.fixed && tokens < capacity)
     KVKEEP_TRY(fill_layer(ctx, b, l.number, capacity, w));
   else if (!traits.fixed && (one || traits.inherits))
