@@ -50,6 +50,8 @@ episode_set read_episodes(std::string const& model_file, model const& m) {
 
 job read_job(arguments const& a, model const& m) {
   job j;
+  if (a.prompt.empty() && a.prompt_ids.empty() && a.task.empty())
+    throw bad_input("--prompt: expected a text, or --prompt-ids or --task");
   if (!a.task.empty()) {
     j.set = read_episodes(a.model, m);
     j.task = &find_episode(j.set, a.task);
@@ -57,16 +59,13 @@ job read_job(arguments const& a, model const& m) {
   } else if (!a.prompt_ids.empty()) {
     j.prompt = parse_ids(a.prompt_ids);
   } else {
-    if (m.text == nullptr && !a.prompt.empty())
+    if (m.text == nullptr)
       throw bad_input(a.model, "tokenizer", "none: use --prompt-ids, or --tokenizer FILE");
     if (m.first_token >= 0) j.prompt.push_back(m.first_token);
-    if (!a.prompt.empty()) {
-      auto const ids = m.text->encode(a.prompt);
-      j.prompt.insert(j.prompt.end(), ids.begin(), ids.end());
-    }
+    auto const ids = m.text->encode(a.prompt);
+    j.prompt.insert(j.prompt.end(), ids.begin(), ids.end());
   }
-  if (j.prompt.empty())
-    throw bad_input("--prompt", "text", "expected --prompt, --prompt-ids or --task");
+  if (j.prompt.empty()) throw bad_input("--prompt", a.prompt, "no token of the model in it");
   for (index_t const t : j.prompt)
     if (t < 0 || t >= m.config.vocabulary)
       throw bad_input("--prompt-ids", std::to_string(t),

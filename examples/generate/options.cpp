@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 #include "generate/options.hpp"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdio>
@@ -72,7 +73,11 @@ void add_run_options(CLI::App& app, arguments& a) {
   app.add_option("--top-p", a.sampling.top_p, "smallest set of tokens with this probability")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  app.add_option("--seed", a.sampling.seed, "of the draws")->capture_default_str();
+  app.add_option("--seed", a.sampling.seed, "of the draws")
+      ->check([](std::string const& text) {  // CLI11 would take -1 for the largest one
+        return text.find('-') == text.npos ? std::string{} : text + ": expected at least 0";
+      })
+      ->capture_default_str();
   app.add_flag("--no-stop", a.no_stop, "go on behind the model's end token");
   app.add_flag("--quiet", a.quiet, "text only");
   app.add_option("--verify", a.verify, "check the session's state every N steps")->check(positive);
@@ -98,6 +103,25 @@ void add_comparison_options(CLI::App& app, arguments& a) {
       ->excludes(compare);
 }
 
+/// What a comparison and the demonstration would pass over without a word. (CLI11's `excludes` says the same, but on
+/// every line of the help.)
+void check_mode(CLI::App const& app, arguments const& a) {
+  std::vector<std::string> const read{"--model", "--tokenizer", "--threads",  "--json", "--compare",
+                                      "--quick", "--policies",  "--percents", "--csv",  "--demo"};
+  if (!a.compare && !a.demo) return;
+  for (CLI::Option const* const o : app.get_options())
+    if (o->count() > 0 && std::find(read.begin(), read.end(), o->get_name()) == read.end())
+      throw CLI::ValidationError(
+          o->get_name(), std::string("not an option of ") + (a.compare ? "--compare" : "--demo"));
+}
+
+/// CLI::Range lets NaN pass.
+void check_sampling(sampling_options const& o) {
+  if (std::isnan(o.temperature))
+    throw CLI::ValidationError("--temperature", "nan: expected 0..100");
+  if (std::isnan(o.top_p)) throw CLI::ValidationError("--top-p", "nan: expected 0..1");
+}
+
 }  // namespace
 
 int parse(int argc, char** argv, arguments& a) {
@@ -112,6 +136,8 @@ int parse(int argc, char** argv, arguments& a) {
   app.footer("Policies: " + names + ".\nExit: 0 done, 1 a check failed, 2 bad input.");
   try {
     app.parse(argc, argv);
+    check_mode(app, a);
+    check_sampling(a.sampling);
   } catch (CLI::ParseError const& e) {
     if (e.get_exit_code() == 0) return app.exit(e);
     std::fprintf(stderr, "kvkeep-generate: %s\n", e.what());

@@ -234,6 +234,19 @@ TEST_CASE("what a policy decided is recorded, and kvkeep-replay decides the same
 }
 #endif
 
+TEST_CASE("a comparison and the demonstration refuse the options of one response") {
+  word_model const m;
+  for (std::string const mode : {"--compare", "--demo"}) {
+    words const base{"--model", m.file, mode};
+    for (words const& option :
+         {words{"--prompt", "w7"}, words{"--task", "diary"}, words{"--policy", "h2o"},
+          words{"--budget", "9"}, words{"--window", "2"}, words{"--layout", "paged"},
+          words{"--tokens", "3"}, words{"--batch", "2"}, words{"--seed", "2"}, words{"--quiet"},
+          words{"--record", "x"}})
+      check_refused(base + option, option[0] + ": not an option of " + mode);
+  }
+}
+
 TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   word_model const m;
   words const base{"--model", m.file, "--json", m.json_file};
@@ -257,6 +270,8 @@ TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   check_refused(base + words{"--prompt-ids", "-1"}, "--prompt-ids: -1");
   check_refused(base + words{"--prompt-ids", "1,,2"}, "--prompt-ids: : expected token ids");
   check_refused(base + words{"--prompt-ids", "1", "--prompt", "w7"}, "excludes");
+  check_refused(base, "--prompt: expected a text, or --prompt-ids or --task");
+  check_refused(base + words{"--prompt", ""}, "--prompt: expected a text");
   check_refused(base + words{"--task", "walk"}, "--task: walk: expected one of diary");
   check_refused(good + words{"--policy", "nobody"}, "--policy: nobody: expected fullkv, ");
   check_refused(good + words{"--policy", "h2o", "--budget", "8", "--window", "8"},
@@ -267,6 +282,9 @@ TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   check_refused(good + words{"--layout", "striped"}, "--layout");
   check_refused(good + words{"--tokens", "0"}, "--tokens");
   check_refused(good + words{"--temperature", "-1"}, "--temperature");
+  check_refused(good + words{"--temperature", "nan"}, "--temperature: nan");
+  check_refused(good + words{"--top-p", "nan"}, "--top-p: nan");
+  check_refused(good + words{"--seed", "-3"}, "--seed: -3: expected at least 0");
   check_refused(good + words{"--policy", "adakv", "--granularity", "layer"}, "budget");
   check_refused(good + words{"--layer-budget", "ada", "--policy", "tova"}, "budget");
   m.folder.write("episodes.json", R"({"schema":1,"vocabulary_sha256":"x","episodes":[]})");
