@@ -102,7 +102,7 @@ void fill(run_figures& f, model const& m, job const& j) {
 
 /// A budget beyond the sequence evicts nothing; the cache need not be larger for it.
 index_t most_useful(policy_request const& r, index_t length) {
-  return std::max(length, r.window.value_or(0) + r.sinks.value_or(0) + 1);
+  return std::max(length, r.window.value_or(0) + r.sinks.value_or(most_default_sinks) + 1);
 }
 
 void run(arguments a) {
@@ -114,6 +114,8 @@ void run(arguments a) {
   a.tokens = tokens_of(a, j, context);
   index_t const length = n_prompt + a.tokens;
   a.policy.capacity = std::min(capacity_of(a.budget, length), most_useful(a.policy, length));
+  if (a.budget.back() == '%')
+    a.policy.budget = a.budget + " of " + std::to_string(length) + " tokens";
   policy_pair const policies = make_policies(a.policy);
   check_context(policies, n_prompt, length, context);
 

@@ -53,7 +53,7 @@ policy_options options(policy_info const& info, policy_request const& r) {
   std::string_view const name = info.name;
   o.capacity = r.capacity;
   o.lag = std::max(1, r.capacity / 4);
-  o.sinks = r.sinks.value_or(name == "streamingllm" || name == "lagkv" ? 4 : 0);
+  o.sinks = r.sinks.value_or(name == "streamingllm" || name == "lagkv" ? most_default_sinks : 0);
   o.fusion = r.fusion.value_or(reduction::sum);
   o.evaluation = r.rows;
   o.evict_after = r.evict_after.value_or(1.0);
@@ -90,12 +90,16 @@ any decode_policy(policy_info const& info, policy_request const& r, any const& p
   bool const uneven = given.varies_over_layers || given.varies_over_heads;
   policy_options o = options(info, r);
   o.budget = uneven ? "inherit" : "";
-  any const p = make_policy<cpu::context>(info.name, o);
-  index_t const guarded = p.keep.sinks + p.keep.recent;
-  if (uneven && r.capacity <= guarded)
-    throw std::invalid_argument("--budget: " + std::to_string(r.capacity) +
-                                ": expected more than sinks + window = " + std::to_string(guarded));
-  return p;
+  return make_policy<cpu::context>(info.name, o);
+}
+
+/// A session would refuse it too, but in its own terms.
+void check_guarded(policy_request const& r, any const& p) {
+  offset_t const guarded = offset_t{p.keep.sinks} + p.keep.recent;
+  if (!cuts(p) || r.capacity > guarded) return;
+  throw std::invalid_argument("--budget: " + (r.budget.empty() ? "" : r.budget + " = ") +
+                              std::to_string(r.capacity) +
+                              ": expected more than sinks + window = " + std::to_string(guarded));
 }
 
 }  // namespace
@@ -116,8 +120,8 @@ policy_pair make_policies(policy_request const& r) {
   policy_pair p;
   p.name = r.policy;
   p.prompt = p.decode = make_policy<cpu::context>(first.name, o);
-  if (plus == std::string::npos) return p;
-  p.decode = decode_policy(second, r, p.prompt);
+  if (plus != std::string::npos) p.decode = decode_policy(second, r, p.prompt);
+  for (any const& each : {p.prompt, p.decode}) check_guarded(r, each);
   return p;
 }
 

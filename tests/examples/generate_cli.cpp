@@ -234,6 +234,16 @@ TEST_CASE("what a policy decided is recorded, and kvkeep-replay decides the same
 }
 #endif
 
+TEST_CASE("a budget beyond a short sequence keeps all of it") {
+  word_model const m;
+  for (std::string const policy : {"streamingllm", "morphkv", "lagkv"}) {
+    outcome const r = generate({"--model", m.file, "--prompt", "w7", "--tokens", "1", "--policy",
+                                policy, "--budget", "99"});
+    INFO(policy << " " << r.err);
+    CHECK(r.code == 0);
+  }
+}
+
 TEST_CASE("a comparison and the demonstration refuse the options of one response") {
   word_model const m;
   for (std::string const mode : {"--compare", "--demo"}) {
@@ -277,6 +287,12 @@ TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   check_refused(good + words{"--policy", "h2o", "--budget", "8", "--window", "8"},
                 "sinks + window");
   check_refused(good + words{"--budget", "0"}, "--budget: 0: expected");
+  words const few = good + words{"--tokens", "5"};
+  check_refused(few, "--budget: 25% of 7 tokens = 2: expected more than sinks + window = 2");
+  check_refused(few + words{"--policy", "adakv+morphkv"},
+                "--budget: 25% of 7 tokens = 2: expected");
+  check_refused(few + words{"--policy", "streamingllm", "--budget", "3"},
+                "--budget: 3: expected more than sinks + window = 4");
   check_refused(good + words{"--budget", "x%"}, "--budget: x%: expected");
   check_refused(good + words{"--budget", "1.5"}, "--budget: 1.5: expected");
   check_refused(good + words{"--layout", "striped"}, "--layout");
