@@ -380,8 +380,10 @@ void watch_write(void* at, std::size_t bytes) {
   if (__tsan_write_range != nullptr) __tsan_write_range(at, bytes);
 }
 void start_copy(void* to, void const* from, std::size_t bytes, std::size_t zeros) {
-  auto const aligned = [](void const* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
-  if (!aligned(to) || !aligned(from)) fail("an asynchronous copy of 16 bytes that are not aligned");
+  auto const aligned = [&](void const* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % (bytes + zeros) == 0;
+  };
+  if (!aligned(to) || !aligned(from)) fail("an asynchronous copy of bytes that are not aligned");
   // From here until it has been waited for, the copy may write at any time.
   watch_write(to, bytes + zeros);
   std::memset(to, 0xff, bytes + zeros);

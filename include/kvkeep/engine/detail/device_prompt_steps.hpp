@@ -80,8 +80,8 @@ template <class Space>
 struct sequence_arrays {
   static constexpr int most = 16;
   struct array {
-    std::byte* data;  ///< of sequence 0
-    offset_t n;       ///< numbers of a sequence
+    std::uint32_t* data;  ///< of sequence 0: whatever the numbers are, they lie on words' boundaries
+    offset_t n;           ///< numbers of a sequence
   };
   array arrays[most] = {};
   index_t n_arrays = 0;  ///< of the layer: not more than there is room for, see whole()
@@ -89,16 +89,16 @@ struct sequence_arrays {
 
   explicit sequence_arrays(layer_state<Space> const& l) noexcept {
     each_array(l, [&](auto* data, offset_t n) {
-      if (n_arrays < most) arrays[n_arrays] = {reinterpret_cast<std::byte*>(data), n};
+      if (n_arrays < most) arrays[n_arrays] = {reinterpret_cast<std::uint32_t*>(data), n};
       ++n_arrays;
       total += n;
     });
   }
   bool whole() const noexcept { return n_arrays <= most; }
   /// Address of number `i` of sequence `id`.
-  KVKEEP_HD std::byte* at(index_t id, offset_t i) const noexcept {
+  KVKEEP_HD std::uint32_t* at(index_t id, offset_t i) const noexcept {
     for (array const& a : arrays) {
-      if (i < a.n) return a.data + (id * a.n + i) * 4;
+      if (i < a.n) return a.data + (id * a.n + i);
       i -= a.n;
     }
     return nullptr;

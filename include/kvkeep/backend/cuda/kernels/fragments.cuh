@@ -11,6 +11,15 @@
 
 namespace kvkeep::cuda {
 
+/// Starts copying a slot's position, or stores one that nobody sees. By a copy that nothing waits for: a load in a loop
+/// of copies would keep each from starting before the last one's position had come.
+__device__ inline void copy_position(index_t* to, index_t const* from, bool live) {
+  if (live)
+    copy_4(to, from);
+  else
+    *to = above_positions;
+}
+
 inline constexpr index_t batch_queries = 32;
 
 /// Tiles that fit registers and shared memory, by blocks of 32 features.

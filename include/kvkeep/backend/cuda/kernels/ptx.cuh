@@ -72,6 +72,13 @@ __device__ inline void copy_16(void* to, void const* from, bool wanted) {
                "l"(from), "r"(wanted ? 16 : 0)
                : "memory");
 }
+/// The same of 4 bytes.
+__device__ inline void copy_4(void* to, void const* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
 /// Ends a group of copies.
 __device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits for all of this thread's groups but the last `Pending`.

@@ -107,8 +107,10 @@ struct mma_slices_kernel {
                 live && keys.has(piece));
       else
         to[x] = live ? keys.gather(keys.row(slot), piece) : make_uint4(0, 0, 0, 0);
-      if (piece == 0) positions[key] = live ? h.positions[slot] : above_positions;
     }
+    index_t const key = thread_of_block();
+    if (key < stage_keys)
+      copy_position(positions + key, h.positions + from + key, from + key < end);
     copies_end();
   }
 

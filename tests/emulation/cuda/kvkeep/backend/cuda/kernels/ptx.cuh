@@ -80,6 +80,7 @@ inline void copy_16(void* to, void const* from, bool wanted) {
   emulation::start_copy(to, from, wanted ? 16 : 0, wanted ? 0 : 16);
   emulation::note_copy(to);
 }
+inline void copy_4(void* to, void const* from) { emulation::start_copy(to, from, 4, 0); }
 inline void copies_end() {
   emulation::end_copy_group();
   emulation::note_copies_end();
