@@ -21,7 +21,7 @@ namespace kvkeep::cuda {
 /// constructor reads the current device's properties, which is set-up; `enqueue` calls the runtime for
 /// launches, and to let a kernel have more than 48 KiB of shared memory: neither hinders the capture of a
 /// graph. But the first launch of a kernel loads its code, unless CUDA_MODULE_LOADING is EAGER: what is captured has
-/// run once before, or the capture's mode is relaxed.
+/// run once before, or the capture's mode is relaxed. The device that was current then has to be so in every call.
 struct context {
   /// @param m  an event of the caller's, without timing, where others shall wait for this context (`follow`)
   explicit context(cudaStream_t s, cudaEvent_t m = nullptr) : stream(s), mark(m) {

@@ -37,7 +37,8 @@ struct empty_kernel {
 /// Lets the context's kernels be placed while those in front of them still run (programmatic dependent
 /// launch): each waits on the device until they have ended and their writes are there, so that only the time
 /// between two kernels changes. An engine that starts its own kernels behind ours in this way waits there
-/// likewise before it reads what ours write. Set-up.
+/// likewise before it reads what ours write. Set-up. All units that start kernels, kvkeep::cuda_ops among them, have to
+/// be compiled for the same architectures: older code does not wait.
 /// @return unsupported, and nothing changes, if the device or the program's code is older than sm_90
 inline status allow_overlap(context& c) noexcept {
   cudaFuncAttributes code{};
@@ -73,8 +74,9 @@ status launch(context const& c, grid const& g, std::size_t shared, K const& kern
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = c.overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, start<K>, kernel) == cudaSuccess ? status::ok
-                                                                      : status::backend_error;
+  if (cudaLaunchKernelEx(&config, start<K>, kernel) == cudaSuccess) return status::ok;
+  (void)cudaGetLastError();  // the status says it: the caller's next check shall not find it again
+  return status::backend_error;
 }
 
 /// Shared memory of stages one after another.
