@@ -104,12 +104,22 @@ struct lazy_steps {
 
   /// The next token takes the victims' slots and attends.
   void next() {
+    auto const random = [&] { return g.normals(uz(l.shape().dim_k)); };
+    next(random, random);
+  }
+  /// The same with queries and keys from `query()` and `key()`.
+  template <class Query, class Key>
+  void next(Query const& query, Key const& key) {
     ++newest;
-    q.each([&](float& x) { x = g.normal(); });
+    for (index_t b = 0; b < l.n(); ++b)
+      for (index_t h = 0; h < l.shape().n_q_heads; ++h) {
+        auto const x = query();
+        for (index_t d = 0; d < l.shape().dim_k; ++d) q(b, h, d) = x[uz(d)];
+      }
     l.each_head([&](index_t b, index_t h) {
       index_t const id = l.id[uz(b)], slot = victim(id, h);
       l.positions(id, h, slot) = newest;
-      l.cache.set_k(l.row[uz(b)], h, slot, g.normals(uz(l.shape().dim_k)));
+      l.cache.set_k(l.row[uz(b)], h, slot, key());
     });
     for (index_t b = 0; b < l.n(); ++b) {
       seen[uz(l.id[uz(b)])] = newest + 1;
@@ -216,6 +226,37 @@ TEST_CASE("the direct form decides where bounds cannot, and the state survives i
       });
     }
     x.next();
+  }
+}
+
+TEST_CASE("the direct form decides where weights have saturated") {
+  for (float const top : {60.0F, 86.0F, 95.0F, 100.0F}) {
+    INFO("one token's logit is " << top << " above the old ones, another's " << top - 15);
+    generator g(3);
+    test::layer_options o;
+    o.cache.shape = {1, 1, 1, 2, 2, 400};
+    o.min_length = 400;
+    o.dense = true;
+    test::test_layer l(o);
+    // Queries ask for one feature, whose product with a key is the logit.
+    auto const key = [](float first, float second) {
+      return std::vector<float>{first * std::sqrt(2.0F), second * std::sqrt(2.0F)};
+    };
+    auto const dull = [&] { return key(0.01F * g.normal(), 5 + 0.1F * g.normal()); };
+    for (index_t t = 0; t < 400; ++t) l.cache.set_k(l.row[0], 0, t, dull());
+    lazy_steps x(l, g, {1, 7, 8}, reduction::sum);
+    x.ring_q.each([i = 0](float& e) mutable { e = i++ % 2 == 0 ? 0.0F : 1.0F; });
+    for (int i = 0; i < 30; ++i) {
+      INFO("step " << i);
+      REQUIRE(x.step());
+      x.next(
+          [&] {
+            return i == 11 ? std::vector<float>{1, 0} : std::vector<float>{0, 1};
+          },
+          [&] { return i == 5   ? key(top, 5)
+                       : i == 6 ? key(top - 15, -10)
+                                : dull(); });
+    }
   }
 }
 

@@ -23,6 +23,13 @@ struct lazy_shape {
   index_t n_rows = 0;  ///< R, at most W and most_rows
   index_t window = 0;  ///< W
 
+  /// Whether the weights of a row with this sum can be divided by it; where not, the direct form decides.
+  /// Weights saturate at e^88.37 = 2.4e38, so a much larger sum may stand for any number. Nor may fp32
+  /// overflow or underflow.
+  KVKEEP_HD static constexpr bool divides(double sum) noexcept {
+    return sum >= 1e-30 && sum <= 1e30;
+  }
+
   KVKEEP_HD constexpr index_t padded_rows() const noexcept { return (n_rows + 7) / 8 * 8; }
   KVKEEP_HD constexpr index_t all_rows() const noexcept { return group * padded_rows(); }
   KVKEEP_HD constexpr index_t code_words() const noexcept { return (n_rows + 1) / 2; }

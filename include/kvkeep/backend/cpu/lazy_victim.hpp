@@ -63,7 +63,7 @@ struct exact_score {
     index_t at = 0;
     job.each_row(job.newest, [&](index_t i, index_t g, index_t ring_row) {
       double const sum = job.head.sum(i);
-      in_range = in_range && sum >= 1e-30 && sum <= static_cast<double>(FLT_MAX);
+      in_range = in_range && lazy_shape::divides(sum);
       queries[at] = job.ring_q.at(job.id, job.h * s.group + g, ring_row, 0);
       maximum[at] = job.head.maximum(i);
       inverse[at] = 1.0F / static_cast<float>(sum);

@@ -62,7 +62,7 @@ struct exact_score {
     bool good = true;
     job.each_row(job.newest, [&](index_t i, index_t, index_t, index_t at) {
       double const sum = job.head.sum(i);
-      good = good && sum >= 1e-30 && sum <= static_cast<double>(largest_float);
+      good = good && lazy_shape::divides(sum);
       maximum[at] = job.head.maximum(i);
       inverse[at] = __fdiv_rn(1.0f, static_cast<float>(sum));
     });
