@@ -119,6 +119,36 @@ TEST_CASE("KeyDiff of zero keys, of one key and of none") {
   CHECK(out(0, 1, 0) == Approx(-1));
 }
 
+TEST_CASE("a key that is not finite spoils its own KeyDiff score alone") {
+  float const infinite = std::numeric_limits<float>::infinity();
+  for (float const bad :
+       {infinite, -infinite, std::nanf(""), 1e30F}) {  // the last one's norm is not
+    INFO(bad);
+    test::layer_options lo;
+    lo.cache.shape = {1, 1, 1, 8, 4, 150};
+    lo.min_length = 150;
+    test::test_layer l(lo);
+    index_t const row = l.row[0], id = l.id[0];
+    std::vector<index_t> good;
+    for (index_t t = 0; t < 150; ++t)
+      if (t != 70) good.push_back(t);
+    auto const in_position_order = [&](index_t a, index_t b) {
+      return l.positions(id, 0, a) < l.positions(id, 0, b);
+    };
+    std::sort(good.begin(), good.end(), in_position_order);
+    auto const expected = oracle::keydiff_scores(l.keys(0), 0, good);
+    l.cache.set_k(row, 0, 70, std::vector<float>{1, 2, bad, 4, 5, 6, 7, 8});
+    padded<float, 3> out({1, 1, 150}, -7);
+    auto const o = make_key_diff(l, out);
+    test::run_op(o, out);
+    CHECK(std::isnan(out(0, 0, 70)));
+    bool right = true;
+    for (std::size_t i = 0; i < good.size(); ++i)
+      right = right && near(static_cast<double>(out(0, 0, good[i])), expected[i], 2e-5, 2e-6);
+    CHECK(right);
+  }
+}
+
 TEST_CASE("LagKV equals the oracle") {
   test::for_seeds(60, [](generator& g) {
     test::test_layer const l(random_options(g, 60));
@@ -178,6 +208,45 @@ TEST_CASE("LagKV of constant channels and of partitions that tie") {
   o.cross_scoring = true;
   test::run_op(o, out);
   CHECK(out(0, 0, 5) == 0.25F);
+}
+
+TEST_CASE("a value that is not finite leaves LagKV's range, and spoils no other score") {
+  index_t const lag = 40, n = 1 + 3 * lag, bad_at = 1 + lag + 35;
+  test::layer_options lo;
+  lo.cache.shape = {1, 1, 1, 8, 4, n};
+  lo.min_length = n;
+  lo.shuffled = false;
+  test::test_layer l(lo);
+  padded<float, 3> good({1, 1, n}, -7), out({1, 1, n}, -7);
+  op::lag_score<> o;
+  o.batch = l.batch();
+  o.layer = l.ref();
+  o.sinks = 1;
+  o.lag = lag;
+  o.cross_scoring = true;
+  // The range without it: as if it were the number of its neighbour.
+  auto const k = l.keys(0);
+  std::vector<float> key(8);
+  for (index_t d = 0; d < 8; ++d) key[uz(d)] = static_cast<float>(k.at(0, bad_at, d));
+  key[3] = static_cast<float>(k.at(0, bad_at - 1, 3));
+  l.cache.set_k(l.row[0], 0, bad_at, key);
+  o.out = good.ref();
+  test::run_op(o, good);
+  o.out = out.ref();
+  float const infinite = std::numeric_limits<float>::infinity();
+  for (float const bad : {infinite, -infinite, std::nanf("")}) {
+    INFO(bad);
+    key[3] = bad;
+    l.cache.set_k(l.row[0], 0, bad_at, key);
+    test::run_op(o, out);
+    index_t same = 0, finite = 0;
+    for (index_t t = 0; t < n; ++t) {
+      same += out(0, 0, t) == good(0, 0, t) ? 1 : 0;
+      finite += t != bad_at && std::isfinite(out(0, 0, t)) ? 1 : 0;
+    }
+    CHECK(same >= 1 + 2 * lag);  // all but its own partition
+    CHECK(finite == n - 1);
+  }
 }
 
 TEST_CASE("LagKV refuses empty partitions and negative sinks") {

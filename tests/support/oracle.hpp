@@ -96,10 +96,15 @@ inline array knorm_scores(array const& k) {
 }
 
 /// Minus the cosine between each key of head c among `live` and the mean unit key of them.
+/// A key whose squares exceed fp32 has no part in that mean, and scores NaN.
 inline std::vector<double> keydiff_scores(array const& k, index_t c, kept_set const& live) {
+  auto const enters = [](std::vector<double> const& key) {
+    return norm(key) <= std::sqrt(largest);
+  };
   std::vector<double> anchor(uz(k.extent(2)));
   for (index_t j : live) {
     auto const key = k.row(c, j);
+    if (!enters(key)) continue;
     double const length = std::max(norm(key), 1e-12);
     for (std::size_t d = 0; d < key.size(); ++d) anchor[d] += key[d] / length;
   }
@@ -109,7 +114,8 @@ inline std::vector<double> keydiff_scores(array const& k, index_t c, kept_set co
     auto const key = k.row(c, j);
     double dot = 0;
     for (std::size_t d = 0; d < key.size(); ++d) dot += key[d] * anchor[d];
-    s.push_back(-dot / std::max(norm(key) * norm(anchor), 1e-8));
+    double const lengths = std::max(norm(key) * norm(anchor), 1e-8);
+    s.push_back(enters(key) ? -dot / lengths : std::numeric_limits<double>::quiet_NaN());
   }
   return s;
 }
@@ -130,7 +136,7 @@ inline bool lagkv_applies(index_t n_tokens, index_t sinks, index_t lag) {
 }
 
 /// Softmax over one partition of the deviation of its rows, scaled by the range of the next
-/// partition.
+/// partition's finite values. A row whose deviation is not a number deviates least.
 inline std::vector<double> lag_deviation(array const& x, index_t c, index_t first, index_t lag) {
   index_t const dim = x.extent(2);
   std::vector<double> deviation;
@@ -139,15 +145,15 @@ inline std::vector<double> lag_deviation(array const& x, index_t c, index_t firs
     for (index_t d = 0; d < dim; ++d) {
       double lo = infinity, hi = -infinity;
       for (index_t i = first + lag; i < first + 2 * lag; ++i) {
-        lo = std::min(lo, x.at(c, i, d));
-        hi = std::max(hi, x.at(c, i, d));
+        double const e = x.at(c, i, d);
+        if (std::abs(e) <= largest) lo = std::min(lo, e), hi = std::max(hi, e);
       }
-      y.push_back(hi == lo ? 0 : (x.at(c, j, d) - lo) / (hi - lo));
+      y.push_back(hi > lo ? (x.at(c, j, d) - lo) / (hi - lo) : 0);
     }
     double mean = 0, square = 0;
     for (double e : y) mean += e / dim;
     for (double e : y) square += (e - mean) * (e - mean);
-    deviation.push_back(dim > 1 ? std::sqrt(square / (dim - 1)) : 0);
+    deviation.push_back(dim > 1 ? sanitised(std::sqrt(square / (dim - 1))) : 0);
   }
   return softmax(deviation);
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "../../op/key_geometry.hpp"
 #include "kernels/key_rows.hpp"
@@ -25,6 +26,9 @@ void add_scaled(T const* row, float factor, index_t dim, double* sum) noexcept {
   }
   for (; d < dim; ++d) sum[d] += static_cast<double>(to_float(row[d]) * factor);
 }
+
+/// Whether a norm is neither infinite nor NaN. By integers: safe under fast-math.
+inline bool finite_norm(float norm) noexcept { return bit_copy<std::uint32_t>(norm) < 0x7f800000u; }
 
 /// Scratch of one worker: the order of slots, gathered rows, lines of numbers.
 struct geometry_scratch {
@@ -49,7 +53,8 @@ inline void key_diff_head(op::key_diff<host_space> const& o, geometry_scratch co
                  [&](index_t at, index_t m, auto const* rows) {
                    row_norms(row_list<row_element<decltype(rows)>>{rows, m}, dim, norms + at);
                    for (index_t i = 0; i < m; ++i)
-                     add_scaled(rows[i], 1.0F / std::max(norms[at + i], 1e-12F), dim, sum);
+                     if (finite_norm(norms[at + i]))
+                       add_scaled(rows[i], 1.0F / std::max(norms[at + i], 1e-12F), dim, sum);
                  });
   double square = 0;
   for (index_t d = 0; d < dim; ++d) {
@@ -60,14 +65,15 @@ inline void key_diff_head(op::key_diff<host_space> const& o, geometry_scratch co
   float const length = static_cast<float>(std::sqrt(square));
   float* const out = o.out.at(b, h, 0);
   query_rows const anchor{mean, dim, 1, dim, {}};
-  for_row_chunks(k, {order, 0, n}, scratch.gathered(worker),
-                 [&](index_t at, index_t m, auto const* rows) {
-                   float dot[row_chunk];
-                   qk_rows(anchor, row_list<row_element<decltype(rows)>>{rows, m}, dot, row_chunk);
-                   for (index_t i = 0; i < m; ++i)
-                     out[order != nullptr ? order[at + i] : at + i] =
-                         -dot[i] / std::max(norms[at + i] * length, 1e-8F);
-                 });
+  for_row_chunks(
+      k, {order, 0, n}, scratch.gathered(worker), [&](index_t at, index_t m, auto const* rows) {
+        float dot[row_chunk];
+        qk_rows(anchor, row_list<row_element<decltype(rows)>>{rows, m}, dot, row_chunk);
+        for (index_t i = 0; i < m; ++i)
+          out[order != nullptr ? order[at + i] : at + i] =
+              finite_norm(norms[at + i]) ? -dot[i] / std::max(norms[at + i] * length, 1e-8F)
+                                         : std::numeric_limits<float>::quiet_NaN();
+      });
 }
 
 /// KeyDiff. Cost as the op says.

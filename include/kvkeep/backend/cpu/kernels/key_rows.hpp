@@ -39,18 +39,19 @@ inline void row_norms(row_list<T> const& k, index_t dim, float* out) noexcept {
   }
 }
 
-/// Smallest and largest value of every feature over the rows; FLT_MAX and -FLT_MAX without rows.
+/// Smallest and largest finite value of every feature over the rows; FLT_MAX and -FLT_MAX without any.
 /// @param low, high [dim] floats, host
 /// Cost: n * dim elements read.
 template <class T>
 inline void channel_range(row_list<T> const& k, index_t dim, float* low, float* high) noexcept {
   for (index_t d = 0; d < dim; d += lanes) {
     index_t const width = dim - d;
-    vf lo = splat(FLT_MAX), hi = splat(-FLT_MAX);
+    vf const most = splat(FLT_MAX), least = splat(-FLT_MAX);
+    vf lo = most, hi = least;
     for (index_t j = 0; j < k.n; ++j) {
       vf const x = load_some(k.rows[j] + d, width);
-      lo = min(x, lo);
-      hi = max(x, hi);
+      lo = select(at_least(x, least), min(x, lo), lo);  // an infinity says nothing of a range
+      hi = select(at_least(most, x), max(x, hi), hi);
     }
     store_some(low + d, lo, width);
     store_some(high + d, hi, width);
@@ -58,7 +59,7 @@ inline void channel_range(row_list<T> const& k, index_t dim, float* low, float* 
 }
 
 /// Standard deviation over the features (unbiased, dim >= 2) of (x - low) / (high - low) for every
-/// row; features with high = low count as 0.
+/// row; features with high = low count as 0. Finite: NaN becomes -FLT_MAX.
 /// @param low, inverse_range [dim] floats, host; inverse_range is 0 where high = low
 /// @param out [k.n] floats, host
 /// Cost: n * dim elements read, 7 * n * dim flops.
@@ -82,7 +83,7 @@ inline void normalised_deviation(row_list<T> const& k, index_t dim, float const*
       squares = width >= lanes ? next : select(lane_mask((1u << width) - 1u), next, squares);
     }
     vf const variance = splat(sum_lanes(squares) / static_cast<float>(dim - 1));
-    out[j] = first_lane(sqrt(variance));
+    out[j] = first_lane(sanitise(sqrt(variance)));
   }
 }
 

@@ -28,6 +28,9 @@ struct key_diff_part {
   }
 };
 
+/// Whether a norm is neither infinite nor NaN. By integers: safe under fast-math.
+__device__ inline bool finite_norm(float norm) { return __float_as_uint(norm) < 0x7f800000u; }
+
 /// Sum of the unit keys of one chunk. Grid: heads, chunks. A warp measures a key, then a thread adds up a
 /// feature. Cost: K once from memory, once more from the first-level cache.
 struct key_sum_kernel : key_diff_part {
@@ -52,7 +55,7 @@ struct key_sum_kernel : key_diff_part {
                    [&](index_t, float x) { square = __fmaf_rn(x, x, square); });
       float const norm = __fsqrt_rn(warp_reduce(square, add{}));
       if (lane_of_warp() == 0) {
-        inverse[i] = __fdiv_rn(1.0f, norm < 1e-12f ? 1e-12f : norm);
+        inverse[i] = finite_norm(norm) ? __fdiv_rn(1.0f, norm < 1e-12f ? 1e-12f : norm) : 0.0f;
         rows[i] = row;
       }
     }
@@ -60,8 +63,10 @@ struct key_sum_kernel : key_diff_part {
     double* const out = partial_of(c);
     for (index_t d = thread_of_block(); d < dim(); d += threads_of_block()) {
       double sum = 0;
-      for (index_t i = 0; i < count; ++i)
-        sum += static_cast<double>(__fmul_rn(feature(kv.k, rows[i], d), inverse[i]));
+      for (index_t i = 0; i < count; ++i) {
+        float const unit = __fmul_rn(feature(kv.k, rows[i], d), inverse[i]);
+        sum += inverse[i] > 0 ? static_cast<double>(unit) : 0.0;
+      }
       out[d] = sum;
     }
   }
@@ -120,9 +125,11 @@ struct key_cosine_kernel : key_diff_part {
       });
       square = warp_reduce(square, add{});
       dot = warp_reduce(dot, add{});
-      float const lengths = __fmul_rn(__fsqrt_rn(square), anchor[dim()]);
+      float const norm = __fsqrt_rn(square), lengths = __fmul_rn(norm, anchor[dim()]);
       if (lane_of_warp() == 0)
-        o.out(at.entry, at.head, j) = -__fdiv_rn(dot, lengths < 1e-8f ? 1e-8f : lengths);
+        o.out(at.entry, at.head, j) = finite_norm(norm)
+                                          ? -__fdiv_rn(dot, lengths < 1e-8f ? 1e-8f : lengths)
+                                          : __uint_as_float(0x7fc00000u);
     }
   }
 };

@@ -68,8 +68,8 @@ struct lag_kernel {
       float low = largest_float, high = -largest_float;
       for (index_t i = 0; i < o.lag; ++i) {
         float const x = feature(p, rows.bytes(order(first + o.lag + i)), d);
-        low = x < low ? x : low;
-        high = x > high ? x : high;
+        low = x < low && x >= -largest_float ? x : low;  // an infinity says nothing of a range
+        high = x > high && x <= largest_float ? x : high;
       }
       range.low[d] = low;
       range.inverse[d] = high > low ? __fdiv_rn(1.0f, high - low) : 0.0f;
