@@ -309,8 +309,20 @@ TEST_CASE("budgets and scopes that a policy cannot do") {
   has(message(x, scope::sequence), "budget = per_layer, allowed: uniform");
   x.tokens[1] = 3;
   has(message(x, scope::head), "per_layer.tokens = 3, allowed: >= sinks + window = 4");
+  x.tokens[1] = most_tokens + 1;
+  has(message(x, scope::head),
+      "per_layer.tokens = 268435457, allowed: >= sinks + window = 4 and <= 268435456");
+  x.tokens[1] = 10;
   x.n = 3;
   has(message(x, scope::head), "per_layer.n = 3, allowed: 2 (layers)");
+  x.n = huge;
+  has(message(x, scope::head), "per_layer.n = 2147483647, allowed: 2 (layers)");
+  // More layers than there is room for.
+  x.n = x.max_layers + 1;
+  has(refusal([&] { x.check(x.n, b.cache.shape, 4); }), "per_layer.n = 257, allowed: <= 256");
+  CHECK(x.capacity() == 20 / 256);
+  CHECK(x.most(x.n, b.cache.shape, 4, 0) == 10);
+  CHECK(x.most_in(x.max_layers, x.n, b.cache.shape, 4, 0) == 0);
 }
 
 TEST_CASE("blocks need paged views and engine_commits") {
