@@ -347,6 +347,27 @@ TEST_CASE("blocks need paged views and engine_commits") {
               "paged");
   refused(whole([](auto& b) { b.p.block = 8; }), "select.block", "8", "block_size = 4");
   refused(whole([](auto& b) { b.p.block = 0; }), "block", "0", ">= 1");
+  // Fewer tokens than a block would be none at all.
+  for (bool const packed : {false, true}) {
+    auto const of = [=](index_t capacity) {
+      return with("knorm", [=](auto& b) {
+        b.p.whole_blocks = !packed, b.p.block = b.cache.block_size = 16;
+        b.p.window = 2, b.p.capacity = capacity;
+        b.cache.layout = layout_id::paged_per_head, b.lim.engine_commits = true;
+      });
+    };
+    refused(of(15), "capacity", "15", ">= block = 16");
+    accepted(of(16));
+    auto const after_ada = [=](index_t capacity) {
+      binding b = of(16);
+      std::swap(b.p, b.d), b.p.capacity = capacity, b.p.window = 2;
+      b.prompt = "adakv", b.decode = "knorm", b.d.budget = "inherit";
+      return b;
+    };
+    refused(after_ada(15), "prompt.capacity", "15", ">= block = 16 of the decode policy");
+    accepted(after_ada(16));
+  }
+  accepted(whole([](auto& b) { b.prompt = b.decode = "fullkv", b.p.capacity = 1; }));
   refused(whole([](auto& b) { b.lim.engine_commits = false; }), "decode.select", "whole_blocks",
           "engine_commits");
   refused(whole([](auto& b) { b.lim.engine_commits = false, b.p.whole_blocks = false; }),

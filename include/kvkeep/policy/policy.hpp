@@ -131,8 +131,13 @@ KVKEEP_COLD void check_policy(P const& p, index_t n_layers, cache_shape const& s
   KVKEEP_EXPECTS(p.when.room == 0 || p.when.room == 1, "room", p.when.room, "0 or 1");
   p.score.check(shape);
   p.select.check();
-  if (p.score.least_tokens() != std::numeric_limits<index_t>::max())
+  if (p.score.least_tokens() != std::numeric_limits<index_t>::max()) {
     p.budget.check(n_layers, shape, p.keep.sinks + p.keep.recent);
+    index_t const block = p.select.traits().block;
+    KVKEEP_EXPECTS(b.inherits || block == 1 || p.budget.capacity() >= block, "capacity",
+                   p.budget.capacity(),
+                   ">= block = " + std::to_string(block) + ", for fewer tokens fill no block");
+  }
   KVKEEP_EXPECTS(!b.needs_scores || s.comparable, "budget", b.name,
                  "uniform, pyramid or per_layer for scores that heads and layers cannot compare (" +
                      std::string(s.name) + ")");

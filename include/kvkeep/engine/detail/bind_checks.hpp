@@ -82,11 +82,15 @@ KVKEEP_COLD void check_budgets(P const& prompt, D const& decode, bool one) {
                  "a budget of its own (inherit is for a decode policy beside another)");
   KVKEEP_EXPECTS(one || !db.needs_scores, "decode.budget", db.name,
                  "uniform, per_layer, per_head, pyramid or inherit beside another prompt policy");
+  if (!db.inherits || !cuts_while_decoding(decode.score)) return;
   index_t const guarded = decode.keep.sinks + decode.keep.recent;
+  index_t const left = prompt.budget.capacity(), block = decode.select.traits().block;
   KVKEEP_EXPECTS(
-      !db.inherits || !cuts_while_decoding(decode.score) || prompt.budget.capacity() > guarded,
-      "prompt.capacity", prompt.budget.capacity(),
+      left > guarded, "prompt.capacity", left,
       "> sinks + window = " + std::to_string(guarded) + " of the decode policy, which inherits it");
+  KVKEEP_EXPECTS(
+      block == 1 || left >= block, "prompt.capacity", left,
+      ">= block = " + std::to_string(block) + " of the decode policy, which inherits it");
 }
 
 /// @param one     one policy serves the prompt and decoding
