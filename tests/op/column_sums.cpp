@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Attention mass per column against plain loops in double; chunks of rows give the same bits.
+#include <kvkeep/backend/cpu/attend.hpp>
 #include <kvkeep/backend/cpu/column_sums.hpp>
 
 #include "../support/test_rows.hpp"
@@ -73,6 +74,40 @@ TEST_CASE("column sums equal the oracle, with and without log-sum-exp") {
     if (g.chance(0.5F)) s.op.rows = rows.with_lse(l, test::rule_of(s.op.layer.kv));
     test::run_op(s.op, s.out);
     check(l, rows, s);
+  });
+}
+
+TEST_CASE("the log-sum-exp that attention leaves serves, with sink logits in it") {
+  test::for_layers(8, 60, 4, [](test::test_layer const& l, generator& g) {
+    test_rows rows(l, g, 1, false);
+    for (index_t b = 0; b < l.n(); ++b) rows.position(b, 0) = l.newest(b);
+    sums_run without(l, rows.ref(), false, true), with(l, rows.ref(), false, true);
+    std::vector<float> const sinks = g.normals(uz(l.shape().n_q_heads), 2);
+    without.op.layer.kv.sink_logits = with.op.layer.kv.sink_logits = sinks.data();
+    test::run_op(without.op, without.out);
+    // The same queries attend.
+    padded<float, 3> q({l.n(), l.shape().n_q_heads, l.shape().dim_k}, 0, 0);
+    padded<float, 2> lse({l.n(), l.shape().n_q_heads}, -7);
+    for (index_t b = 0; b < l.n(); ++b)
+      for (index_t h = 0; h < l.shape().n_q_heads; ++h)
+        for (index_t d = 0; d < l.shape().dim_k; ++d) q(b, h, d) = rows.q(b, h, 0, d);
+    op::attend<> a;
+    a.batch = l.batch();
+    a.layer = with.op.layer;
+    a.q = q.cref();
+    a.lse = lse.ref();
+    REQUIRE(test::run_exact(test::one_thread(), a) == status::ok);
+    for (index_t b = 0; b < l.n(); ++b)
+      for (index_t h = 0; h < l.shape().n_q_heads; ++h) rows.lse(b, h, 0) = lse(b, h);
+    with.op.rows.lse = rows.lse.cref();
+    test::run_op(with.op, with.out);
+    check(l, rows, without);
+    check(l, rows, with);
+    bool same = true;
+    for (std::size_t i = 0; i < with.out.data().size(); ++i)
+      same = same && near(static_cast<double>(with.out.data()[i]),
+                          static_cast<double>(without.out.data()[i]), 1e-5, 1e-5);
+    CHECK(same);
   });
 }
 

@@ -26,7 +26,8 @@ struct attend {
   /// Instead of `q`, if it has a row: of any type, one row per entry and query head.
   queries raw{};
   tensor_ref<float, 3, Space> out{};  ///< [entry, q_head, dim_v], or null: weights only
-  tensor_ref<float, 2, Space> lse{};  ///< [entry, q_head] natural log-sum-exp, or null
+  /// [entry, q_head] natural log-sum-exp over what the output sees, the sink logit included, or null
+  tensor_ref<float, 2, Space> lse{};
   /// exp(z - max) per slot, `[id, kv_head, g, slot]`, row `weight_row[entry]` of a ring (stride
   /// `ring_stride` elements), or null.
   tensor_ref<float, 4, Space> weights{};

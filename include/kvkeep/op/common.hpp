@@ -35,7 +35,8 @@ template <class Space = host_space>
 struct query_rows {
   tensor_ref<float const, 4, Space> q{};  ///< [entry or id, q_head, row, dim_k], dim contiguous
   tensor_ref<index_t const, 2, Space> position{};  ///< [entry or id, row]
-  tensor_ref<float const, 3, Space> lse{};  ///< [entry or id, q_head, row] natural log, or null
+  /// [entry or id, q_head, row] natural log, of a view's sink logit too, or null
+  tensor_ref<float const, 3, Space> lse{};
   bool by_id = false;
 };
 

@@ -11,8 +11,9 @@ namespace kvkeep::op {
 /// Attention mass that every slot receives from the query rows:
 /// `out += sum over rows (ascending), query heads of a row (ascending) of exp(z - lse_row)`, where a row
 /// sees the slots whose position is not above its own. Without log-sum-exp a first pass computes it over
-/// all visible slots (spec 3.3 step 1, 3.5). The sum starts from the value in `out`, term by term, so
-/// any chunking of the rows gives the same bits.
+/// all visible slots and the view's sink logit (spec 3.3 step 1, 3.5); one that is given includes that
+/// logit too. The sum starts from the value in `out`, term by term, so any chunking of the rows gives the
+/// same bits.
 /// Bytes: K once plus 4 per slot and output row. Operations: 2 * dim_k and an exponential per row, query head
 /// and slot. Without lse two exponentials, and what two passes share: logits that are kept between them (CPU:
 /// 4 bytes per row, query head and slot of a KV head, up to 16 MiB), else K and the multiply-adds twice.

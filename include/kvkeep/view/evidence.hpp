@@ -38,7 +38,8 @@ struct queries {
   offset_t row_stride = 0;    ///< elements between rows
   index_t n_rows = 0;         ///< rows per entry and query head
   index_t tokens = 0;         ///< new tokens per entry; 0 means n_rows
-  /// Optional log-sum-exp of each row over all its visible keys, `[entry, q_head, row]`.
+  /// Optional log-sum-exp of each row, `[entry, q_head, row]`: over all its visible keys, and over its head's
+  /// sink logit where the view has these (some attention kernels leave that one out).
   float const* lse = nullptr;
   offset_t lse_entry_stride = 0;
   offset_t lse_head_stride = 0;
