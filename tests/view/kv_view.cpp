@@ -127,6 +127,34 @@ TEST_CASE("a typed view becomes a tagged one without loss") {
   CHECK(view.ref().scale == 0.25F);
 }
 
+TEST_CASE("makers of views of opaque rows ask for their bytes") {
+  cache_shape const s{2, 4, 2, 8, 6, 10};
+  std::byte* const b = nullptr;
+  index_t const table[4] = {0, 1, 2, 3}, slots[4] = {3, 0, 5, 2};
+  offset_t const k_base[4] = {0, 50, 70, 200}, v_base[4] = {5, 25, 25, 90};
+  page_geometry const pages{5, 4, table, 2};
+  opaque_rows const bytes{12, 7};
+  auto const same_rows = [&](kv_ref<> const& kv) {
+    return kv.k.type == dtype::opaque && kv.k.row_bytes == 12 && kv.v.row_bytes == 7;
+  };
+  kv_ref<> const strided = contiguous_view(b, b, s, bytes, axis_order::nhd);
+  CHECK(same_rows(strided));
+  CHECK(offset_of(strided.k, 1, 1, 3) == ((10 + 3) * 2 + 1) * 12);
+  CHECK(offset_of(strided.v, 0, 1, 3) == (3 * 2 + 1) * 7);
+  kv_ref<> const paged = paged_view(b, b, s, pages, bytes);
+  CHECK(same_rows(paged));
+  CHECK(offset_of(paged.k, 1, 1, 6) == (3 * 10 + 2 * 1 + 1) * 12);
+  kv_ref<> const ragged = ragged_view(b, b, s, k_base, v_base, slots, bytes);
+  CHECK(same_rows(ragged));
+  CHECK(offset_of(ragged.v, 1, 1, 1) == 90 + 7);
+  // Without them, rows would be as far apart as their features are many.
+  auto const plain = [](auto* x, auto const& shape) {
+    return requires { contiguous_view(x, x, shape); };
+  };
+  CHECK(plain(static_cast<float*>(nullptr), s));
+  CHECK_FALSE(plain(b, s));
+}
+
 TEST_CASE("an engine's own layout goes through kv_view as custom") {
   kv_view<bf16, host_space, test::ring_layout, strided_layout> view;
   bf16 k{}, v{};

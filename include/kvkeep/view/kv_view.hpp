@@ -78,17 +78,49 @@ inline strided_layout contiguous_layout(cache_shape const& s, index_t row, axis_
   return {plane, r, r * s.n_kv_heads, s.max_slots};
 }
 
-/// View of contiguous K `[seq, kv_head, slot, dim_k]` and V `[.., dim_v]` (or NHD order).
-template <class Space = host_space, class T>
-kv_view<T, Space> contiguous_view(T* k, T* v, cache_shape const& s,
-                                  axis_order order = axis_order::hnd) {
-  kv_view<T, Space> r;
+/// Elements of which a row holds one per feature. Opaque rows do not, so views of them are told their bytes.
+template <class T>
+concept feature_element = !std::is_same_v<T, std::byte>;
+
+/// Bytes of an opaque row, of K and of V.
+struct opaque_rows {
+  index_t k = 0;
+  index_t v = 0;
+};
+
+namespace detail {
+
+/// A view of planes with such layouts.
+template <class Space, class T, class L>
+kv_view<T, Space, L> view_of(T* k, T* v, cache_shape const& s, L const& k_layout, L const& v_layout,
+                             opaque_rows const& bytes = {}) {
+  kv_view<T, Space, L> r;
   r.shape = s;
   r.k = k;
   r.v = v;
-  r.k_layout = contiguous_layout(s, s.dim_k, order);
-  r.v_layout = contiguous_layout(s, s.dim_v, order);
+  r.k_layout = k_layout;
+  r.v_layout = v_layout;
+  r.k_row_bytes = bytes.k;
+  r.v_row_bytes = bytes.v;
   return r;
+}
+
+}  // namespace detail
+
+/// View of contiguous K `[seq, kv_head, slot, dim_k]` and V `[.., dim_v]` (or NHD order).
+template <class Space = host_space, feature_element T>
+kv_view<T, Space> contiguous_view(T* k, T* v, cache_shape const& s,
+                                  axis_order order = axis_order::hnd) {
+  return detail::view_of<Space>(k, v, s, contiguous_layout(s, s.dim_k, order),
+                                contiguous_layout(s, s.dim_v, order));
+}
+/// The same of opaque rows.
+template <class Space = host_space>
+kv_view<std::byte, Space> contiguous_view(std::byte* k, std::byte* v, cache_shape const& s,
+                                          opaque_rows const& bytes,
+                                          axis_order order = axis_order::hnd) {
+  return detail::view_of<Space>(k, v, s, contiguous_layout(s, bytes.k, order),
+                                contiguous_layout(s, bytes.v, order), bytes);
 }
 
 /// Pages of a pool and the tables into it.
@@ -120,32 +152,41 @@ inline paged_layout make_paged_layout(cache_shape const& s, index_t row, page_ge
 
 /// View of vLLM-like pages: K pool `[block, slot, kv_head, dim_k]` (NHD) or `[block, kv_head, slot,
 /// dim_k]` (HND), V likewise.
-template <class Space = host_space, class T>
+template <class Space = host_space, feature_element T>
 kv_view<T, Space, paged_layout> paged_view(T* k, T* v, cache_shape const& s,
                                            page_geometry const& g) {
-  kv_view<T, Space, paged_layout> r;
-  r.shape = s;
-  r.k = k;
-  r.v = v;
-  r.k_layout = make_paged_layout(s, s.dim_k, g);
-  r.v_layout = make_paged_layout(s, s.dim_v, g);
-  return r;
+  return detail::view_of<Space>(k, v, s, make_paged_layout(s, s.dim_k, g),
+                                make_paged_layout(s, s.dim_v, g));
+}
+/// The same of opaque rows.
+template <class Space = host_space>
+kv_view<std::byte, Space, paged_layout> paged_view(std::byte* k, std::byte* v, cache_shape const& s,
+                                                   page_geometry const& g,
+                                                   opaque_rows const& bytes) {
+  return detail::view_of<Space>(k, v, s, make_paged_layout(s, bytes.k, g),
+                                make_paged_layout(s, bytes.v, g), bytes);
 }
 
 /// View of ragged rows: head (seq, h) owns rows `base_row[seq, h] .. + slots[seq, h])` of pools K
 /// `[row, dim_k]` and V `[row, dim_v]`. The arrays of element offsets are the caller's: `k_base` and
 /// `v_base` are `[seq, kv_head]`, in elements.
-template <class Space = host_space, class T>
+template <class Space = host_space, feature_element T>
 kv_view<T, Space, ragged_layout> ragged_view(T* k, T* v, cache_shape const& s,
                                              offset_t const* k_base, offset_t const* v_base,
                                              index_t const* slots) {
-  kv_view<T, Space, ragged_layout> r;
-  r.shape = s;
-  r.k = k;
-  r.v = v;
-  r.k_layout = {k_base, slots, s.n_kv_heads, s.dim_k};
-  r.v_layout = {v_base, slots, s.n_kv_heads, s.dim_v};
-  return r;
+  ragged_layout const k_layout{k_base, slots, s.n_kv_heads, s.dim_k};
+  ragged_layout const v_layout{v_base, slots, s.n_kv_heads, s.dim_v};
+  return detail::view_of<Space>(k, v, s, k_layout, v_layout);
+}
+/// The same of opaque rows; offsets in bytes.
+template <class Space = host_space>
+kv_view<std::byte, Space, ragged_layout> ragged_view(std::byte* k, std::byte* v,
+                                                     cache_shape const& s, offset_t const* k_base,
+                                                     offset_t const* v_base, index_t const* slots,
+                                                     opaque_rows const& bytes) {
+  ragged_layout const k_layout{k_base, slots, s.n_kv_heads, bytes.k};
+  ragged_layout const v_layout{v_base, slots, s.n_kv_heads, bytes.v};
+  return detail::view_of<Space>(k, v, s, k_layout, v_layout, bytes);
 }
 
 }  // namespace kvkeep
