@@ -81,7 +81,7 @@ enum class pooling : std::uint8_t { none, average, maximum };
 
 /// Pools each row over the position order of the candidates (all but the `recent` largest positions),
 /// stride 1, odd kernel, same length. Average counts zeros outside, maximum ignores them (spec 1.2).
-/// In place; protected slots keep their value.
+/// In place; protected slots keep their value. Slots that are not in position order are sorted.
 template <class Space = host_space>
 struct pool_rows {
   using space = Space;

@@ -30,7 +30,7 @@ void add_scaled(T const* row, float factor, index_t dim, double* sum) noexcept {
 /// Whether a norm is neither infinite nor NaN. By integers: safe under fast-math.
 inline bool finite_norm(float norm) noexcept { return bit_copy<std::uint32_t>(norm) < 0x7f800000u; }
 
-/// Scratch of one worker: the order of slots, gathered rows, lines of numbers.
+/// Scratch of one worker: the order of slots and what it is made in, gathered rows, lines of numbers.
 struct geometry_scratch {
   worker_scratch<index_t> order;
   worker_scratch<float> gathered;
@@ -86,7 +86,7 @@ KVKEEP_CPU_OP status enqueue(context& c, op::key_diff<host_space> const& o,
   workspace::frame const frame(ws);
   int const workers = c.workers(o.batch.n * kv.shape.n_kv_heads);
   geometry_scratch scratch;
-  scratch.order = take_each<index_t>(ws, workers, size_of(kv.shape.max_slots));
+  scratch.order = take_each<index_t>(ws, workers, 2 * size_of(kv.shape.max_slots));
   scratch.gathered = take_each<float>(ws, workers, gather_floats(kv.k));
   scratch.lines =
       take_each<float>(ws, workers, size_of(kv.shape.dim_k) + size_of(kv.shape.max_slots));
@@ -146,7 +146,7 @@ inline void lag_score_head(op::lag_score<host_space> const& o, geometry_scratch 
   float* const lines = scratch.lines(worker);
   float* const key = lines + 4 * dim;
   float* const value = key + lag;
-  index_t* const ranked = list + kv.shape.max_slots;
+  index_t* const ranked = list + 2 * static_cast<offset_t>(kv.shape.max_slots);
   index_t const parts = n > o.sinks ? (n - o.sinks) / lag : 0;
   index_t const seq = o.batch.row_of(b);
   for (index_t m = 0; m + 1 < parts; ++m) {
@@ -180,7 +180,7 @@ KVKEEP_CPU_OP status enqueue(context& c, op::lag_score<host_space> const& o,
   int const workers = c.workers(o.batch.n * kv.shape.n_kv_heads);
   std::size_t const dim = size_of(std::max(kv.shape.dim_k, kv.shape.dim_v)), lag = size_of(o.lag);
   geometry_scratch scratch;
-  scratch.order = take_each<index_t>(ws, workers, size_of(kv.shape.max_slots) + lag);
+  scratch.order = take_each<index_t>(ws, workers, 2 * size_of(kv.shape.max_slots) + lag);
   scratch.gathered =
       take_each<float>(ws, workers, std::max(gather_floats(kv.k), gather_floats(kv.v)));
   scratch.lines = take_each<float>(ws, workers, 4 * dim + 2 * lag);
