@@ -51,7 +51,9 @@ struct limits {
   decode_offer decode = decode_offer::attend;
   /// The engine calls due, choose and commit itself while decoding (and appends at the tail).
   bool engine_commits = false;
-  /// Different layers may be worked on by different threads at once: scratch per layer.
+  /// Different layers may be worked on by different threads at once: scratch per layer. On the CPU it has a part for
+  /// each thread of the context's pool too, of up to 16 MiB where query rows are scored without log-sum-exp (kept
+  /// logits): layers * threads * 16 MiB (`session_bytes`).
   bool concurrent_layers = false;
 };
 

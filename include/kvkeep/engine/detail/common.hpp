@@ -16,7 +16,8 @@ void session<Ctx, P, D>::place(std::span<std::byte> memory) {
   if (memory.empty()) {
     KVKEEP_EXPECTS((std::is_same_v<space, host_space>), "memory", "empty",
                    "a block of device memory");
-    owned_ = std::make_unique<std::byte[]>(bytes());
+    // Not cleared: pages of scratch that no call needs cost nothing then.
+    owned_ = std::make_unique_for_overwrite<std::byte[]>(bytes());
     memory = {owned_.get(), bytes()};
   }
   KVKEEP_EXPECTS(memory.size() >= bytes(), "memory.size", memory.size(),
