@@ -190,9 +190,10 @@ replayed run_streaming(backend& b, recorded_case const& c, layout_kind layout) {
   trace_data const t = read_trace(c, false, false);
   parameters params(c);
   policy_options options;
-  options.sinks = params.integer("start_size", {0, most_slots}, 4);
+  index_t const sinks = params.integer("start_size", {0, most_slots}, 4);
   index_t const recent = params.integer("recent_size", {1, most_slots});
-  options.capacity = options.sinks + recent;
+  options.sinks = sinks;
+  options.capacity = sinks + recent;
   index_t const stride = t.tokens.shape.n_seq * t.tokens.shape.n_kv_heads;
   replayed out;
   out.parameters = params.resolved();

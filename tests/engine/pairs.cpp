@@ -38,10 +38,10 @@ std::unique_ptr<reference> decode_reference(pair_case const& c, oracle::tokens c
         true, t, r, live, oracle::h2o_decode::prompt_acc(t, n, oracle::reduction::mean, rule));
   }
   if (name == "knorm") {
-    r.keep = {c.d.sinks, c.d.window, 0};
+    r.keep = {c.d.sinks.value_or(0), c.d.window, 0};
     return make_reference<oracle::knorm_decode>(true, t, r, live);
   }
-  r.keep.sinks = c.d.sinks;
+  r.keep.sinks = c.d.sinks.value_or(4);
   return make_reference<oracle::streaming_decode>(false, t, r, live, true);
 }
 

@@ -290,7 +290,7 @@ TEST_CASE("heads have budgets of their own, at the prompt's end and while decodi
     for (char const* name : {"knorm", "keydiff", "h2o", "snapkv", "morphkv"}) {
       INFO(name);
       policy_options o;
-      o.window = o.sinks = 2;
+      o.window = 2, o.sinks = 2;
       if (std::string_view(name) == "morphkv") o.sinks = 0;
       std::vector<index_t> const tokens{5, 12, 30, 7};
       o.budget = "per_head";

@@ -106,7 +106,7 @@ policy_options sizes(generator& g) {
   policy_options o;
   o.window = g.integer(1, 6);
   o.sinks = g.integer(0, 2);
-  o.capacity = o.window + o.sinks + g.integer(1, 12);
+  o.capacity = o.window + *o.sinks + g.integer(1, 12);
   index_t const kernels[] = {1, 3, 5, 7};
   o.kernel = g.one_of(kernels);
   op::pooling const pools[] = {op::pooling::average, op::pooling::maximum};
@@ -174,7 +174,7 @@ std::string describe(setting const& s) {
   auto const add = [&](char const* n, auto v) {
     t += std::string(" ") + n + " " + std::to_string(v);
   };
-  add("C", o.capacity), add("W", o.window), add("S", o.sinks), add("kernel", o.kernel);
+  add("C", o.capacity), add("W", o.window), add("S", *o.sinks), add("kernel", o.kernel);
   add("pool", static_cast<int>(o.pooling)), add("group", static_cast<int>(o.group));
   add("before", o.group_before_pool), add("beta", o.beta), add("exact", o.exact_total);
   add("form", static_cast<int>(o.form)), add("normalize", o.normalize), add("alpha", o.alpha);

@@ -132,6 +132,55 @@ TEST_CASE("the list of policies says what they can do") {
   CHECK(names.size() == 13);
 }
 
+TEST_CASE("a policy by name has the options of its maker where none are given") {
+  index_t const window = policy_options{}.window;
+  auto const same = [](auto const& p) {
+    INFO(p.name);
+    CHECK(make(p.name, {}).key() == erase_policy<cpu::context>(p).key());
+  };
+  same(make_fullkv());
+  same(make_streamingllm({}));
+  same(make_snapkv({}));
+  same(make_pyramidkv({}));
+  same(make_dynamickv({}));
+  same(make_adakv({}));
+  same(make_h2o({.recent = window}));
+  same(make_observed_attention(1024));
+  same(make_tova({.protect_last = true}));
+  same(make_morphkv({}));
+  same(make_knorm({.window = window}));
+  same(make_keydiff({.window = window}));
+  same(make_lagkv({}));
+}
+
+TEST_CASE("no policy takes more tokens than its range of a parameter says") {
+  cache_shape const shape{1, 4, 2, 8, 6, 40};
+  list_policies([&](policy_info const& i) {
+    for (parameter_info const& x : i.parameters) {
+      if (x.most < 1 << 20 || x.most > most_tokens) continue;  // of other numbers
+      auto const message = [&](index_t value) {
+        policy_options o;
+        o.capacity = most_tokens;
+        std::string const name = x.name;
+        if (name == "capacity") o.capacity = value;
+        if (name == "window") o.window = value;
+        if (name == "sinks") o.sinks = value;
+        if (name == "lag") o.lag = value;
+        if (name == "n_rows") o.n_rows = value, o.window = most_tokens - 1;
+        return refusal([&] { check_policy(make(i.name, o), 2, shape); });
+      };
+      INFO(i.name << " " << x.name);
+      auto const most = static_cast<index_t>(x.most);
+      std::string const field = std::string(x.name) + " = ";
+      CHECK(message(most + 1).find(field + std::to_string(most + 1)) != std::string::npos);
+      if (std::string_view(x.name) == "n_rows") continue;  // at most the window
+      std::string const at_most = message(most);
+      bool const other = at_most.find(field) == std::string::npos;
+      CHECK((other || at_most.find("> sinks + window") != std::string::npos));
+    }
+  });
+}
+
 TEST_CASE("a different configuration has a different key") {
   policy_options const base;
   std::vector<std::uint64_t> keys;

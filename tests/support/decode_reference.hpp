@@ -186,13 +186,13 @@ inline std::vector<decode_case> other_cases(decode_sizes const& z) {
   add("streamingllm room first", "streamingllm", s, true,
       [s, z](auto const& t, index_t n, auto const& r) {
         return make_reference<oracle::streaming_decode>(
-            false, t, decode_rule_of(s, {s.sinks, 0, z.frozen}, r), full_cache(t, n), true);
+            false, t, decode_rule_of(s, {*s.sinks, 0, z.frozen}, r), full_cache(t, n), true);
       });
   s.make_room_first = false;
   add("streamingllm after", "streamingllm", s, false,
       [s, z](auto const& t, index_t n, auto const& r) {
         return make_reference<oracle::streaming_decode>(
-            true, t, decode_rule_of(s, {s.sinks, 0, z.frozen}, r), full_cache(t, n), false);
+            true, t, decode_rule_of(s, {*s.sinks, 0, z.frozen}, r), full_cache(t, n), false);
       });
   policy_options h = o;
   h.window = z.window;
@@ -222,19 +222,20 @@ inline std::vector<decode_case> other_cases(decode_sizes const& z) {
   k.sinks = z.sinks;
   add("knorm guarded", "knorm", k, false, [k, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::knorm_decode>(
-        true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));
+        true, t, decode_rule_of(k, {*k.sinks, k.window, z.frozen}, r), full_cache(t, n));
   });
   policy_options burst = k;
   burst.evict_after = 1.3;
   add("knorm burst", "knorm", burst, false, [burst, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::knorm_decode>(
-        true, t, decode_rule_of(burst, {burst.sinks, burst.window, z.frozen}, r), full_cache(t, n));
+        true, t, decode_rule_of(burst, {*burst.sinks, burst.window, z.frozen}, r),
+        full_cache(t, n));
   });
   add("keydiff guarded", "keydiff", k, false, [k, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::keydiff_decode>(
-        true, t, decode_rule_of(k, {k.sinks, k.window, z.frozen}, r), full_cache(t, n));
+        true, t, decode_rule_of(k, {*k.sinks, k.window, z.frozen}, r), full_cache(t, n));
   });
-  k.window = k.sinks = 0;
+  k.window = 0, k.sinks = 0;
   k.evict_after = 1.3;
   add("keydiff burst", "keydiff", k, false, [k, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::keydiff_decode>(true, t, decode_rule_of(k, {0, 0, z.frozen}, r),

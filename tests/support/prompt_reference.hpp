@@ -42,10 +42,10 @@ struct prompt_reference {
       : name(std::move(n)), o(x), width(x.per) {
     bool const windowed =
         name == "snapkv" || name == "pyramidkv" || name == "dynamickv" || name == "adakv";
-    if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks, o.window, 0};
+    if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks.value_or(0), o.window, 0};
     if (name == "h2o" || name == "morphkv") keep.recent = o.window;
-    if (name == "tova") keep = {o.sinks, o.window > 0 ? 1 : 0, 0};
-    if (name == "streamingllm") keep.sinks = o.sinks;
+    if (name == "tova") keep = {o.sinks.value_or(0), o.window > 0 ? 1 : 0, 0};
+    if (name == "streamingllm") keep.sinks = o.sinks.value_or(4);
     if (name == "tova" && width == scope::head) width = scope::layer;
     budget = name == "pyramidkv"   ? "pyramid"
              : name == "dynamickv" ? "dynamic"
@@ -65,7 +65,7 @@ struct prompt_reference {
     if (name == "knorm") s = oracle::knorm_scores(k);
     if (name == "keydiff") s = oracle::keydiff_scores(k);
     if (name == "lagkv")
-      s = oracle::lagkv_scores(k, first_rows(t.v, n), o.sinks, o.lag, o.cross_scoring);
+      s = oracle::lagkv_scores(k, first_rows(t.v, n), o.sinks.value_or(4), o.lag, o.cross_scoring);
     if (name == "streamingllm" || name == "fullkv") {
       s = oracle::array({k.extent(0), n});
       for (index_t h = 0; h < k.extent(0); ++h)
@@ -135,7 +135,7 @@ struct prompt_reference {
  private:
   bool cuts(index_t n) const {
     if (name == "fullkv") return false;
-    return name != "lagkv" || oracle::lagkv_applies(n, o.sinks, o.lag);
+    return name != "lagkv" || oracle::lagkv_applies(n, o.sinks.value_or(4), o.lag);
   }
   oracle::counts ada(oracle::array const& s, index_t n) const {
     index_t const protect = keep.sinks + keep.recent, base = o.capacity - protect;

@@ -3,6 +3,7 @@
 /// Policies by name: options, the list with capabilities and parameter ranges, the maker.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -28,7 +29,8 @@ namespace kvkeep {
 struct policy_options {
   index_t capacity = 1024;
   index_t window = 32;  ///< W; H2O: the recent tokens; TOVA: 1 protects the newest token
-  index_t sinks = 0;    ///< of every policy, whatever its paper has (StreamingLLM, LagKV: 4)
+  /// None: the policy's own (StreamingLLM, LagKV: 4; else 0).
+  std::optional<index_t> sinks{};
   index_t kernel = 5;
   op::pooling pooling = op::pooling::average;
   reduction group = reduction::mean;
@@ -56,7 +58,7 @@ struct policy_options {
   /// Replaces the policy's own budget: "", "uniform", "pyramid", "dynamic", "ada", "per_head", "inherit".
   std::string_view budget{};
   std::span<index_t const> head_tokens{};  ///< [layer][kv_head] of budget "per_head"
-  index_t block = 1;  ///< > 1: packed blocks, or whole ones
+  index_t block = 1;                       ///< > 1: packed blocks, or whole ones
   bool whole_blocks = false;
 };
 
@@ -87,42 +89,50 @@ struct policy_info {
 namespace detail {
 
 inline constexpr double big = 2147483647.0;
-inline constexpr parameter_info capacity_only[] = {{"capacity", 1, big}};
-inline constexpr parameter_info streaming_parameters[] = {{"capacity", 1, big}, {"sinks", 0, big}};
-inline constexpr parameter_info guarded_parameters[] = {
-    {"capacity", 1, big}, {"sinks", 0, big}, {"window", 0, big}, {"evict_after", 1, 1024}};
+inline constexpr double longest = most_tokens;
+inline constexpr parameter_info capacity_only[] = {{"capacity", 1, longest}};
+inline constexpr parameter_info streaming_parameters[] = {{"capacity", 1, longest},
+                                                          {"sinks", 0, longest}};
+inline constexpr parameter_info guarded_parameters[] = {{"capacity", 1, longest},
+                                                        {"sinks", 0, longest},
+                                                        {"window", 0, longest},
+                                                        {"evict_after", 1, 1024}};
 inline constexpr parameter_info window_parameters[] = {
-    {"capacity", 2, big}, {"window", 1, big}, {"kernel", 1, big}, {"sinks", 0, big}};
-inline constexpr parameter_info pyramid_parameters[] = {{"capacity", 2, big},
-                                                        {"window", 1, big},
+    {"capacity", 2, longest}, {"window", 1, longest}, {"kernel", 1, big}, {"sinks", 0, longest}};
+inline constexpr parameter_info pyramid_parameters[] = {{"capacity", 2, longest},
+                                                        {"window", 1, longest},
                                                         {"kernel", 1, big},
-                                                        {"sinks", 0, big},
+                                                        {"sinks", 0, longest},
                                                         {"beta", 1, big}};
 inline constexpr parameter_info dynamic_parameters[] = {
-    {"capacity", 2, big}, {"window", 1, big}, {"kernel", 1, big}, {"sinks", 0, big},
-    {"r_max", 1, 1e6},    {"r_min", 0, 1},    {"every", 1, big}};
-inline constexpr parameter_info ada_parameters[] = {{"capacity", 2, big},
-                                                    {"window", 1, big},
+    {"capacity", 2, longest}, {"window", 1, longest}, {"kernel", 1, big}, {"sinks", 0, longest},
+    {"r_max", 1, 1e6},        {"r_min", 0, 1},        {"every", 1, big}};
+inline constexpr parameter_info ada_parameters[] = {{"capacity", 2, longest},
+                                                    {"window", 1, longest},
                                                     {"kernel", 1, big},
-                                                    {"sinks", 0, big},
+                                                    {"sinks", 0, longest},
                                                     {"alpha", 0, 1}};
-inline constexpr parameter_info h2o_parameters[] = {{"capacity", 1, big}, {"window", 0, big}};
+inline constexpr parameter_info h2o_parameters[] = {{"capacity", 1, longest},
+                                                    {"window", 0, longest}};
 inline constexpr parameter_info tova_parameters[] = {
-    {"capacity", 1, big}, {"window", 0, 1}, {"sinks", 0, big}};
-inline constexpr parameter_info morph_parameters[] = {
-    {"capacity", 3, big}, {"window", 2, big}, {"n_rows", 0, big}, {"evict_after", 1, 1024}};
+    {"capacity", 1, longest}, {"window", 0, 1}, {"sinks", 0, longest}};
+inline constexpr parameter_info morph_parameters[] = {{"capacity", 3, longest},
+                                                      {"window", 2, longest},
+                                                      {"n_rows", 0, longest},
+                                                      {"evict_after", 1, 1024}};
 inline constexpr parameter_info lag_parameters[] = {
-    {"capacity", 1, big}, {"sinks", 0, big}, {"lag", 1, big}};
+    {"capacity", 1, longest}, {"sinks", 0, longest}, {"lag", 1, longest}};
 
 /// Name, paper, parameters, and how a policy is made: the one table.
 template <class F>
 void each_policy(policy_options const& o, F&& f) {
+  index_t const sinks = o.sinks.value_or(0), first_ones = o.sinks.value_or(4);
   window_options const w{o.capacity,          o.window, o.kernel, o.pooling, o.group, o.rows,
-                         o.group_before_pool, o.sinks};
+                         o.group_before_pool, sinks};
   dynamickv dynamic = make_dynamickv(w, {o.r_max, o.r_min, o.every});
   dynamic.budget.published = o.published;
   f(make_fullkv(), "-", std::span<parameter_info const>{});
-  f(make_streamingllm({o.capacity, o.sinks, o.make_room_first}), "arXiv 2309.17453",
+  f(make_streamingllm({o.capacity, first_ones, o.make_room_first}), "arXiv 2309.17453",
     streaming_parameters);
   f(make_snapkv(w), "arXiv 2404.14469", window_parameters);
   f(make_pyramidkv(w, o.beta, o.exact_total), "arXiv 2406.02069", pyramid_parameters);
@@ -130,15 +140,16 @@ void each_policy(policy_options const& o, F&& f) {
   f(make_adakv(w, {o.alpha, o.normalize, o.form}), "arXiv 2407.11550", ada_parameters);
   f(make_h2o({o.capacity, o.window, o.group}), "arXiv 2306.14048", h2o_parameters);
   f(make_observed_attention(o.capacity), "kvpress", capacity_only);
-  f(make_tova({o.capacity, o.window > 0, o.sinks}), "arXiv 2401.06104", tova_parameters);
+  f(make_tova({o.capacity, o.window > 0, sinks}), "arXiv 2401.06104", tova_parameters);
   f(make_morphkv({o.capacity, o.window, o.fusion, o.evict_after, o.n_rows, o.include_current,
                   o.per_head_mask, o.evaluation}),
     "arXiv 2503.00979", morph_parameters);
-  f(make_knorm({o.capacity, o.sinks, o.window, o.evict_after}), "arXiv 2406.11430",
+  f(make_knorm({o.capacity, sinks, o.window, o.evict_after}), "arXiv 2406.11430",
     guarded_parameters);
-  f(make_keydiff({o.capacity, o.evict_after, o.sinks, o.window}), "arXiv 2504.15364",
+  f(make_keydiff({o.capacity, o.evict_after, sinks, o.window}), "arXiv 2504.15364",
     guarded_parameters);
-  f(make_lagkv({o.capacity, o.sinks, o.lag, o.cross_scoring}), "arXiv 2504.04704", lag_parameters);
+  f(make_lagkv({o.capacity, first_ones, o.lag, o.cross_scoring}), "arXiv 2504.04704",
+    lag_parameters);
 }
 
 inline any_budget named_budget(policy_options const& o) {
