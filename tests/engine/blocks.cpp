@@ -138,6 +138,10 @@ TEST_CASE("reports that do not fit are refused and can be taken again") {
   small = {};
   small.tables = std::span(tables).first(2);
   CHECK(e.session().report(id, small) == status::bad_argument);
+  std::vector<index_t> lengths(8);
+  small = {};
+  small.lengths = lengths;  // says nothing of the blocks that have left
+  CHECK(e.session().report(id, small) == status::bad_argument);
   CHECK(e.session().report(id + 1, {}) == status::bad_sequence);
   index_t const freed = e.adopt(id, 0), again = e.adopt(id, 0);
   CHECK(freed > 0);

@@ -159,6 +159,12 @@ status session<Ctx, P, D>::report(index_t id, report_buffer const& out, index_t 
   if (row >= layers_[0].kv.shape.n_seq) return status::bad_argument;
   auto const n_layers = static_cast<index_t>(layers_.size());
   index_t const heads = n_layers * shape_.cache.n_kv_heads;
+  // Whole blocks have left: whoever is not told which ones would go on with the old table.
+  bool blocks_left = false;
+  for (index_t i = 0; i < heads; ++i)
+    blocks_left = blocks_left ||
+                  plan_.n_kept(i / shape_.cache.n_kv_heads, id, i % shape_.cache.n_kv_heads) >= 0;
+  if (blocks_left && out.tables.empty() && out.freed.empty()) return status::bad_argument;
   workspace w = scratch();
   KVKEEP_TRY(
       each(plan_.n_tables, detail::measure_tables<space>{layers_.data(), n_layers, plan_, id}, w));
