@@ -105,6 +105,20 @@ TEST_CASE("a head's block has a thread for eight slots, and for two where there 
   CHECK(head_threads(40, 1, 132) == 64);
 }
 
+TEST_CASE("blocks that take parts in turns do not grow with what a head might hold") {
+  for (int const n_sm : {1, 108, 132})
+    for (index_t const heads : {1, 8, 128, 512, 100000})
+      for (index_t const parts : {1, 4, 16, 2048, 1 << 20}) {
+        INFO("SMs " << n_sm << " heads " << heads << " parts " << parts);
+        offset_t const y = cuda::parts_in_turn(heads, parts, n_sm);
+        CHECK(y >= 1);
+        CHECK(y <= parts);
+        CHECK((y == parts || y * heads >= offset_t{16} * n_sm));   // the device is busy
+        CHECK((y == 1 || (y - 1) * heads < offset_t{16} * n_sm));  // and not with starting blocks
+        CHECK(cuda::head_grid(heads, 1, y, 128).fits());
+      }
+}
+
 TEST_CASE("last splits merge what few threads can, and weigh less than that") {
   auto const plan = [](index_t group, index_t rows, index_t usual) {
     return attend_plan(shape_of(2, group, 100000), 8, rows, usual);

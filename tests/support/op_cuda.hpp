@@ -37,7 +37,15 @@ inline op_context& one_thread() {
   static op_context ctx = make_context();
   return ctx;
 }
-inline op_context& two_threads() { return one_thread(); }
+/// Of a device with one multiprocessor: blocks have more to do, and no result depends on it.
+inline op_context& two_threads() {
+  static op_context ctx = [] {
+    op_context small = one_thread();
+    small.n_sm = 1;
+    return small;
+  }();
+  return ctx;
+}
 /// From its first use on both are late in emulation: whoever does not wait for them finds nothing done.
 inline op_context& other_context() {
   static op_context ctx = [] {

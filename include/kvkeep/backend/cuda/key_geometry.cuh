@@ -25,8 +25,12 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::key_diff<device_space> const& o,
   part.mean = ws.take<float>(product(o.batch.n, heads, dim + 1));
   if (!ws.ok()) return status::workspace_too_small;
   context const on = launching(c, ws);
+  auto const in_turn = [&](offset_t parts, int threads) {
+    offset_t const all = static_cast<offset_t>(o.batch.n) * heads;
+    return head_grid(o.batch.n, heads, parts_in_turn(all, parts, c.n_sm), threads);
+  };
   KVKEEP_TRY(find_orders(on, o.batch, o.layer.slots, part.orders));
-  KVKEEP_TRY(launch(on, head_grid(o.batch.n, heads, chunks, key_sum_kernel::most_threads),
+  KVKEEP_TRY(launch(on, in_turn(chunks, key_sum_kernel::most_threads),
                     shared_pieces::bytes<float>(key_diff_part::chunk) +
                         shared_pieces::bytes<std::byte const*>(key_diff_part::chunk),
                     key_sum_kernel{part}));
@@ -34,11 +38,8 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::key_diff<device_space> const& o,
                     shared_pieces::bytes<double>(key_diff_part::strands * dim) +
                         shared_pieces::bytes<double>(warp_size),
                     key_mean_kernel{part}));
-  return launch(
-      on,
-      head_grid(o.batch.n, heads, ceil_div(kv.shape.max_slots, key_cosine_kernel::slots_per_block),
-                key_cosine_kernel::most_threads),
-      0, key_cosine_kernel{part});
+  offset_t const strips = ceil_div(kv.shape.max_slots, key_cosine_kernel::slots_per_block);
+  return launch(on, in_turn(strips, key_cosine_kernel::most_threads), 0, key_cosine_kernel{part});
 }
 
 /// LagKV. Scratch: 12 bytes per slot.

@@ -26,9 +26,12 @@ inline status find_orders(context const& c, batch_ref<device_space> const& batch
   index_t const heads = slots.lengths.extent[1];
   KVKEEP_TRY(launch(c, head_grid(batch.n, heads, 1, threads_for(orders.n_slots)), 0,
                     in_order_kernel{batch, slots, orders}));
-  return launch(c, slot_grid(batch.n, heads, orders.n_slots),
+  constexpr int threads = order_kernel::most_threads;
+  offset_t const parts = parts_in_turn(static_cast<offset_t>(batch.n) * heads,
+                                       ceil_div(orders.n_slots, threads), c.n_sm);
+  return launch(c, head_grid(batch.n, heads, parts, threads),
                 shared_pieces::bytes<unsigned>(order_kernel::tile),
-                order_kernel{{}, batch, slots, orders});
+                order_kernel{batch, slots, orders});
 }
 
 }  // namespace kvkeep::cuda

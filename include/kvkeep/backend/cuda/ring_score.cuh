@@ -35,8 +35,9 @@ KVKEEP_CUDA_OP status enqueue(context& c, op::ring_score<device_space> const& o,
   KVKEEP_TRY(launch_limits(on, job, {o.batch, o.layer.slots, o.recent, limit}));
   KVKEEP_TRY(launch(on, head_grid(s.n_entries, s.n_heads, job.n_queries(), threads),
                     shared_pieces::bytes<float>(warp_size), ring_sums_kernel{ring}));
-  KVKEEP_TRY(launch(on, strip_grid(s, threads, threads), shared_pieces::bytes<float>(warp_size),
-                    ring_fuse_kernel{ring}));
+  grid strips = strip_grid(s, threads, threads);
+  strips.y = parts_in_turn(strips.x, strips.y, c.n_sm);
+  KVKEEP_TRY(launch(on, strips, shared_pieces::bytes<float>(warp_size), ring_fuse_kernel{ring}));
   return launch_plain_fused(on, job, o.fuse, o.out, {});
 }
 

@@ -15,12 +15,13 @@ inline grid slot_grid(index_t n_entries, index_t n_heads, index_t slots) noexcep
   return head_grid(n_entries, n_heads, ceil_div(slots, slot_threads), slot_threads);
 }
 
-/// A thread per slot of every head.
+/// Every slot of every head.
 template <class Work>
 status launch_slots(context const& c, index_t n_entries, index_t n_heads, index_t slots,
                     Work const& work) noexcept {
-  return launch(c, slot_grid(n_entries, n_heads, slots), 0,
-                each_slot_kernel<Work>{{}, work, n_heads});
+  grid g = slot_grid(n_entries, n_heads, slots);
+  g.y = parts_in_turn(g.x, g.y, c.n_sm);
+  return launch(c, g, 0, each_slot_kernel<Work>{{}, work, n_heads});
 }
 
 inline planned<each_slot_stage<mean_heads_slots>> stage_of(context const&,

@@ -31,8 +31,8 @@ struct key_diff_part {
 /// Whether a norm is neither infinite nor NaN. By integers: safe under fast-math.
 __device__ inline bool finite_norm(float norm) { return __float_as_uint(norm) < 0x7f800000u; }
 
-/// Sum of the unit keys of one chunk. Grid: heads, chunks. A warp measures a key, then a thread adds up a
-/// feature. Cost: K once from memory, once more from the first-level cache.
+/// Sums of the unit keys of chunks, which the blocks of a head take in turns. A warp measures a key, then a thread adds up
+/// a feature. Cost: K once from memory, once more from the first-level cache.
 struct key_sum_kernel : key_diff_part {
   static constexpr int most_threads = 128, blocks_per_sm = 4;
 
@@ -42,11 +42,21 @@ struct key_sum_kernel : key_diff_part {
     std::byte const** const rows = shared.take<std::byte const*>(chunk);
     kv_ref<device_space> const& kv = o.layer.kv;
     block_head const at(kv.shape.n_kv_heads);
-    index_t const c = static_cast<index_t>(blockIdx.y), first = c * chunk;
-    index_t const count =
-        min(o.layer.slots.lengths(o.batch.id_of(at.entry), at.head) - first, chunk);
-    if (count <= 0) return;
+    index_t const n = o.layer.slots.lengths(o.batch.id_of(at.entry), at.head);
     head_rows const keys(kv.k, o.batch.row_of(at.entry), at.head);
+    index_t const step = static_cast<index_t>(gridDim.y);
+    for (index_t c = static_cast<index_t>(blockIdx.y); c * chunk < n; c += step) {
+      add_chunk(keys, c, min(n - c * chunk, chunk), inverse, rows);
+      __syncthreads();  // all have read what the next chunk writes
+    }
+  }
+
+ private:
+  /// @param inverse, rows  [chunk] shared
+  __device__ void add_chunk(head_rows const& keys, index_t c, index_t count, float* inverse,
+                            std::byte const** rows) const {
+    kv_ref<device_space> const& kv = o.layer.kv;
+    index_t const first = c * chunk;
     slot_order const order = orders.of_block();
     for (index_t i = warp_of_block(); i < count; i += warps_of_block()) {
       std::byte const* const row = keys.bytes(order(first + i));
@@ -104,20 +114,20 @@ struct key_mean_kernel : key_diff_part {
   }
 };
 
-/// A warp per key. Cost: K once.
+/// A warp per key; the blocks of a head take its slots in turns. Cost: K once.
 struct key_cosine_kernel : key_diff_part {
   static constexpr int most_threads = 256, blocks_per_sm = 4;
-  static constexpr index_t slots_per_block = 64;
+  static constexpr index_t slots_per_block = 64;  ///< fewer are not worth a block
 
   __device__ void operator()() const {
     kv_ref<device_space> const& kv = o.layer.kv;
     block_head const at(kv.shape.n_kv_heads);
-    index_t const first = static_cast<index_t>(blockIdx.y) * slots_per_block;
     index_t const n = o.layer.slots.lengths(o.batch.id_of(at.entry), at.head);
-    index_t const end = min(n, first + slots_per_block);
     head_rows const keys(kv.k, o.batch.row_of(at.entry), at.head);
     float const* const anchor = mean_of_block();
-    for (index_t j = first + warp_of_block(); j < end; j += warps_of_block()) {
+    index_t const warps = static_cast<index_t>(gridDim.y) * warps_of_block();
+    for (index_t j = static_cast<index_t>(blockIdx.y) * warps_of_block() + warp_of_block(); j < n;
+         j += warps) {
       float square = 0, dot = 0;
       for_features(kv.k, keys.bytes(j), lane_of_warp(), warp_size, [&](index_t d, float x) {
         square = __fmaf_rn(x, x, square);

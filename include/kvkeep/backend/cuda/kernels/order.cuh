@@ -46,9 +46,10 @@ struct in_order_kernel {
   }
 };
 
-/// A slot's rank is the number of smaller positions. One thread per slot, where they are not in order.
-/// Cost: n comparisons per slot, four to a reading of shared memory.
-struct order_kernel : slot_kernel {
+/// A slot's rank is the number of smaller positions. One thread per slot, where they are not in order; blocks take a
+/// head's slots in turns. Cost: n comparisons per slot, four to a reading of shared memory.
+struct order_kernel {
+  static constexpr int most_threads = 256, blocks_per_sm = 1;
   static constexpr index_t tile = 1024;  ///< positions in shared memory
   batch_ref<device_space> batch;
   slot_state<device_space> slots;
@@ -57,11 +58,20 @@ struct order_kernel : slot_kernel {
   __device__ void operator()() const {
     shared_pieces shared;
     unsigned* const some = shared.take<unsigned>(tile);
-    auto const* const fours = reinterpret_cast<uint4 const*>(some);
     block_head const at(slots.lengths.extent[1]);
-    index_t const id = batch.id_of(at.entry), n = slots.lengths(id, at.head), j = slot();
-    if (orders.in_order[blockIdx.x] != 0 || j - thread_of_block() >= n) return;
+    index_t const id = batch.id_of(at.entry), n = slots.lengths(id, at.head);
+    if (orders.in_order[blockIdx.x] != 0) return;
     index_t const* const positions = slots.positions.at(id, at.head, 0);
+    index_t const step = static_cast<index_t>(gridDim.y) * threads_of_block();
+    for (index_t from = static_cast<index_t>(blockIdx.y) * threads_of_block(); from < n;
+         from += step)
+      rank_slot(positions, n, from + thread_of_block(), some);
+  }
+
+ private:
+  /// Lists slot j, if there is one. By all threads of the block, a slot each. @param some  shared
+  __device__ void rank_slot(index_t const* positions, index_t n, index_t j, unsigned* some) const {
+    auto const* const fours = reinterpret_cast<uint4 const*>(some);
     unsigned const own = j < n ? static_cast<unsigned>(positions[j]) : 0u;
     index_t rank = 0;
     for (index_t first = 0; first < n; first += tile) {

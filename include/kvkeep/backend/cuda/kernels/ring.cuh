@@ -50,9 +50,8 @@ struct ring_sums_kernel : ring_kernel {
   }
 };
 
-/// A thread per slot. A weight below the least normal number is 0, and divided by a small sum that is no
+/// A thread per slot; the blocks of a head take them in turns. A weight below the least normal number is 0, and divided by a small sum that is no
 /// longer nothing: where an old slot's score does not stand clear of it, the head is not served.
-/// Grid: heads, strips of slots.
 struct ring_fuse_kernel : ring_kernel {
   /// Any number of threads may say so.
   __device__ void skip_none() const { atomicExch(&skipped[blockIdx.x], 0); }
@@ -76,21 +75,25 @@ struct ring_fuse_kernel : ring_kernel {
     largest = block_reduce(largest, box, larger{});
     bool const served = any_row && !direct;
     if (!served && thread_of_block() == 0) skip_none();
-    index_t const j = static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
-    if (!served || j >= o.layer.slots.lengths(id, at.head)) return;
-    float score = 0;
-    for (index_t r = 0; r < n_rows; ++r) {
-      index_t const position = o.positions(at.entry, r);
-      if (position < 0) continue;
-      float top = 0;
-      for (index_t g = 0; g < group; ++g)
-        top = max(top, __fmul_rn(weights(id, at.head, g, position)[j], scale[g * n_rows + r]));
-      score = o.fuse == reduction::max ? max(score, top) : __fadd_rn(score, top);
+    if (!served) return;
+    index_t const n = o.layer.slots.lengths(id, at.head);
+    index_t const step = static_cast<index_t>(gridDim.y) * threads_of_block();
+    for (index_t j = static_cast<index_t>(blockIdx.y) * threads_of_block() + thread_of_block();
+         j < n; j += step) {
+      float score = 0;
+      for (index_t r = 0; r < n_rows; ++r) {
+        index_t const position = o.positions(at.entry, r);
+        if (position < 0) continue;
+        float top = 0;
+        for (index_t g = 0; g < group; ++g)
+          top = max(top, __fmul_rn(weights(id, at.head, g, position)[j], scale[g * n_rows + r]));
+        score = o.fuse == reduction::max ? max(score, top) : __fadd_rn(score, top);
+      }
+      bool const old = o.layer.slots.positions(id, at.head, j) <= limit[blockIdx.x];
+      o.out(at.entry, at.head, j) = old ? score : __uint_as_float(0x7f800000u);
+      float const lost = 1e6f * static_cast<float>(n_rows) * (least_normal_float * largest);
+      if (old && largest > 2 && score < lost) skip_none();
     }
-    bool const old = o.layer.slots.positions(id, at.head, j) <= limit[blockIdx.x];
-    o.out(at.entry, at.head, j) = old ? score : __uint_as_float(0x7f800000u);
-    float const lost = 1e6f * static_cast<float>(n_rows) * (least_normal_float * largest);
-    if (old && largest > 2 && score < lost) skip_none();
   }
 };
 

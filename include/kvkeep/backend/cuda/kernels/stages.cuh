@@ -118,7 +118,7 @@ struct slot_kernel {
 };
 
 /// What an op does with each slot by itself: `count(at)` slots, `(at, j)` for one.
-/// As a kernel of its own, spread over all multiprocessors,
+/// As a kernel of its own, spread over all multiprocessors: the blocks of a head take its slots in turns,
 template <class Work>
 struct each_slot_kernel : slot_kernel {
   Work work;
@@ -126,8 +126,9 @@ struct each_slot_kernel : slot_kernel {
 
   __device__ void operator()() const {
     block_head const at(n_heads);
-    index_t const j = slot();
-    if (j < work.count(at)) work(at, j);
+    index_t const n = work.count(at);
+    index_t const step = static_cast<index_t>(gridDim.y) * threads_of_block();
+    for (index_t j = slot(); j < n; j += step) work(at, j);
   }
 };
 /// and as a stage.
