@@ -18,7 +18,6 @@ policy_options options(policy_info const& info, index_t budget) {
   o.make_room_first = false;
   o.lag = budget / 4;
   std::string_view const name = info.name;
-  if (name == "streamingllm" || name == "lagkv") o.sinks = 4;
   index_t const window = name == "h2o" ? budget / 2 : budget / 4;
   for (parameter_info const& p : info.parameters)
     if (std::string_view(p.name) == "window")

@@ -53,7 +53,7 @@ policy_options options(policy_info const& info, policy_request const& r) {
   std::string_view const name = info.name;
   o.capacity = r.capacity;
   o.lag = std::max(1, r.capacity / 4);
-  o.sinks = r.sinks.value_or(name == "streamingllm" || name == "lagkv" ? most_default_sinks : 0);
+  o.sinks = r.sinks;
   o.fusion = r.fusion.value_or(reduction::sum);
   o.evaluation = r.rows;
   o.evict_after = r.evict_after.value_or(1.0);
