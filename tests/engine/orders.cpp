@@ -195,6 +195,29 @@ TEMPLATE_TEST_CASE("scorers of the last queries do not go without them", "", std
   CHECK(end_after(4, 1) == status::bad_order);
 }
 
+TEMPLATE_TEST_CASE("what a prompt leaves a late policy is no alarm", "", std::false_type,
+                   std::true_type) {
+  small_cache m;
+  auto const prompt = make_snapkv({.capacity = 16, .window = 4});
+  morphkv_options o{.capacity = 8, .window = 4};
+  o.include_current = true;
+  auto s = m.bind(TestType{}, prompt, make_morphkv(o));
+  std::vector<float> const q(2 * 20 * plain_dim, 0.5F);
+  index_t id = 0;
+  REQUIRE(s.begin(id) == status::ok);
+  REQUIRE(s.observe(0, id, make_queries(q.data(), 2, 20, plain_dim)) == status::ok);
+  REQUIRE(s.end_prompt(id) == status::ok);
+  CHECK(held(s, id).size() == 16);
+  CHECK(s.verify() == status::ok);
+  for (int t = 0; t < 6; ++t) {
+    REQUIRE(step(s, id) == status::ok);
+    if constexpr (!TestType::value) REQUIRE(s.confirm(of(s, one{id}), 1) == status::ok);
+    CHECK(s.verify() == status::ok);
+  }
+  CHECK(held(s, id).size() <= 10);
+  if constexpr (TestType::value) CHECK(s.faults()[id] == 0);
+}
+
 TEST_CASE("a copy freezes no more than the tokens that are still there, in a row") {
   small_cache m;
   auto s = m.bind(std::false_type{}, make_knorm({.capacity = 8}));

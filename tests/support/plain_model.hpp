@@ -49,16 +49,17 @@ struct plain_model {
   }
   std::span<layer_spec<> const> layers() const { return specs; }
 
-  template <class P>
-  auto bind(std::false_type, P const& p) {
-    memory.emplace(session_bytes(ctx, p, p, layers(), lim));
-    return bind_session(ctx, p, p, layers(), lim, memory->span());
+  template <class P, class D>
+  auto bind(std::false_type, P const& p, D const& d) {
+    memory.emplace(session_bytes(ctx, p, d, layers(), lim));
+    return bind_session(ctx, p, d, layers(), lim, memory->span());
   }
-  template <class P>
-  auto bind(std::true_type, P const& p) {
-    memory.emplace(device_session_bytes(ctx, p, p, layers(), lim));
-    return bind_device_session(ctx, p, p, layers(), lim, memory->span());
+  template <class P, class D>
+  auto bind(std::true_type, P const& p, D const& d) {
+    memory.emplace(device_session_bytes(ctx, p, d, layers(), lim));
+    return bind_device_session(ctx, p, d, layers(), lim, memory->span());
   }
+  auto bind(auto kind, auto const& p) { return bind(kind, p, p); }
   std::string refusal_of(bool device, auto const& p) {
     return refusal([&] {
       if (device)

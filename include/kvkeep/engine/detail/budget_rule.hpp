@@ -18,26 +18,33 @@ struct budget_rule {
   index_t least = 0;    ///< heads with fewer tokens stay whole
   index_t guarded = 0;  ///< sinks and recent tokens
   index_t drafts = 0;   ///< most unconfirmed tokens
+  index_t left = 0;     ///< most tokens that the prompt's policy leaves, where that is another one
   double evict_after = 1;
 
   /// Whether `live` tokens are more than a head may have.
   template <class Space>
   KVKEEP_HD bool exceeded(layer_state<Space> const& l, index_t id, index_t h, index_t live,
                           index_t frozen) const noexcept {
-    // Before its first decision a late policy still holds the whole prompt.
+    // Before its first decision a late policy still holds the whole prompt, or what another one has left of it.
     if (!any || least > live || (late && l.seen[id] == live)) return false;
     index_t const pending = l.appended[id] - l.seen[id];
     // Confirmed drafts stay until no token is left unconfirmed.
     index_t const spare = (pending > 0 ? drafts : 0) + (late ? 1 : 0);
     index_t const most = larger(trigger(l.k(id, h), evict_after) - 1, 0) + spare;
-    return live > larger(most, smaller(live, frozen + guarded + pending));
+    return live > larger(larger(most, late ? left : 0), smaller(live, frozen + guarded + pending));
   }
 };
 
-/// @param drafts  most unconfirmed tokens; @param commits  the engine evicts when it likes
-template <class D>
-budget_rule rule_of(D const& decode, index_t drafts, bool commits) noexcept {
+/// @param one      one policy serves the prompt and decoding
+/// @param drafts   most unconfirmed tokens
+/// @param commits  the engine evicts when it likes
+template <class P, class D>
+budget_rule rule_of(P const& prompt, D const& decode, bool one, index_t n_layers,
+                    cache_shape const& cache, index_t drafts, bool commits) noexcept {
   budget_rule r;
+  if (!one)
+    r.left = prompt.budget.most(n_layers, cache, prompt.keep.sinks + prompt.keep.recent,
+                                cache.max_slots);
   r.any = cuts_while_decoding(decode.score) && !commits;
   r.late = decides_late(decode.when);
   r.least = decode.score.least_tokens();

@@ -87,14 +87,16 @@ status device_session<Ctx, P, D>::verify_layer(layer_data const& l, index_t id,
   guard const& p = prompt_.keep;
   guard const& d = cuts ? decode_.keep : prompt_.keep;
   index_t const heads = shape_.cache.n_kv_heads;
-  detail::find_corrupt<space> find{l,
-                                   detail::rule_of(decode_, shape_.drafts, limits_.engine_commits),
-                                   shared_.frozen,
-                                   faults_,
-                                   id,
-                                   std::min(p.sinks, d.sinks),
-                                   std::min(p.recent, d.recent),
-                                   nullptr};
+  detail::find_corrupt<space> find{
+      l,
+      detail::rule_of(prompt_, decode_, one_policy_, n_layers(), shape_.cache, shape_.drafts,
+                      limits_.engine_commits),
+      shared_.frozen,
+      faults_,
+      id,
+      std::min(p.sinks, d.sinks),
+      std::min(p.recent, d.recent),
+      nullptr};
   index_t const n = heads * find.items();
   find.found = w.take<std::uint8_t>(static_cast<std::size_t>(n));
   auto* const of_head = w.take<index_t>(static_cast<std::size_t>(heads));

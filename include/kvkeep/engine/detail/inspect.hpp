@@ -110,8 +110,10 @@ status session<Ctx, P, D>::verify_head(layer_data const& l, index_t id, index_t 
       tokens, std::min(prompt_.keep.sinks, cuts ? decode_.keep.sinks : prompt_.keep.sinks));
   for (index_t i = 0; i < sinks; ++i)
     if (i >= live || sorted[i] != i) return status::lost_token;
-  bool const over = detail::rule_of(decode_, shape_.drafts, limits_.engine_commits)
-                        .exceeded(l, id, h, live, shared_.frozen[id]);
+  auto const rule =
+      detail::rule_of(prompt_, decode_, one_policy_, static_cast<index_t>(layers_.size()),
+                      shape_.cache, shape_.drafts, limits_.engine_commits);
+  bool const over = rule.exceeded(l, id, h, live, shared_.frozen[id]);
   return over ? status::over_budget : status::ok;
 }
 
