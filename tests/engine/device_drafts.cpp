@@ -137,13 +137,13 @@ TEST_CASE("plans count confirmed drafts alone") {
   auto const words = w.words(1);
   test::stream s = e.begin(words);
   e.prompt(s, 12, {12});
-  device_batch const b{1, &s.row, &s.id};
+  test::own_batch const b{{s.id}, {s.row}};
   auto& session = e.session();
   for (int t = 0; t < 3; ++t) e.step({&s});
   bool const waits = GENERATE(true, false);
-  index_t const two[] = {2};
+  std::vector<index_t> const two{2};
   if (waits) {
-    REQUIRE(session.confirm(b, two) == status::ok);
+    REQUIRE(session.confirm(b, two.data()) == status::ok);
     test::settle_device();
     CHECK(session.lengths(1)(s.id, 1) == 14);  // the engine decides
   }
@@ -163,11 +163,10 @@ TEST_CASE("more drafts than there may be, or than there are") {
   auto const words = w.words(1);
   test::stream s = e.begin(words), other = e.begin(words);
   for (auto* const x : {&s, &other}) e.prompt(*x, 9, {9});
-  index_t const ids[] = {s.id, other.id}, rows[] = {s.row, other.row};
-  device_batch const both{2, rows, ids};
+  test::own_batch const both{{s.id, other.id}, {s.row, other.row}};
   auto& session = e.session();
   CHECK(session.confirm(both, nullptr) == status::bad_argument);
-  CHECK(session.confirm({}, ids) == status::bad_argument);
+  CHECK(session.confirm({}, both.ids.data()) == status::bad_argument);
 
   SECTION("a third") {
     for (int t = 0; t < 2; ++t) e.step({&s});
@@ -178,10 +177,9 @@ TEST_CASE("more drafts than there may be, or than there are") {
     CHECK(session.faults()[other.id] == 0);
   }
   SECTION("confirmed ones that nobody has appended") {
-    index_t const counts[][2] = {{2, 1}, {-1, 1}};
-    index_t const which = GENERATE(0, 1);
+    std::vector<index_t> const counts{GENERATE(2, -1), 1};
     e.step({&s, &other});
-    REQUIRE(session.confirm(both, counts[which]) == status::ok);
+    REQUIRE(session.confirm(both, counts.data()) == status::ok);
     test::settle_device();
     CHECK(session.faults()[s.id] == bit(device_fault::bad_order));
     CHECK(session.tokens(0)[s.id] == 9);
@@ -190,9 +188,9 @@ TEST_CASE("more drafts than there may be, or than there are") {
     CHECK(session.tokens(1)[other.id] == 10);
   }
   SECTION("before attention") {
-    REQUIRE(session.append_at({1, rows, ids}) == status::ok);
-    index_t const one[] = {1};
-    REQUIRE(session.confirm({1, rows, ids}, one) == status::ok);
+    REQUIRE(session.append_at(both.first(1)) == status::ok);
+    std::vector<index_t> const one{1};
+    REQUIRE(session.confirm(both.first(1), one.data()) == status::ok);
     test::settle_device();
     CHECK(session.faults()[s.id] == bit(device_fault::bad_order));
     CHECK(session.tokens(0)[s.id] == 9);
@@ -200,7 +198,7 @@ TEST_CASE("more drafts than there may be, or than there are") {
   SECTION("in a session without drafts") {
     w.draft = 0;
     test::device_engine plain(w.options(test::make("h2o", small(12)), 60), p, p);
-    CHECK(plain.session().confirm(both, ids) == status::unsupported);
+    CHECK(plain.session().confirm(both, both.ids.data()) == status::unsupported);
   }
 }
 
@@ -214,7 +212,7 @@ TEST_CASE("a token at the tail may be a draft") {
   auto const words = w.words(1);
   test::stream s = e.begin(words);
   e.prompt(s, 12, {12});
-  device_batch const b{1, &s.row, &s.id};
+  test::own_batch const b{{s.id}, {s.row}};
   auto& session = e.session();
   for (index_t t = 0; t < 3; ++t) {
     REQUIRE(session.append_at(b) == status::ok);
@@ -224,8 +222,8 @@ TEST_CASE("a token at the tail may be a draft") {
     CHECK(session.lengths(0)(s.id, 1) == 13 + t);
     CHECK(session.positions(1)(s.id, 0, 12 + t) == 12 + t);
   }
-  index_t const none[] = {0};
-  REQUIRE(session.confirm(b, none) == status::ok);
+  std::vector<index_t> const none{0};
+  REQUIRE(session.confirm(b, none.data()) == status::ok);
   test::settle_device();
   CHECK(session.faults()[s.id] == 0);
   for (index_t l = 0; l < w.n_layers; ++l)

@@ -33,21 +33,14 @@ struct device_calls {
         device_session_bytes(test::one_thread(), p, d, all, lim));
     session.emplace(bind_device_session(test::one_thread(), p, d, all, lim, memory->span()));
   }
-  struct one {
-    index_t ids[1], rows[1];
-    device_batch to_batch() const { return {1, rows, ids}; }
-  };
-  status append_at(one const& s, std::int64_t const* map) {
-    return session->append_at(s.to_batch(), map);
-  }
+  using one = test::own_batch;
+  status append_at(one const& s, std::int64_t const* map) { return session->append_at(s, map); }
   status confirm(one const& s) {
     for (index_t l = 0; l < oracle::count(specs); ++l)
-      KVKEEP_TRY(session->observe(l, s.to_batch(), tokens_only(1)));
+      KVKEEP_TRY(session->observe(l, s, tokens_only(1)));
     return status::ok;
   }
-  status choose(one const& s, session_type::plan_type& p) {
-    return session->choose(s.to_batch(), p);
-  }
+  status choose(one const& s, session_type::plan_type& p) { return session->choose(s, p); }
   void look(one const& s, bool) { REQUIRE(session->faults()[s.ids[0]] == 0); }
   // Both would be faults, which stay: see below.
   void refuse_token(one const&) {}
@@ -62,7 +55,7 @@ struct block_sequence {
       {},
       device_calls::make_policy("knorm", test::block_policy(true, scope::layer)),
       test::own_commits()};
-  index_t id[1] = {-1}, row[1] = {0};
+  std::vector<index_t> id{-1}, row{0};  // on the heap, as everything that a device reads
   explicit block_sequence(index_t prompt) {
     REQUIRE(e.session().begin(id[0]) == status::ok);
     e.prompt(id[0], row[0], words, prompt);
@@ -145,12 +138,12 @@ TEST_CASE("committed plans keep what plain decoding keeps") {
       host.prompt(y, 9);
       device.prompt(s, w.prompt, {w.prompt});
       device.prompt(t, 9, {9});
-      index_t const ids[] = {t.id, s.id}, rows[] = {t.row, s.row};
-      decide(device, {2, rows, ids});  // the decode policy keeps less than the prompt's
+      test::own_batch const both{{t.id, s.id}, {t.row, s.row}};
+      decide(device, both);  // the decode policy keeps less than the prompt's
       for (int step = 0; step < 16; ++step) {
         auto const want = host.step({&y, &x});
         auto got = device.step({&t, &s});
-        decide(device, {2, rows, ids});
+        decide(device, both);
         for (index_t l = 0; l < w.n_layers; ++l) {
           got[uz(2 * l)].done = device.kept(l, t);
           got[uz(2 * l + 1)].done = device.kept(l, s);
@@ -158,7 +151,7 @@ TEST_CASE("committed plans keep what plain decoding keeps") {
         INFO("step " << step);
         test::require_same(got, want, false);
       }
-      for (index_t const id : ids) REQUIRE(device.session().faults()[id] == 0);
+      for (index_t const id : both.ids) REQUIRE(device.session().faults()[id] == 0);
       CHECK(device.intact());
     });
 }
@@ -176,8 +169,8 @@ TEST_CASE("a plan is applied to the sequences that it was made for, as they were
   other.prompt(x, 20, {20});
   e.step({&a, &b});
   other.step({&x});
-  index_t const ids[] = {a.id, b.id}, rows[] = {a.row, b.row};
-  device_batch const both{2, rows, ids}, one{1, rows, ids};
+  test::own_batch const both{{a.id, b.id}, {a.row, b.row}};
+  device_batch const one = both.first(1);
   auto& s = e.session();
   plan<test::device_memory> chosen, foreign, second;
   CHECK(s.commit(chosen) == status::stale_plan);
@@ -244,9 +237,9 @@ TEST_CASE("a plan is applied to the sequences that it was made for, as they were
   }
   SECTION("before the end of a prompt") {
     test::stream late = e.begin(words);
-    index_t const id[] = {late.id}, row[] = {late.row};
+    test::own_batch const of_late{{late.id}, {late.row}};
     e.observe_prompt(late, 0, 0, 18);
-    REQUIRE(s.choose({1, row, id}, second) == status::ok);
+    REQUIRE(s.choose(of_late, second) == status::ok);
     REQUIRE(s.commit(second) == status::ok);
     test::settle_device();
     CHECK(s.faults()[late.id] == bit(device_fault::bad_order));
@@ -318,7 +311,7 @@ TEST_CASE("a refused plan of whole blocks leaves the tables alone") {
   index_t position = 12;
   while (s.lengths(0)(id[0], 0) < 20) e.token(id[0], row[0], words, position++);
   plan<test::device_memory> chosen;
-  REQUIRE(s.choose({1, row, id}, chosen) == status::ok);
+  REQUIRE(s.choose({1, row.data(), id.data()}, chosen) == status::ok);
   test::settle_device();
   CHECK(chosen.count(0, 0) < 20);
   e.token(id[0], row[0], words, position++);
@@ -406,7 +399,8 @@ TEST_CASE("the tail is no place for a token while a head has a free slot") {
   e.prompt(x, 20, {20});
   e.step({&x});
   auto& s = e.session();
-  REQUIRE(s.append_at({1, &x.row, &x.id}) == status::ok);
+  test::own_batch const b{{x.id}, {x.row}};
+  REQUIRE(s.append_at(b) == status::ok);
   test::settle_device();
   CHECK(s.faults()[x.id] == bit(device_fault::bad_order));
   CHECK(e.kept(0, x)[0].size() == 12);
@@ -418,7 +412,8 @@ TEST_CASE("a token goes where the engine has put it, or nowhere") {
   limits lim = test::own_commits();
   test::block_engine<device_calls> e(pool, device_calls::make_policy("knorm", small(12)), lim);
   auto const words = test::words_of(3, 2, 60);
-  index_t ids[2], rows[] = {0, 1};
+  test::own_batch both{{-1, -1}, {0, 1}};
+  auto& [ids, rows] = both;
   auto& s = e.session();
   for (int i = 0; i < 2; ++i) {
     REQUIRE(s.begin(ids[i]) == status::ok);
@@ -427,15 +422,15 @@ TEST_CASE("a token goes where the engine has put it, or nowhere") {
   SECTION("another slot") {
     for (int i = 0; i < 2; ++i) e.grow(0, rows[i], 0, 9);
     std::int64_t const right = std::int64_t{e.entry(0, 0, 0, 2)} * 4;
-    std::int64_t const map[] = {right, std::int64_t{e.entry(0, 1, 0, 2)} * 4 + 1};
-    REQUIRE(s.append_at({2, rows, ids}, map) == status::ok);
+    std::vector<std::int64_t> const map{right, std::int64_t{e.entry(0, 1, 0, 2)} * 4 + 1};
+    REQUIRE(s.append_at(both, map.data()) == status::ok);
     test::settle_device();
     CHECK(s.faults()[ids[0]] == 0);
     CHECK(s.faults()[ids[1]] == bit(device_fault::wrong_slot));
   }
   SECTION("no page") {
     e.grow(0, rows[0], 0, 9);
-    REQUIRE(s.append_at({2, rows, ids}) == status::ok);
+    REQUIRE(s.append_at(both) == status::ok);
     test::settle_device();
     CHECK(s.faults()[ids[0]] == 0);
     CHECK(s.faults()[ids[1]] == bit(device_fault::bad_table));
@@ -451,11 +446,12 @@ TEST_CASE("a page that one layer lacks keeps a token out of all of them") {
   test::pool_options pool;
   test::block_engine<device_calls> e(pool, device_calls::make_policy("knorm", small(12)),
                                      test::own_commits());
-  index_t id[1], row[] = {1};
+  test::own_batch b{{-1}, {1}};
+  auto& id = b.ids;
   REQUIRE(e.session().begin(id[0]) == status::ok);
-  e.prompt(id[0], row[0], test::words_of(3, 2, 60), 8);
+  e.prompt(id[0], 1, test::words_of(3, 2, 60), 8);
   e.grow(0, 1, 0, 9);
-  REQUIRE(e.session().append_at({1, row, id}) == status::ok);
+  REQUIRE(e.session().append_at(b) == status::ok);
   test::settle_device();
   CHECK(e.session().faults()[id[0]] == bit(device_fault::bad_table));
   for (index_t l = 0; l < 2; ++l) CHECK(e.session().lengths(l)(id[0], 0) == 8);
@@ -488,7 +484,7 @@ TEST_CASE("tokens and plans wait until a report has told of the tables") {
   if (reported) {
     e.token(id[0], 0, words, 33);
   } else {
-    REQUIRE(s.append_at({1, row, id}) == status::ok);
+    REQUIRE(s.append_at({1, row.data(), id.data()}) == status::ok);
     test::settle_device();
   }
   CHECK(s.faults()[id[0]] == (reported ? 0 : bit(device_fault::bad_order)));
@@ -507,7 +503,7 @@ TEST_CASE("plans want an engine that commits, and a policy that decides while de
     test::device_engine e(w.options(test::make(name, o), 60), policy, policy);
     test::stream x = e.begin(words);
     e.prompt(x, 9, {9});
-    device_batch const b{1, &x.row, &x.id};
+    test::own_batch const b{{x.id}, {x.row}};
     CHECK(e.session().choose(b, p) == status::unsupported);
     CHECK(e.session().commit(p) == status::stale_plan);
     CHECK(e.session().append_at({}) == status::bad_argument);

@@ -212,8 +212,8 @@ TEST_CASE("an engine that attends itself brings its probabilities, or nothing wh
       auto const words = w.words(1);
       test::stream x = attends.begin(words), y = shows.begin(words);
       for (auto* const s : {&x, &y}) (s == &x ? attends : shows).prompt(*s, 12, {12});
-      index_t const row = y.row, slots = 60;
-      batch_ref<test::device_memory> const b{1, &row, &y.id};
+      index_t const slots = 60;
+      test::own_batch const b{{y.id}, {y.row}};
       for (int step = 0; step < 12; ++step) {
         auto const done = attends.step({&x})[0].done;
         shows.append(y);
@@ -269,7 +269,7 @@ TEST_CASE("scores of the engine's own decide") {
       std::sort(want.begin(), want.end());
       REQUIRE(device.kept(0, s)[uz(h)] == want);
     }
-    batch_ref<test::device_memory> const b{1, &row, &s.id};
+    test::own_batch const b{{s.id}, {row}};
     for (int step = 0; step < 10; ++step) {
       device.append(s);
       auto want = device.kept(0, s);
@@ -520,8 +520,7 @@ TEST_CASE("rows that cannot become the cache's are refused before anything is en
   auto const a = w.words(1);
   test::stream x = device.begin(a);
   device.prompt(x, 9, {9});
-  index_t const row = x.row;
-  batch_ref<test::device_memory> const b{1, &row, &x.id};
+  test::own_batch const b{{x.id}, {x.row}};
   std::vector<float> const numbers(uz(w.shape.n_kv_heads * (w.shape.dim_k + w.shape.dim_v)));
   token_kv kv = make_token_kv(numbers.data(), numbers.data(), w.shape);
   auto& s = device.session();
@@ -563,8 +562,7 @@ TEST_CASE("a decision before attention needs the session's attention") {
   auto const a = w.words(1);
   test::stream x = device.begin(a);
   device.prompt(x, 9, {9});
-  index_t const row = x.row;
-  batch_ref<test::device_memory> const b{1, &row, &x.id};
+  test::own_batch const b{{x.id}, {x.row}};
   float const q = 0;
   CHECK(device.session().observe(0, b, make_queries(&q, 1, 1, 1)) == status::unsupported);
 }

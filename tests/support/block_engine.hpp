@@ -157,10 +157,10 @@ class block_engine {
     for (index_t l = 0; l < o_.n_layers; ++l)
       for (index_t h = 0; h < heads; ++h) grow(l, row, h, session().lengths(l)(id, h) + 1);
     index_t const slot = session().lengths(0)(id, 0);
-    std::int64_t const map =
-        std::int64_t{entry(0, row, 0, slot / o_.block)} * o_.block + slot % o_.block;
+    std::vector<std::int64_t> const map{std::int64_t{entry(0, row, 0, slot / o_.block)} * o_.block +
+                                        slot % o_.block};
     bool const one_map = !o_.table_per_head && (o_.layers_share || o_.n_layers == 1);
-    REQUIRE(calls_.append_at(at, one_map ? &map : nullptr) == status::ok);
+    REQUIRE(calls_.append_at(at, one_map ? map.data() : nullptr) == status::ok);
     calls_.wait();
     for (index_t l = 0; l < o_.n_layers; ++l)
       for (index_t h = 0; h < heads; ++h)

@@ -40,6 +40,14 @@ T<device_memory> to_device(T<host_space> const& x) {
     return std::bit_cast<T<device_memory>>(x);
 }
 
+/// A batch, its numbers on the heap: a device reads what the tests' allocator gives (gpu_main.cpp), but no stack.
+struct own_batch {
+  std::vector<index_t> ids, rows;
+  operator batch_ref<device_memory>() const { return first(oracle::count(ids)); }
+  /// The first n entries.
+  batch_ref<device_memory> first(index_t n) const { return {n, rows.data(), ids.data()}; }
+};
+
 /// Waits for what was enqueued, so that the host may look.
 inline void settle_device() {
 #if defined(KVKEEP_TEST_CUDA)
@@ -178,7 +186,7 @@ class device_engine {
   }
   /// A slot for a stream's next token in the first layer, and its rows.
   void append(stream const& s) {
-    batch_ref<device_memory> const b{1, &s.row, &s.id};
+    own_batch const b{{s.id}, {s.row}};
     std::vector<index_t> slots(uz(shape_.n_kv_heads), -7);
     REQUIRE(session_->append(0, b, slots.data()) == status::ok);
     settle_device();
