@@ -278,6 +278,7 @@ void run_grid(started const& how, std::function<void()> const& body) {
   blockDim = how.block;
   gridDim = how.grid;
   standing.kernel = how.kernel;
+  standing.body = &body;
   standing.overlapped = how.overlapped;
   ++standing.launch;
   k.tickets.clear();

@@ -11,13 +11,16 @@
 ///   - they are of one warp, with a __syncwarp between them.
 /// An exchange (shuffle, ballot, product) orders nothing: it promises nothing of memory.
 ///
-/// And it tells where in the code threads meet, for they have to meet in one place, as synccheck says.
+/// And it tells where in the code threads meet, for they have to meet in one place, as synccheck says; and when a kernel
+/// touches the host's stack, which no device can.
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <memory>
 #include <unordered_map>
+
+#include <pthread.h>
 
 #include <cuda_runtime.h>
 
@@ -82,6 +85,21 @@ std::uintptr_t shared_offset(std::uintptr_t at) {
   return at - reinterpret_cast<std::uintptr_t>(kvkeep::cuda::shared_words);
 }
 
+/// Whether an address is on the stack of the thread that asks first: the host's.
+bool on_host_stack(std::uintptr_t at) {
+  static std::uintptr_t const end = [] {
+    pthread_attr_t a;
+    void* p = nullptr;
+    std::size_t bytes = 0;
+    if (pthread_getattr_np(pthread_self(), &a) != 0) return std::uintptr_t{0};
+    pthread_attr_getstack(&a, &p, &bytes);
+    pthread_attr_destroy(&a);
+    return reinterpret_cast<std::uintptr_t>(p) + bytes;
+  }();
+  constexpr std::uintptr_t most = 8 << 20;
+  return end - at - 1 < most;
+}
+
 /// One access of a byte by the running thread.
 struct watcher {
   std::uintptr_t at;
@@ -128,6 +146,9 @@ void emulation::access(void const* p, std::size_t bytes, access_kind what, void 
   auto const at = reinterpret_cast<std::uintptr_t>(p);
   auto const stack = reinterpret_cast<std::uintptr_t>(standing.stack);
   if (!standing.running || at - stack < standing.stack_bytes) return;
+  if (on_host_stack(at) &&
+      at - reinterpret_cast<std::uintptr_t>(standing.body) >= sizeof *standing.body)
+    emulation::fail("touches the host's stack");
   if (standing.overlapped && standing.syncs.entered && !standing.syncs.previous)
     emulation::fail("touches memory before the kernels in front have ended");
   record const now = record::now(what == access_kind::atomic);

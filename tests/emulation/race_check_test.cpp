@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -149,6 +150,8 @@ void too_late(int) {
   device_words[thread()] = 1;
   emulation::wait_for_previous();
 }
+int const* on_stack = nullptr;
+void reads_stack(int) { device_words[thread()] = *on_stack; }
 void never(int) { emulation::let_next_start(); }
 void beyond(int) { shared_ints()[1024 + thread()] = 0; }
 
@@ -242,6 +245,15 @@ TEST_CASE("an overlapped kernel waits before it touches memory") {
   CHECK(has(complaint(too_late, 1, true), "before the kernels in front"));
   CHECK(has(complaint(never, 1, true), "without waiting"));
   CHECK(complaint(too_late).empty());
+}
+
+TEST_CASE("no kernel reads the host's stack") {
+  int const here = 3;
+  on_stack = &here;
+  CHECK(has(complaint(reads_stack), "touches the host's stack"));
+  std::vector<int> const on_heap{3};
+  on_stack = on_heap.data();
+  CHECK(complaint(reads_stack).empty());
 }
 
 TEST_CASE("shared memory starts without values, and ends") {

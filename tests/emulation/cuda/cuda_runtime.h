@@ -91,6 +91,7 @@ struct place_in_time {
   sync_count syncs;
   void const* stack = nullptr;
   std::size_t stack_bytes = 0;
+  std::function<void()> const* body = nullptr;  ///< of run_grid, which lies on the host's stack
   char const* kernel = "";
 };
 inline place_in_time standing;
