@@ -71,7 +71,7 @@ class managed_heap {
 class apart_heap {
  public:
   void open() { open_ = true; }
-  /// @return null where it is not open, or the memory used up
+  /// @return null where it is not open. Ends the program without memory: kernels would get what they cannot read.
   void* take(std::size_t n) {
     // The runtime may call `new` itself, and a graph may be recorded meanwhile, which this must not spoil.
     thread_local bool inside = false;
@@ -81,7 +81,10 @@ class apart_heap {
     inside = true;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
-    if (cudaMallocManaged(&p, n) != cudaSuccess) p = nullptr;
+    if (cudaMallocManaged(&p, n) != cudaSuccess) {
+      std::fputs("no managed memory is left for the tests\n", stderr);
+      std::_Exit(1);
+    }
     cudaThreadExchangeStreamCaptureMode(&mode);
     inside = false;
     return p;
