@@ -17,8 +17,7 @@ namespace kvkeep {
 /// Lengths differ among the heads of a layer: use a ragged view or block tables per KV head (a strided view
 /// works too, with room for the longest head).
 struct per_head {
-  static constexpr index_t max_heads = 128;  ///< KV heads of a layer
-  std::vector<index_t> tokens;               ///< [layer][kv_head] protected tokens included
+  std::vector<index_t> tokens;  ///< [layer][kv_head] protected tokens included
 
   budget_traits traits() const {
     budget_traits t{"per_head"};
@@ -48,8 +47,6 @@ struct per_head {
   layer_range due(index_t layer, index_t) const { return {layer, layer + 1}; }
   void check(index_t n_layers, cache_shape const& s, index_t protect) const {
     offset_t const all = static_cast<offset_t>(n_layers) * s.n_kv_heads;
-    KVKEEP_EXPECTS(s.n_kv_heads <= max_heads, "n_kv_heads", s.n_kv_heads,
-                   "<= " + std::to_string(max_heads) + " with a budget per head");
     KVKEEP_EXPECTS(static_cast<offset_t>(tokens.size()) == all, "per_head.tokens.size",
                    tokens.size(), std::to_string(all) + " (layers * KV heads)");
     for (index_t const n : tokens)
@@ -61,9 +58,15 @@ struct per_head {
   status allocate(Ctx& ctx, budget_input<space_of<Ctx>> const& in, workspace& ws) const {
     if (ws.measuring()) return status::ok;
     using fn = give<space_of<Ctx>>;
-    fn f{in.k, in.layer, {}};
-    for (index_t h = 0; h < in.n_kv_heads; ++h) f.tokens[h] = at(in.layer, in.n_kv_heads, h);
-    return run(ctx, op::for_each<fn, space_of<Ctx>>{in.n_kv_heads, f}, ws);
+    for (index_t h = 0; h < in.n_kv_heads; h += 4) {
+      auto const of = [&](index_t i) {
+        return h + i < in.n_kv_heads ? at(in.layer, in.n_kv_heads, h + i) : 0;
+      };
+      fn const step{in.k, in.layer, h, of(0), of(1), of(2), of(3)};
+      index_t const n = std::min(index_t{4}, in.n_kv_heads - h);
+      KVKEEP_TRY(run(ctx, op::for_each<fn, space_of<Ctx>>{n, step}, ws));
+    }
+    return status::ok;
   }
 
   /// Of capacities per query head, as published tables have them: a group's mean, halves to even.
@@ -90,8 +93,11 @@ struct per_head {
   struct give {
     tensor_ref<index_t, 2, Space> k{};
     index_t layer;
-    index_t tokens[max_heads];
-    KVKEEP_HD void operator()(index_t head) const noexcept { k(layer, head) = tokens[head]; }
+    index_t first;       ///< KV head
+    index_t a, b, c, d;  ///< of four heads; an array would go to local memory on a device
+    KVKEEP_HD void operator()(index_t i) const noexcept {
+      k(layer, first + i) = i == 0 ? a : i == 1 ? b : i == 2 ? c : d;
+    }
   };
 
  private:
