@@ -23,10 +23,10 @@ struct core_rows {
   __device__ static index_t piece(index_t i) { return i / 8 % pieces; }
 
   /// Starts copying `n` rows of keys, from slot `from`; behind `end` come zeros. The part of thread `thread`
-  /// of `threads`. Keys that are no whole pieces are gathered at once.
-  template <class T>
+  /// of `threads`. Keys that are no whole pieces are gathered at once. @param seen(row, slot) once per row
+  template <class T, class F>
   __device__ static void copy_keys(key_pieces<T> const& keys, index_t from, index_t end, index_t n,
-                                   uint4* to, index_t thread, index_t threads) {
+                                   uint4* to, index_t thread, index_t threads, F const& seen) {
     for (index_t i = thread; i < n * pieces; i += threads) {
       index_t const at = piece(i), slot = from + row(i);
       bool const live = slot < end;
@@ -35,6 +35,7 @@ struct core_rows {
                 live && keys.has(at));
       else
         store_16(to + i, live ? keys.gather(keys.row(slot), at) : make_uint4(0, 0, 0, 0));
+      if (at == 0) seen(row(i), slot);
     }
   }
   /// Starts copying `n` rows of split queries. @param number(row) of the head's query, -1: zeros

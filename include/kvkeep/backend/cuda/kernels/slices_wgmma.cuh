@@ -49,13 +49,13 @@ struct wgmma_slices_kernel {
     }
     /// Starts copying stage s, if there is one.
     __device__ void fetch(index_t s) const {
-      index_t const from = begin + s * stage_keys, key = thread_of_block();
-      if (from < end) {
+      index_t const from = begin + s * stage_keys;
+      if (from < end)
         rows::copy_keys(source, from, end, stage_keys, memory.stage(s), thread_of_block(),
-                        threads_of_block());
-        if (key < stage_keys)
-          copy_position(memory.positions_of(s) + key, h.positions + from + key, from + key < end);
-      }
+                        threads_of_block(), [&](index_t key, index_t slot) {
+                          copy_position(memory.positions_of(s) + key, h.positions + slot,
+                                        slot < end);
+                        });
       copies_end();
     }
   };

@@ -82,7 +82,7 @@ struct wgmma_sums_kernel {
   __device__ static void fetch(window_head const& h, key_pieces<T> const& source, index_t strip,
                                uint4* memory) {
     rows::copy_keys(source, strip + first_key(), h.n, 16, memory + first_key() * rows::pieces,
-                    lane_of_warp(), warp_size);
+                    lane_of_warp(), warp_size, [](index_t, index_t) {});
     copies_end();
   }
   /// Waits for the warp's keys and takes them out of shared memory.
