@@ -138,9 +138,10 @@ KVKEEP_COLD void check_policy(P const& p, index_t n_layers, cache_shape const& s
                    p.budget.capacity(),
                    ">= block = " + std::to_string(block) + ", for fewer tokens fill no block");
   }
-  KVKEEP_EXPECTS(!b.needs_scores || s.comparable, "budget", b.name,
-                 "uniform, pyramid or per_layer for scores that heads and layers cannot compare (" +
-                     std::string(s.name) + ")");
+  KVKEEP_EXPECTS(
+      !b.needs_scores || s.comparable, "budget", b.name,
+      "uniform, pyramid, per_layer or per_head for scores that heads and layers cannot compare (" +
+          std::string(s.name) + ")");
   KVKEEP_EXPECTS(!b.varies_over_heads || p.width() == scope::head, "budget", b.name,
                  "a budget without differences among heads, for one set per " +
                      std::string(to_string(p.width())));

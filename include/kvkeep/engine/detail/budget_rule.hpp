@@ -18,7 +18,7 @@ struct budget_rule {
   index_t least = 0;    ///< heads with fewer tokens stay whole
   index_t guarded = 0;  ///< sinks and recent tokens
   index_t drafts = 0;   ///< most unconfirmed tokens
-  index_t left = 0;     ///< most tokens that the prompt's policy leaves, where that is another one
+  index_t left = 0;     ///< most tokens that another policy leaves a late one of the prompt
   double evict_after = 1;
 
   /// Whether `live` tokens are more than a head may have.
@@ -31,7 +31,7 @@ struct budget_rule {
     // Confirmed drafts stay until no token is left unconfirmed.
     index_t const spare = (pending > 0 ? drafts : 0) + (late ? 1 : 0);
     index_t const most = larger(trigger(l.k(id, h), evict_after) - 1, 0) + spare;
-    return live > larger(larger(most, late ? left : 0), smaller(live, frozen + guarded + pending));
+    return live > larger(larger(most, left), smaller(live, frozen + guarded + pending));
   }
 };
 
@@ -42,11 +42,11 @@ template <class P, class D>
 budget_rule rule_of(P const& prompt, D const& decode, bool one, index_t n_layers,
                     cache_shape const& cache, index_t drafts, bool commits) noexcept {
   budget_rule r;
-  if (!one)
+  r.late = decides_late(decode.when);
+  if (r.late && !one)
     r.left = prompt.budget.most(n_layers, cache, prompt.keep.sinks + prompt.keep.recent,
                                 cache.max_slots);
   r.any = cuts_while_decoding(decode.score) && !commits;
-  r.late = decides_late(decode.when);
   r.least = decode.score.least_tokens();
   r.guarded = decode.keep.sinks + decode.keep.recent;
   r.drafts = drafts;

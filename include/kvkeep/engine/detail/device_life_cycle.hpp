@@ -58,8 +58,9 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
     KVKEEP_TRY(each_number(detail::copy_sequence<space>{detail::sequence_arrays(l), from, to}, w));
     KVKEEP_TRY(
         each(shape_.cache.n_kv_heads, detail::fork_tables<space>{plan_, l.number, from, to}, w));
-    KVKEEP_TRY(each(shape_.cache.n_kv_heads,
-                    detail::raised_budget<space>(decode_, l, to, shared_.frozen), w));
+    if (o.frozen > 0)
+      KVKEEP_TRY(each(shape_.cache.n_kv_heads,
+                      detail::raised_budget<space>(decode_, l, to, shared_.frozen), w));
     prompt_of(l, to) = prompt_of(l, from);
   }
   sequences_[static_cast<std::size_t>(to)] = sequences_[static_cast<std::size_t>(from)];

@@ -76,7 +76,7 @@ struct saved_header {
   index_t on_device = 0;
   std::uint64_t sum = 0;  ///< checksum of what follows; of a session
   index_t in_prompt = 0;  ///< a prompt has begun and not ended; of a session
-  index_t unused = 0;
+  index_t unused = 0;     ///< instead of padding, which nobody would set
 
   KVKEEP_HD bool fits(saved_header const& o) const noexcept {
     return magic == o.magic && version == o.version && config == o.config && bytes == o.bytes &&
