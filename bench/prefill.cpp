@@ -34,7 +34,8 @@ class prompt_model {
     policy_options o;
     o.capacity = p.capacity;
     o.window = p.window;
-    o.sinks = policy == "streamingllm" || policy == "lagkv" ? 4 : 0;
+    o.sinks =
+        policy == "streamingllm" || policy == "lagkv" || policy == "expected_attention" ? 4 : 0;
     limits lim;
     lim.max_chunk = chunk;
     if (window_only) lim.prompt = prompt_offer::window_queries;
@@ -172,8 +173,9 @@ void add(char const* what, point const& p, std::string const& policy, int sample
 int main(int argc, char** argv) {
   using namespace bench;
   bool const all = takes_all(argc, argv);
-  for (char const* policy : {"fullkv", "snapkv", "h2o", "morphkv", "streamingllm", "pyramidkv",
-                             "dynamickv", "adakv", "tova", "knorm", "keydiff", "lagkv"})
+  for (char const* policy :
+       {"fullkv", "snapkv", "h2o", "morphkv", "streamingllm", "pyramidkv", "dynamickv", "adakv",
+        "tova", "knorm", "keydiff", "lagkv", "expected_attention"})
     for (index_t t : {index_t{2048}, index_t{4096}}) {
       point p = base;
       p.tokens = t;

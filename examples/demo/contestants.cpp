@@ -22,6 +22,7 @@ policy_options options(policy_info const& info, index_t budget) {
   for (parameter_info const& p : info.parameters)
     if (std::string_view(p.name) == "window")
       o.window = static_cast<index_t>(std::clamp(static_cast<double>(window), p.least, p.most));
+  o.rotation.interleaved = true;  // of the Llama models that traces are recorded from
   return o;
 }
 

@@ -76,12 +76,12 @@ void print_table(std::vector<result> rows, trace const& t) {
       "Most attention mass kept: %s, %.0f%% (random eviction: %.0f%%). Least error at answers: "
       "%s.\n\n",
       most.policy.c_str(), 100 * most.all.mass, 100 * random.all.mass, sure->policy.c_str());
-  std::printf("%-23s %6s %7s %7s | %-15s | %-15s | %8s\n", "", "", "KV", "state", "  all steps",
+  std::printf("%-32s %6s %7s %7s | %-15s | %-15s | %8s\n", "", "", "KV", "state", "  all steps",
               "  at answers", "us per");
-  std::printf("%-23s %6s %7s %7s | %7s %7s | %7s %7s | %8s\n", "policy", "tokens", "bytes", "bytes",
+  std::printf("%-32s %6s %7s %7s | %7s %7s | %7s %7s | %8s\n", "policy", "tokens", "bytes", "bytes",
               "mass", "error", "mass", "error", "decision");
   for (result const& r : rows)
-    std::printf("%-23s %6d %7zu %7zu | %6.1f%% %7.3f | %6.1f%% %7.3f | %8.2f\n", r.policy.c_str(),
+    std::printf("%-32s %6d %7zu %7zu | %6.1f%% %7.3f | %6.1f%% %7.3f | %8.2f\n", r.policy.c_str(),
                 r.budget, r.kv_bytes, r.state_bytes, 100 * r.all.mass, r.all.error,
                 100 * r.answers.mass, r.answers.error, r.decision_us);
 }
@@ -111,8 +111,8 @@ void print_legend(trace const& t) {
       "morphkv keeps the attention weights of its window per slot (state); \"recomputed\" reads K "
       "again.\n"
       "pyramidkv is flat, by its rule, where the prompt is shorter than twice (budget - window).\n"
-      "Windows: a quarter of the budget (h2o: half). Sinks: 4 for streamingllm and lagkv, else "
-      "none.\n",
+      "Windows: a quarter of the budget (h2o: half). Sinks: 4 for streamingllm, lagkv and "
+      "expected_attention, else none.\n",
       t.prompt(), t.tokens - t.prompt());
 }
 

@@ -57,7 +57,7 @@ void average_kinds(columns& c) {
   }
 }
 
-policy_pair pair_of(std::string const& name, index_t capacity) {
+policy_pair pair_of(std::string const& name, index_t capacity, double rope_base) {
   if (name == "random") {
     policy_pair p;
     p.name = name;
@@ -68,6 +68,7 @@ policy_pair pair_of(std::string const& name, index_t capacity) {
   policy_request r;
   r.policy = name;
   r.capacity = capacity;
+  r.rope_base = rope_base;
   if (name == "morphkv max") r.policy = "morphkv", r.fusion = reduction::max;
   policy_pair p = make_policies(r);
   p.name = name;
@@ -75,9 +76,9 @@ policy_pair pair_of(std::string const& name, index_t capacity) {
 }
 
 /// A policy that holds `slots` slots while it decodes.
-policy_pair sized_pair(std::string const& name, index_t slots) {
-  policy_pair const p = pair_of(name, slots);
-  return p.decode.when.room > 0 || !p.cuts_decode() ? p : pair_of(name, slots - 1);
+policy_pair sized_pair(std::string const& name, index_t slots, double rope_base) {
+  policy_pair const p = pair_of(name, slots, rope_base);
+  return p.decode.when.room > 0 || !p.cuts_decode() ? p : pair_of(name, slots - 1, rope_base);
 }
 
 std::vector<episode> chosen(episode_set const& set, std::string const& task,
@@ -129,7 +130,8 @@ class comparison {
       task_run t{name, chosen(set, name, o), {}};
       if (t.episodes.empty()) continue;
       if (o.bucket > 0)
-        t.full = predict(rt_, model_, pair_of("fullkv", 1), t.episodes, options_of(true));
+        t.full = predict(rt_, model_, pair_of("fullkv", 1, model_.config.rope_base), t.episodes,
+                         options_of(true));
       tasks_.push_back(std::move(t));
     }
   }
@@ -171,11 +173,13 @@ class comparison {
   /// An oracle first watches the full cache do the same.
   evaluation evaluate_policy(std::string const& policy, index_t slots, task_run const& t,
                              evaluation_options x) {
-    if (policy != "oracle") return evaluate(rt_, model_, sized_pair(policy, slots), t.episodes, x);
+    if (policy != "oracle")
+      return evaluate(rt_, model_, sized_pair(policy, slots, model_.config.rope_base), t.episodes,
+                      x);
     attention_recorder recorder(model_.config);
     evaluation_options full = options_of(x.forced);
     full.engine.observer = &recorder;
-    evaluate(rt_, model_, pair_of("fullkv", slots), t.episodes, full);
+    evaluate(rt_, model_, pair_of("fullkv", slots, model_.config.rope_base), t.episodes, full);
     auto const seer = std::make_shared<oracle>(recorder.take());
     x.engine.observer = seer.get();
     return evaluate(rt_, model_, make_oracle_pair(seer, slots - 1), t.episodes, x);
@@ -225,7 +229,8 @@ std::vector<std::string> compared_policies() {
           "pyramidkv+morphkv",
           "dynamickv+morphkv",
           "adakv+morphkv",
-          "lagkv+morphkv"};
+          "lagkv+morphkv",
+          "expected_attention+morphkv"};
 }
 
 std::vector<comparison_row> compare(runtime& rt, model const& m, episode_set const& set,

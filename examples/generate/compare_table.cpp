@@ -52,13 +52,13 @@ struct table {
 /// The rows of one budget, and the full cache.
 std::string text_of(table const& t, std::vector<comparison_row> const& rows, index_t percent) {
   std::string text = "\n" + std::to_string(percent) + "% of the final length: " + t.title + "\n" +
-                     formatted("%-20s", "policy");
+                     formatted("%-26s", "policy");
   for (table_column const& c : t.columns) text += formatted(" %*s", t.width, c.heading.c_str());
   if (t.costs) text += formatted(" | %8s %8s | %8s", "KV KB", "state KB", "tokens/s");
   text += "\n";
   for (comparison_row const& r : rows) {
     if (r.percent != percent && r.policy != "fullkv") continue;
-    text += formatted("%-20s", r.policy.c_str());
+    text += formatted("%-26s", r.policy.c_str());
     for (table_column const& c : t.columns) {
       estimate const* const e = c.of(r);
       text += formatted(" %*s", t.width, e == nullptr ? "-" : t.format(*e).c_str());

@@ -116,6 +116,7 @@ void run(arguments a) {
   a.policy.capacity = std::min(capacity_of(a.budget, length), most_useful(a.policy, length));
   if (a.budget.back() == '%')
     a.policy.budget = a.budget + " of " + std::to_string(length) + " tokens";
+  a.policy.rope_base = m.config.rope_base;
   policy_pair const policies = make_policies(a.policy);
   check_context(policies, n_prompt, length, context);
 

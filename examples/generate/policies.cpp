@@ -54,6 +54,8 @@ policy_options options(policy_info const& info, policy_request const& r) {
   o.capacity = r.capacity;
   o.lag = std::max(1, r.capacity / 4);
   o.sinks = r.sinks;
+  o.rotation.theta = r.rope_base;
+  o.rotation.interleaved = true;
   o.fusion = r.fusion.value_or(reduction::sum);
   o.evaluation = r.rows;
   o.evict_after = r.evict_after.value_or(1.0);

@@ -13,14 +13,15 @@ namespace kvkeep::generate {
 
 using any = any_cpu_policy;
 
-inline constexpr index_t most_default_sinks = 4;  ///< of StreamingLLM and LagKV; others have none
+inline constexpr index_t most_default_sinks = 4;  ///< of StreamingLLM, LagKV and ExpectedAttention
 
 struct policy_request {
   std::string policy = "morphkv";  ///< NAME, or PROMPT+DECODE
   index_t capacity = 128;          ///< tokens kept per KV head; decoding adds the current one
   std::string budget;              ///< what the capacity was made from, for messages
   std::optional<index_t> window;   ///< default: a quarter of the capacity, at most 32; H2O: half
-  std::optional<index_t> sinks;    ///< default: 4 for StreamingLLM and LagKV
+  std::optional<index_t> sinks;    ///< default: 4 for StreamingLLM, LagKV and ExpectedAttention
+  double rope_base = 10000;        ///< of the model, for ExpectedAttention
   std::optional<reduction> fusion;
   std::optional<double> evict_after;
   std::optional<morph_rows> rows;  ///< MorphKV; none: the cheapest form

@@ -23,11 +23,14 @@ npy_array report_scores(std::vector<float> all, prompt_policy const& r, prompt_d
     return float_array(shape, std::move(some));
   }
   if (r.scores == reported::padded) {
-    float most = candidates > 0 ? -std::numeric_limits<float>::infinity() : 0.0F;
+    auto const is_candidate = [&](std::size_t i) {
+      return i % uz(tokens) >= uz(r.sinks) && i % uz(tokens) < uz(candidates);
+    };
+    float most = candidates > r.sinks ? -std::numeric_limits<float>::infinity() : 0.0F;
     for (std::size_t i = 0; i < all.size(); ++i)
-      if (i % uz(tokens) < uz(candidates)) most = std::max(most, all[i]);
+      if (is_candidate(i)) most = std::max(most, all[i]);
     for (std::size_t i = 0; i < all.size(); ++i)
-      if (i % uz(tokens) >= uz(candidates)) all[i] = most + 1;
+      if (!is_candidate(i)) all[i] = most + 1;
   }
   return float_array(shape, std::move(all));
 }
@@ -123,7 +126,7 @@ replayed run_prefill(backend& b, recorded_case const& c, layout_kind layout) {
   parameters params(c);
   p.tokens = extent(c, "T");
   p.shape = read_shape(c, p.tokens);
-  prompt_policy const r = read_prompt_policy(c, params, p.shape.group());
+  prompt_policy const r = read_prompt_policy(c, params, p.shape);
   std::vector<float> memory;
   read_evidence(c, b.demand_of(r.policy(), p.shape), p, memory);
 

@@ -78,7 +78,7 @@ int_rows keep_on(B& machine, chosen const& c, prompt_data const& p, layout_kind 
 template <class B>
 struct plain_state {
   array_on<B, index_t> lengths, positions, seen, ring_from;
-  array_on<B, float> rows, ring_q, ring_lse;
+  array_on<B, float> rows, ring_q, ring_lse, gathered;
 };
 
 /// T tokens in slots 0 .. T - 1 of every head.
@@ -163,6 +163,8 @@ std::vector<float> scores_on(B& machine, chosen const& c, prompt_data const& p,
   in.seen = memory.seen.data();
   in.rows = in.layer.slots.rows;
   if (spec.query_ring > 0) fill_ring(memory, p, spec.query_ring, in);
+  memory.gathered.assign(product(s.n_seq, s.n_kv_heads, spec.prompt_floats), 0.0F);
+  in.gathered = row_major<space>(memory.gathered.data(), s.n_seq, s.n_kv_heads, spec.prompt_floats);
 
   if (policy.score.traits().prompt == evidence::all_queries) feed(machine, policy, p, in);
   array_on<B, float> scores(uz(s.n_seq) * uz(s.n_kv_heads) * uz(s.max_slots));

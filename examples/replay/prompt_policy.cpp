@@ -85,12 +85,39 @@ void read_lagkv(parameters& p, prompt_policy& r) {
   r.options.cross_scoring = p.flag("cross_scoring", false);
 }
 
+/// Queries are recorded before their rotation.
+void read_expected_attention(parameters& p, prompt_policy& r, index_t dim) {
+  static constexpr std::array<named<bool>, 2> layouts{{{"half", false}, {"interleaved", true}}};
+  policy_options& o = r.options;
+  o.capacity = p.integer("capacity", {1, most_tokens});
+  o.sinks = r.sinks = p.integer("n_sink", {0, most_tokens}, 4);
+  o.ahead = p.integer("n_future", {1, most_tokens}, 512);
+  o.covariance = p.flag("use_covariance", true);
+  o.value_norms = p.flag("use_vnorm", true);
+  o.epsilon = p.number("epsilon", 0, 1, 0);
+  o.rotation.theta = p.number("rope_theta", 1e-6, 1e12, 10000);
+  o.rotation.interleaved = p.word("rope_layout", layouts, "half");
+  o.rotated = false;
+  if (dim % 2 != 0)
+    p.fail("rope_layout", "pairs of features, of which D = " + std::to_string(dim) + " has none");
+  r.scores = reported::padded;
+}
+
 }  // namespace
 
-prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, index_t group) {
-  static constexpr char const* names[] = {
-      "snapkv", "pyramidkv", "adakv",   "headkv", "h2o",
-      "tova",   "knorm",     "keydiff", "lagkv",  "observed_attention"};
+prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, cache_shape const& shape) {
+  index_t const group = shape.group();
+  static constexpr char const* names[] = {"snapkv",
+                                          "pyramidkv",
+                                          "adakv",
+                                          "headkv",
+                                          "h2o",
+                                          "tova",
+                                          "knorm",
+                                          "keydiff",
+                                          "lagkv",
+                                          "observed_attention",
+                                          "expected_attention"};
   std::string const name = c.policy();
   auto const* known = std::find(std::begin(names), std::end(names), name);
   if (known == std::end(names)) throw unsupported(name);
@@ -103,6 +130,7 @@ prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, index_t 
   if (name == "tova") read_tova(p, r);
   if (name == "knorm") read_knorm(p, r);
   if (name == "lagkv") read_lagkv(p, r);
+  if (name == "expected_attention") read_expected_attention(p, r, shape.dim_k);
   if (name == "h2o") {
     read_window(p, r.options.window, r.options.capacity);
     r.options.group = read_group(p, group);

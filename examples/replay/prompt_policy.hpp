@@ -12,7 +12,7 @@ namespace kvkeep::replay {
 enum class reported : std::uint8_t {
   all,         ///< of all T tokens
   candidates,  ///< of all but the window
-  padded       ///< of all tokens; those of the window are the largest other score plus one
+  padded       ///< of all tokens; those that are no candidates are the largest other score plus one
 };
 
 struct prompt_policy {
@@ -21,6 +21,7 @@ struct prompt_policy {
   std::vector<index_t> head_tokens{};  ///< [kv_head], where heads have budgets of their own
   reported scores = reported::all;
   index_t window = 0;    ///< tokens at the end that are no candidates
+  index_t sinks = 0;     ///< the first ones that are none, where scores are padded
   index_t n_layers = 1;  ///< layers of the model, of which the case records `layer`
   index_t layer = 0;
   bool skipped = false;  ///< the layer is left alone
@@ -33,8 +34,7 @@ struct prompt_policy {
 };
 
 /// The policy of a prefill case. @throws unsupported, or std::runtime_error naming the parameter
-/// @param group  query heads per KV head
-prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, index_t group);
+prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, cache_shape const& shape);
 
 /// Extents of a prefill or decode case; `tokens` is the number of rows of q, k and v.
 inline cache_shape read_shape(recorded_case const& c, index_t tokens) {

@@ -10,6 +10,7 @@
 #include "engine/session.hpp"
 #include "policy/adakv.hpp"
 #include "policy/dynamickv.hpp"
+#include "policy/expected_attention.hpp"
 #include "policy/fullkv.hpp"
 #include "policy/h2o.hpp"
 #include "policy/headkv.hpp"

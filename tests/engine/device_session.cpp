@@ -59,6 +59,11 @@ std::vector<pairing> pairings() {
   pairing lag{"lagkv", "h2o", small(16), small(16)};
   lag.o.lag = 9;  // prompts of up to 18 tokens stay whole
   all.push_back(lag);
+  for (char const* budget : {"", "ada"}) {
+    pairing expected{"expected_attention", "h2o", small(16), small(16)};
+    expected.o.budget = budget;
+    all.push_back(expected);
+  }
   pairing layer{"knorm", "knorm", small(16), small(16)};
   layer.o.per = layer.d.per = scope::layer;
   all.push_back(layer);

@@ -58,7 +58,8 @@ std::vector<pair_case> pairs() {
   inherits.budget = "inherit";
   burst.evict_after = 1.3;
   std::vector<pair_case> cases;
-  for (char const* prompt : {"snapkv", "pyramidkv", "dynamickv", "adakv", "lagkv", "h2o"})
+  for (char const* prompt :
+       {"snapkv", "pyramidkv", "dynamickv", "adakv", "lagkv", "h2o", "expected_attention"})
     for (char const* decode : {"morphkv", "streamingllm", "h2o", "knorm"}) {
       policy_options x = p;
       if (std::string(prompt) == "lagkv") x.lag = 4, x.sinks = 2;

@@ -82,7 +82,7 @@ void accepted(binding const& b) {
 TEST_CASE("good bindings are accepted") {
   for (char const* name :
        {"fullkv", "streamingllm", "snapkv", "pyramidkv", "dynamickv", "adakv", "h2o",
-        "observed_attention", "tova", "morphkv", "knorm", "keydiff", "lagkv"})
+        "observed_attention", "expected_attention", "tova", "morphkv", "knorm", "keydiff", "lagkv"})
     accepted(with(name, [](auto&) {}));
 }
 
@@ -114,6 +114,9 @@ TEST_CASE("capacity, window and sinks") {
   refused(with("snapkv", [](auto& b) { b.p.window = 0; }), "window", "0", ">= 1");
   refused(with("lagkv", [](auto& b) { b.p.sinks = -1; }), "sinks", "-1", ">= 0");
   refused(with("lagkv", [](auto& b) { b.p.lag = 0; }), "lag", "0", ">= 1");
+  refused(with("expected_attention", [](auto& b) { b.p.ahead = 0; }), "ahead", "0", ">= 1");
+  refused(with("expected_attention", [](auto& b) { b.p.rotation.dims = 5; }), "rope.dims", "5",
+          "even");
   refused(with("lagkv", [](auto& b) { b.p.capacity = 0; }), "capacity", "0",
           "> sinks + window = 0");
   refused(with("observed_attention", [](auto& b) { b.p.capacity = 0; }), "capacity", "0", ">");

@@ -65,7 +65,7 @@ bool contains(std::string const& text, std::string const& part) {
 
 bool is_supported(fs::path const& dir) {
   std::string const policy = load_case(dir, false).policy();
-  return policy != "cake" && policy != "expected_attention";
+  return policy != "cake";
 }
 
 /// A copy of a golden case with a changed case.json.
@@ -141,13 +141,9 @@ TEST_CASE("a trace of two sequences is two traces") {
 }
 
 TEST_CASE("policies that do not exist are named") {
-  for (char const* policy : {"cake", "expected_attention"})
-    for (auto const& dir : case_dirs(KVKEEP_GOLDEN_DIR)) {
-      if (load_case(dir, false).policy() != policy) continue;
-      auto const r = replay({dir.string(), "--check"});
-      CHECK(r.code == 3);
-      CHECK(r.text == "unsupported: " + std::string(policy) + "\n");
-    }
+  auto const r = replay({golden("cake_adjust_budgets").string(), "--check"});
+  CHECK(r.code == 3);
+  CHECK(r.text == "unsupported: cake\n");
   auto const cuda = replay({golden("knorm_kvf").string(), "--backend", "cuda"});
 #ifdef KVKEEP_REPLAY_CUDA
   CHECK((cuda.code == 0 || cuda.code == 77));  // 77: no device
@@ -211,7 +207,7 @@ TEST_CASE("a mismatch fails, and of several cases the gravest code is returned")
   CHECK(contains(no_sets.text, "kept: dtype differs"));
 
   std::string const good = golden("knorm_kvf").string();
-  std::string const unknown = golden("expected_attention_kvpress").string();
+  std::string const unknown = golden("cake_adjust_budgets").string();
   std::string const missing = (tmp.path / "missing").string();
   CHECK(replay({good, unknown, "--check"}).code == 3);
   CHECK(replay({unknown, dir.string(), good, "--check"}).code == 1);
@@ -245,6 +241,8 @@ TEST_CASE("bad parameters and shapes are refused by name, and nothing is written
       {"adakv_kvf_mha_avg", "params", "floor", 1.5},
       {"adakv_kvf_mha_avg", "params", "variant", "none"},
       {"lagkv_kvpress", "params", "lag_size", 0},
+      {"expected_attention_kvpress", "params", "n_future", 0},
+      {"expected_attention_kvpress", "params", "rope_layout", "whole"},
       {"spec_dynamickv_a", "params", "r_min", 2},
       {"dynamickv_8l", "params", "every", 0},
       {"streaming_trace", "params", "recent_size", 0},

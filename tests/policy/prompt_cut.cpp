@@ -24,7 +24,7 @@ struct setting {
 };
 
 bool needs_all_queries(std::string const& name) {
-  return name == "h2o" || name == "observed_attention";
+  return name == "h2o" || name == "observed_attention" || name == "expected_attention";
 }
 bool needs_no_queries(std::string const& name) {
   return name == "knorm" || name == "keydiff" || name == "lagkv" || name == "streamingllm" ||
@@ -127,6 +127,14 @@ policy_options sizes(generator& g) {
   o.normalize = o.normalize && o.form != ada_form::safeguard;
   o.lag = g.integer(1, 6);
   o.cross_scoring = g.chance(0.5F);
+  o.rotation.theta = g.chance(0.5F) ? 10000 : 500;
+  o.rotation.dims = 2 * g.integer(0, 2);
+  o.rotation.interleaved = g.chance(0.5F);
+  o.rotated = g.chance(0.7F);
+  o.ahead = g.integer(1, 40);
+  o.covariance = g.chance(0.7F);
+  o.value_norms = g.chance(0.7F);
+  o.epsilon = g.chance(0.5F) ? 0.01 : 0;
   o.make_room_first = false;
   return o;
 }
@@ -144,9 +152,19 @@ index_t some_prompt(generator& g, policy_options const& o) {
   return std::max<index_t>(g.one_of(special), 1);
 }
 
-std::vector<std::string> const names{
-    "snapkv", "pyramidkv",    "dynamickv",          "adakv", "h2o", "tova", "knorm", "keydiff",
-    "lagkv",  "streamingllm", "observed_attention", "fullkv"};
+std::vector<std::string> const names{"snapkv",
+                                     "pyramidkv",
+                                     "dynamickv",
+                                     "adakv",
+                                     "h2o",
+                                     "tova",
+                                     "knorm",
+                                     "keydiff",
+                                     "lagkv",
+                                     "streamingllm",
+                                     "observed_attention",
+                                     "fullkv",
+                                     "expected_attention"};
 
 setting random_setting(generator& g, std::string const& name) {
   policy_options o = sizes(g);
@@ -217,7 +235,8 @@ TEST_CASE("short prompts, prompts at the capacity and one-token prompts") {
 
 TEST_CASE("every budget with every comparable scorer and scope") {
   index_t ties = 0;
-  for (std::string const name : {"snapkv", "h2o", "tova", "knorm", "keydiff", "lagkv"})
+  for (std::string const name :
+       {"snapkv", "h2o", "tova", "knorm", "keydiff", "lagkv", "expected_attention"})
     for (std::string_view const budget : {"uniform", "pyramid", "dynamic", "ada"})
       for (scope const per : {scope::head, scope::layer, scope::sequence})
         for_seeds(1, [&](generator& g) {

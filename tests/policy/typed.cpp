@@ -129,7 +129,7 @@ TEST_CASE("the list of policies says what they can do") {
         names.back() == "pyramidkv" || names.back() == "dynamickv" || names.back() == "adakv";
     CHECK(i.per_sequence == !uneven);
   });
-  CHECK(names.size() == 13);
+  CHECK(names.size() == 14);
 }
 
 TEST_CASE("a policy by name has the options of its maker where none are given") {
@@ -151,6 +151,7 @@ TEST_CASE("a policy by name has the options of its maker where none are given") 
   same(make_knorm({.window = window}));
   same(make_keydiff({.window = window}));
   same(make_lagkv({}));
+  same(make_expected_attention({}));
 }
 
 TEST_CASE("no policy takes more tokens than its range of a parameter says") {
@@ -166,6 +167,7 @@ TEST_CASE("no policy takes more tokens than its range of a parameter says") {
         if (name == "window") o.window = value;
         if (name == "sinks") o.sinks = value;
         if (name == "lag") o.lag = value;
+        if (name == "ahead") o.ahead = value;
         if (name == "n_rows") o.n_rows = value, o.window = most_tokens - 1;
         return refusal([&] { check_policy(make(i.name, o), 2, shape); });
       };
@@ -191,7 +193,7 @@ TEST_CASE("a different configuration has a different key") {
   };
   for (char const* name :
        {"snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "tova", "morphkv", "knorm", "keydiff",
-        "lagkv", "streamingllm", "observed_attention", "fullkv"})
+        "lagkv", "streamingllm", "observed_attention", "fullkv", "expected_attention"})
     add(name, [](auto&) {});
   add("snapkv", [](auto& o) { o.capacity = 99; });
   add("snapkv", [](auto& o) { o.window = 9; });
@@ -208,14 +210,20 @@ TEST_CASE("a different configuration has a different key") {
   add("morphkv", [](auto& o) { o.evaluation = morph_rows::direct; });
   add("adakv", [](auto& o) { o.alpha = 0.5; });
   add("dynamickv", [](auto& o) { o.every = 2; });
+  add("expected_attention", [](auto& o) { o.rotation.theta = 5e5; });
+  add("expected_attention", [](auto& o) { o.rotated = false; });
+  add("expected_attention", [](auto& o) { o.ahead = 64; });
+  add("expected_attention", [](auto& o) { o.covariance = false; });
+  add("expected_attention", [](auto& o) { o.value_norms = false; });
   auto sorted = keys;
   std::sort(sorted.begin(), sorted.end());
   CHECK(std::unique(sorted.begin(), sorted.end()) == sorted.end());
 }
 
 TEST_CASE("a policy is one header of less than 80 lines") {
-  for (char const* name : {"knorm", "snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "tova",
-                           "morphkv", "keydiff", "lagkv", "streamingllm", "fullkv"}) {
+  for (char const* name :
+       {"knorm", "snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "tova", "morphkv", "keydiff",
+        "lagkv", "streamingllm", "expected_attention", "fullkv"}) {
     INFO(name);
     CHECK(lines_of(policy_folder() + name + ".hpp") < 80);
   }

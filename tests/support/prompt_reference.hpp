@@ -5,6 +5,7 @@
 
 #include "engine.hpp"
 #include "oracle_budget.hpp"
+#include "oracle_expected.hpp"
 
 namespace kvkeep::test {
 
@@ -45,7 +46,7 @@ struct prompt_reference {
     if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks.value_or(0), o.window, 0};
     if (name == "h2o" || name == "morphkv") keep.recent = o.window;
     if (name == "tova") keep = {o.sinks.value_or(0), o.window > 0 ? 1 : 0, 0};
-    if (name == "streamingllm") keep.sinks = o.sinks.value_or(4);
+    if (name == "streamingllm" || name == "expected_attention") keep.sinks = o.sinks.value_or(4);
     if (name == "tova" && width == scope::head) width = scope::layer;
     budget = name == "pyramidkv"   ? "pyramid"
              : name == "dynamickv" ? "dynamic"
@@ -66,6 +67,12 @@ struct prompt_reference {
     if (name == "keydiff") s = oracle::keydiff_scores(k);
     if (name == "lagkv")
       s = oracle::lagkv_scores(k, first_rows(t.v, n), o.sinks.value_or(4), o.lag, o.cross_scoring);
+    if (name == "expected_attention")
+      s = oracle::expected_scores(
+          q, k, first_rows(t.v, n),
+          {o.rotation.theta, o.rotation.dims, o.rotation.interleaved, o.rotated, o.ahead,
+           o.sinks.value_or(4), o.covariance, o.value_norms, o.epsilon},
+          rule.scale.value_or(1 / std::sqrt(double(k.extent(2)))));
     if (name == "streamingllm" || name == "fullkv") {
       s = oracle::array({k.extent(0), n});
       for (index_t h = 0; h < k.extent(0); ++h)

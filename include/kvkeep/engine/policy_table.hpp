@@ -10,6 +10,7 @@
 
 #include "../policy/adakv.hpp"
 #include "../policy/dynamickv.hpp"
+#include "../policy/expected_attention.hpp"
 #include "../policy/fullkv.hpp"
 #include "../policy/h2o.hpp"
 #include "../policy/keydiff.hpp"
@@ -29,7 +30,7 @@ namespace kvkeep {
 struct policy_options {
   index_t capacity = 1024;
   index_t window = 32;  ///< W; H2O: the recent tokens; TOVA: 1 protects the newest token
-  /// None: the policy's own (StreamingLLM, LagKV: 4; else 0).
+  /// None: the policy's own (StreamingLLM, LagKV, ExpectedAttention: 4; else 0).
   std::optional<index_t> sinks{};
   index_t kernel = 5;
   op::pooling pooling = op::pooling::average;
@@ -54,6 +55,12 @@ struct policy_options {
   bool make_room_first = true;
   index_t lag = 128;
   bool cross_scoring = false;
+  rope rotation{};
+  bool rotated = true;
+  index_t ahead = 512;
+  bool covariance = true;
+  bool value_norms = true;
+  double epsilon = 0;
   scope per = scope::head;
   /// Replaces the policy's own budget: "", "uniform", "pyramid", "dynamic", "ada", "per_head", "inherit".
   std::string_view budget{};
@@ -122,6 +129,8 @@ inline constexpr parameter_info morph_parameters[] = {{"capacity", 3, longest},
                                                       {"evict_after", 1, 1024}};
 inline constexpr parameter_info lag_parameters[] = {
     {"capacity", 1, longest}, {"sinks", 0, longest}, {"lag", 1, longest}};
+inline constexpr parameter_info expected_parameters[] = {
+    {"capacity", 1, longest}, {"sinks", 0, longest}, {"ahead", 1, longest}, {"epsilon", 0, 1}};
 
 /// Name, paper, parameters, and how a policy is made: the one table.
 template <class F>
@@ -150,6 +159,9 @@ void each_policy(policy_options const& o, F&& f) {
     guarded_parameters);
   f(make_lagkv({o.capacity, first_ones, o.lag, o.cross_scoring}), "arXiv 2504.04704",
     lag_parameters);
+  f(make_expected_attention({o.capacity, first_ones, o.rotation, o.rotated, o.ahead, o.covariance,
+                             o.value_norms, o.epsilon}),
+    "arXiv 2510.00636", expected_parameters);
 }
 
 inline any_budget named_budget(policy_options const& o) {

@@ -19,9 +19,10 @@ struct row_plan {
   index_t weights_at = 0;
   index_t weight_ring = 0;  ///< ring rows, drafts included; group * weight_ring slot rows
   index_t loose_at = 0;
-  index_t loose_rows = 0;   ///< the decode scorer's rows that new tokens do not find cleared
-  index_t head_floats = 0;  ///< the decode scorer's floats per sequence and KV head
-  index_t score_at = -1;    ///< -1: none
+  index_t loose_rows = 0;     ///< the decode scorer's rows that new tokens do not find cleared
+  index_t head_floats = 0;    ///< the decode scorer's floats per sequence and KV head
+  index_t prompt_floats = 0;  ///< the prompt scorer's, until the prompt has ended
+  index_t score_at = -1;      ///< -1: none
   index_t total = 0;
   index_t query_ring = 0;  ///< rows of the query ring, drafts included
 };
@@ -63,6 +64,7 @@ bound_rows plan_rows(P const& prompt, D const& decode, bool one, limits const& l
   r.loose_at = r.weights_at + r.weight_ring * cache.group();
   r.loose_rows = at_decode ? ds.loose_rows : 0;
   r.head_floats = at_decode ? ds.head_floats : 0;
+  r.prompt_floats = ps.prompt_floats;
   r.total = r.loose_at + r.loose_rows;
   if (prompt.budget.traits().couples_layers) r.score_at = r.total++;
   index_t const queries =
@@ -87,6 +89,7 @@ struct layer_state {
   tensor_ref<float, 4, Space> weight_sum{};  ///< [S, H, g, ring]
   tensor_ref<float, 4, Space> weight_max{};  ///< [S, H, g, ring], where there are head floats
   tensor_ref<float, 3, Space> head{};        ///< [S, H, head floats]
+  tensor_ref<float, 3, Space> gathered{};    ///< [S, H, prompt floats], but for transient prompts
   index_t* seen = nullptr;                   ///< [S] confirmed tokens
   index_t* ring_from = nullptr;              ///< [S] oldest position in the query ring
   index_t* appended = nullptr;               ///< [S] tokens with a slot
@@ -101,6 +104,7 @@ template <class Space>
 struct staging_state {
   slot_state<Space> slots{};
   tensor_ref<float, 4, Space> weight_sum{};
+  tensor_ref<float, 3, Space> gathered{};
 };
 
 /// Per-slot rows begin a cache line apart, so that kernels may take whole vectors.
@@ -134,6 +138,8 @@ void carve_layer(workspace& w, layer_state<Space>& l, state_shape const& s) {
   index_t const floats = s.rows.head_floats, maxima = floats > 0 ? s.rows.weight_ring : 0;
   l.weight_max = row_major<Space>(w.take<float>(product(n, hq, maxima)), n, h, g, maxima);
   l.head = row_major<Space>(w.take<float>(product(n, h, floats)), n, h, floats);
+  index_t const kept = s.max_prompt > 0 ? 0 : s.rows.prompt_floats;
+  l.gathered = row_major<Space>(w.take<float>(product(n, h, kept)), n, h, kept);
   l.seen = w.take<index_t>(product(n));
   l.ring_from = w.take<index_t>(product(n));
   l.appended = w.take<index_t>(product(n));
@@ -181,6 +187,8 @@ void carve_shared(workspace& w, shared_state<Space>& s, state_shape const& shape
     s.staging.weight_sum =
         row_major<Space>(w.take<float>(product(shape.cache.n_q_heads, shape.rows.weight_ring)), 1,
                          h, shape.cache.group(), shape.rows.weight_ring);
+    index_t const floats = shape.rows.prompt_floats;
+    s.staging.gathered = row_major<Space>(w.take<float>(product(h, floats)), 1, h, floats);
   }
 }
 
@@ -228,6 +236,7 @@ struct cache_source {
   batch_ref<Space> batch{};
   layer_ref<Space> layer{};
   tensor_ref<float, 4, Space> weight_sum{};
+  tensor_ref<float, 3, Space> gathered{};
   index_t id0 = 0;  ///< sequence that index 0 of the arrays stands for
 };
 
@@ -253,6 +262,7 @@ score_input<Space> view_of(layer_state<Space> const& l, row_plan const& r,
   in.weight_max = rebase(l.weight_max, s.id0);
   in.loose = rows_from(layer.slots.rows, r.loose_at, r.loose_rows);
   in.head = rebase(l.head, s.id0);
+  if (prompt) in.gathered = s.gathered;
   in.fresh = slice(l.fresh, 0);
   return in;
 }

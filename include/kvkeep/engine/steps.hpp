@@ -46,6 +46,7 @@ struct reset_head {
     index_t const sums = l.weight_sum.extent[2] * l.weight_sum.extent[3];
     for (index_t i = 0; i < sums; ++i) l.weight_sum.at(id, h)[i] = 0;
     for (index_t i = 0; i < l.head.extent[2]; ++i) l.head(id, h, i) = 0;
+    for (index_t i = 0; i < l.gathered.extent[2]; ++i) l.gathered(id, h, i) = 0;
   }
 };
 

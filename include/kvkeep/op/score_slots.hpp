@@ -16,6 +16,8 @@ struct slot_values {
   float const* v = nullptr;
   index_t dim_k = 0;
   index_t dim_v = 0;
+  index_t entry = 0;  ///< of the batch
+  index_t head = 0;   ///< KV head
 };
 
 namespace op {

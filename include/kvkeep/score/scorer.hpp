@@ -47,6 +47,9 @@ struct state_spec {
       false;                ///< decoded tokens' queries enter the ring too, not only the prompt's
   index_t loose_rows = 0;   ///< floats per slot that a new token need not find cleared
   index_t head_floats = 0;  ///< floats per sequence and KV head
+  /// Floats per sequence and KV head until its prompt has ended, for a prompt's scorer. Nobody clears them for a
+  /// prompt: who observes position 0 begins anew.
+  index_t prompt_floats = 0;
 };
 
 /// Everything that a scorer may look at in one call. All `[id, ...]` arrays are indexed by
@@ -74,8 +77,9 @@ struct score_input {
   index_t const* newest_row = nullptr;  ///< [entry] weight ring row of the newest token
   tensor_ref<index_t const, 2, Space> fresh{};  ///< [id, kv_head] slot of the newest token
 
-  tensor_ref<float, 4, Space> loose{};  ///< [id, kv_head, row, slot] state_spec::loose_rows
-  tensor_ref<float, 3, Space> head{};   ///< [id, kv_head, i] state_spec::head_floats
+  tensor_ref<float, 4, Space> loose{};     ///< [id, kv_head, row, slot] state_spec::loose_rows
+  tensor_ref<float, 3, Space> head{};      ///< [id, kv_head, i] state_spec::head_floats
+  tensor_ref<float, 3, Space> gathered{};  ///< [id, kv_head, i] state_spec::prompt_floats
 };
 
 /// No-op defaults of the optional steps; scorers derive from it.

@@ -64,6 +64,8 @@ status enqueue(context& c, op::score_slots<Fn, host_space> const& o, workspace& 
     v.seen = o.seen != nullptr ? o.seen[id] : 0;
     v.dim_k = kv.shape.dim_k;
     v.dim_v = kv.shape.dim_v;
+    v.entry = b;
+    v.head = h;
     index_t first = o.first_slot, last = n;
     if (o.only.data != nullptr) {
       with_next_head(o.batch.n, kv.shape.n_kv_heads, b, h,

@@ -54,9 +54,9 @@ planned<each_slot_stage<functor_slots<Fn>>> stage_of(context const&,
     return {status::bad_argument, {}};
   functor_slots<Fn> work{o, nullptr, Fn::reads_k && !as_floats(kv.k),
                          Fn::reads_v && !as_floats(kv.v)};
-  std::size_t const floats =
-      product(o.batch.n, kv.shape.n_kv_heads, kv.shape.max_slots, kv.shape.dim_k + kv.shape.dim_v);
-  if (work.copy_k || work.copy_v) work.copies = ws.take<float>(floats);
+  if (work.copy_k || work.copy_v)
+    work.copies =
+        ws.take<float>(product(o.batch.n, kv.shape.n_kv_heads, kv.shape.max_slots, work.floats()));
   return {status::ok, {work}};
 }
 /// Scores every slot by a functor. Scratch: rows as floats, where they are not.

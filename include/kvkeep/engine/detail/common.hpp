@@ -153,14 +153,15 @@ status session<Ctx, P, D>::check_blocks(layer_data const& l, index_t row, index_
 template <backend Ctx, class P, class D>
 auto session<Ctx, P, D>::pool(layer_data const& l, index_t const* ids, index_t const* rows,
                               index_t n) const noexcept -> source {
-  return {{n, rows, ids}, {l.kv, l.slots}, l.weight_sum, 0};
+  return {{n, rows, ids}, {l.kv, l.slots}, l.weight_sum, l.gathered, 0};
 }
 
 template <backend Ctx, class P, class D>
 auto session<Ctx, P, D>::transient(layer_data const&, index_t id, kv_ref<space> const& prompt,
                                    index_t const* zero, index_t const* row) const noexcept
     -> source {
-  return {{1, row, zero}, {prompt, shared_.staging.slots}, shared_.staging.weight_sum, id};
+  auto const& own = shared_.staging;
+  return {{1, row, zero}, {prompt, own.slots}, own.weight_sum, own.gathered, id};
 }
 
 template <backend Ctx, class P, class D>

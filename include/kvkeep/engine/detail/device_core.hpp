@@ -110,7 +110,7 @@ class device_core {
     return {1, numbers_ + row, numbers_ + id};
   }
   source pool(layer_data const& l, batch_ref<space> const& b) const noexcept {
-    return {b, {l.kv, l.slots}, l.weight_sum, 0};
+    return {b, {l.kv, l.slots}, l.weight_sum, l.gathered, 0};
   }
   every_layer<space> every(batch_ref<space> const& b) const noexcept {
     return {layer_table_, n_layers(), shape_.cache.n_kv_heads, b};

@@ -30,7 +30,8 @@ status device_session<Ctx, P, D>::find_prompt(layer_data const& l, index_t id,
   if (row >= n_numbers_ || id >= l.kv.shape.n_seq) return status::bad_argument;
   bool const mine = shared_.staging_layer == l.number && shared_.staging_id == id;
   if (!mine && (tokens > 0 || staging_taken())) return status::bad_order;
-  from = {one(0, row), {l.kv, shared_.staging.slots}, shared_.staging.weight_sum, id};
+  auto const& own = shared_.staging;
+  from = {one(0, row), {l.kv, own.slots}, own.weight_sum, own.gathered, id};
   if (prompt == nullptr) return status::ok;
   from.layer.kv = *prompt;
   from.layer.slots.positions.extent[2] = prompt->shape.max_slots;

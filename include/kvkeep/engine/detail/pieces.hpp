@@ -31,6 +31,7 @@ void each_array(layer_state<Space> const& l, F&& f) {
   tensor(l.weight_sum);
   tensor(l.weight_max);
   tensor(l.head);
+  tensor(l.gathered);
   numbers(l.fresh.data, l.fresh.stride[1]);
   index_t* const lists[] = {l.seen, l.ring_from, l.appended, l.attended};
   for (index_t* const list : lists) numbers(list, 1);

@@ -142,14 +142,19 @@ struct reduce_rows_slots {
   }
 };
 
-/// A thread's slot through the user's functor. @param copies [heads][slots][dim_k + dim_v] scratch for
-/// rows that do not lie as floats, or null
+/// A thread's slot through the user's functor. @param copies [heads][slots][floats()] scratch for rows that do not lie
+/// as floats, or null
 template <class Fn>
 struct functor_slots {
   op::score_slots<Fn, device_space> o;
   float* copies;
   bool copy_k, copy_v;
 
+  /// Of a slot's rows that are copied.
+  KVKEEP_HD index_t floats() const {
+    cache_shape const& s = o.layer.kv.shape;
+    return (copy_k ? s.dim_k : 0) + (copy_v ? s.dim_v : 0);
+  }
   __device__ index_t count(block_head const& at) const {
     return o.layer.slots.lengths(o.batch.id_of(at.entry), at.head);
   }
@@ -159,15 +164,17 @@ struct functor_slots {
     if (o.only.data != nullptr ? o.only(id, at.head) != j : j < o.first_slot) return;
     float* copy = copies;
     if (copies != nullptr)
-      copy += (static_cast<offset_t>(at.place) * kv.shape.max_slots + j) *
-              (kv.shape.dim_k + kv.shape.dim_v);
+      copy += (static_cast<offset_t>(at.place) * kv.shape.max_slots + j) * floats();
     slot_values v;
     v.position = o.layer.slots.positions(id, at.head, j);
     v.seen = o.seen != nullptr ? o.seen[id] : 0;
     v.dim_k = kv.shape.dim_k;
     v.dim_v = kv.shape.dim_v;
+    v.entry = at.entry;
+    v.head = at.head;
     if constexpr (Fn::reads_k) v.k = row_of(kv.k, seq, at.head, j, copy_k, copy);
-    if constexpr (Fn::reads_v) v.v = row_of(kv.v, seq, at.head, j, copy_v, copy + kv.shape.dim_k);
+    if constexpr (Fn::reads_v)
+      v.v = row_of(kv.v, seq, at.head, j, copy_v, copy + (copy_k ? kv.shape.dim_k : 0));
     o.out(o.out_by_id ? id : at.entry, at.head, j) = o.fn(static_cast<slot_values const&>(v));
   }
 

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
+/// @file
+/// ExpectedAttention's score: the attention that queries to come are expected to pay.
+#pragma once
+
+#include <cmath>
+
+#include "expected_logits.hpp"
+
+namespace kvkeep {
+
+/// ||v||_2 of a value.
+struct value_norm_fn {
+  static constexpr char const* name = "value_norm";
+  static constexpr bool reads_k = false;
+  static constexpr bool reads_v = true;
+
+  KVKEEP_HD float operator()(slot_values const& s) const noexcept {
+    float sum = 0;
+    for (index_t d = 0; d < s.dim_v; ++d) sum += s.v[d] * s.v[d];
+    return std::sqrt(sum);
+  }
+};
+
+/// Spec 3.10; arXiv 2510.00636, NVIDIA/kvpress presses/expected_attention_press.py. Queries to come are taken for normal
+/// variables with the mean and covariance that the prompt's have before rotation, turned by the mean rotation of the next
+/// `ahead` positions; a key's expected exp(logit) is then known, and its share times ||v|| its score.
+/// The first `sinks` tokens' queries and keys take no part; these tokens score infinity.
+/// Memory per query head: 4 (dim_k^2 + dim_k) bytes (4 dim_k without covariance), for every sequence and layer of a
+/// session; for one layer of one sequence alone with `limits::max_prompt`. As much in scratch.
+/// Operations: dim_k^2 (prompt) and 2 dim_k^2 (scores) multiplications and additions per token and query head; K is
+/// read once per query head of a group.
+/// Deviations: queries come as all scorers get them, rotated, and are turned back (`rotated`); fp32 sums, by chunks.
+/// The view's softcap and sink logits are of no account.
+struct expected_attention_score : scorer_base {
+  rope rotation{};
+  bool rotated = true;  ///< queries come with their rotation (else before it)
+  index_t ahead = 512;  ///< F, positions to come
+  index_t sinks = 4;
+  bool covariance = true;
+  bool value_norms = true;
+  float epsilon = 0;  ///< added to a share before it is multiplied by ||v||
+
+  scorer_traits traits() const {
+    scorer_traits t;
+    t.name = "expected_attention";
+    t.at_decode = false;
+    t.prompt = evidence::all_queries;
+    t.chunk_invariant = false;  // sums are rounded chunk by chunk
+    t.prefix_safe = false;      // the queries of a shared prefix were never seen
+    return t;
+  }
+  state_spec state(cache_shape const& s) const {
+    state_spec r;
+    r.prompt_floats = plan(s).floats();
+    return r;
+  }
+  void check(cache_shape const& s) const {
+    rotation.check(s);
+    std::string const most = std::to_string(most_tokens);
+    KVKEEP_EXPECTS(ahead >= 1 && ahead <= most_tokens, "ahead", ahead, ">= 1 and <= " + most);
+    KVKEEP_EXPECTS(sinks >= 0 && sinks <= most_tokens, "sinks", sinks, ">= 0 and <= " + most);
+    KVKEEP_EXPECTS(epsilon >= 0 && epsilon <= 1, "epsilon", epsilon, "0..1");
+    KVKEEP_EXPECTS(product(s.n_q_heads, s.dim_k + 1, s.dim_k + 32) < std::size_t{1} << 31,
+                   "shape.dim_k", s.dim_k, "less, for a covariance per query head");
+  }
+  std::uint64_t key() const {
+    return config_key(rotation.theta, rotation.dims, rotation.interleaved, rotated, ahead, sinks,
+                      covariance, value_norms, epsilon);
+  }
+
+  template <class Ctx>
+  status observe_prompt(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                        query_rows<space_of<Ctx>> const& rows, workspace& ws) const {
+    cache_shape const& s = in.layer.kv.shape;
+    detail::rope_pairs const pairs(rotation, s.dim_k);
+    return detail::add_moments(ctx, plan(s), in.batch, rows, sinks, rotated ? &pairs : nullptr,
+                               in.gathered, ws);
+  }
+  template <class Ctx>
+  status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+               workspace& ws) const {
+    using space = space_of<Ctx>;
+    workspace::frame const frame(ws);
+    detail::softmax_rows<space> rows{in.layer.slots, in.batch, {}};
+    KVKEEP_TRY(logits(ctx, in, rows.logits, ws));
+    index_t const entries = in.batch.n, heads = rows.heads();
+    rows.parts = ws.take<float>(product(entries, heads, rows.n_parts(), 2));
+    rows.totals = ws.take<float>(product(entries, heads, 2));
+    if (value_norms)
+      KVKEEP_TRY(run(
+          ctx,
+          op::score_slots<value_norm_fn, space>{in.batch, in.layer, {}, in.seen, 0, {}, out, false},
+          ws));
+    if (ws.measuring()) return status::ok;
+    if (!ws.ok()) return status::workspace_too_small;
+    index_t const kv_heads = in.layer.kv.shape.n_kv_heads, slots = rows.logits.extent[2];
+    KVKEEP_TRY(each(ctx, entries * heads * rows.n_parts(), detail::sum_parts<space>{rows}, ws));
+    KVKEEP_TRY(each(ctx, entries * heads, detail::sum_totals<space>{rows}, ws));
+    return each(ctx, entries * kv_heads * slots,
+                detail::expected_share<space>{rows, out, sinks, epsilon, value_norms}, ws);
+  }
+
+ private:
+  detail::moment_plan plan(cache_shape const& s) const { return {s.group(), s.dim_k, covariance}; }
+
+  template <class Ctx, class Fn>
+  static status each(Ctx& ctx, index_t n, Fn const& fn, workspace& ws) {
+    return run(ctx, op::for_each<Fn, space_of<Ctx>>{n, fn}, ws);
+  }
+
+  /// `[entry, q_head, slot]` in scratch.
+  template <class Ctx>
+  status logits(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+                tensor_ref<float, 3, space_of<Ctx>>& out, workspace& ws) const {
+    using space = space_of<Ctx>;
+    cache_shape const& s = in.layer.kv.shape;
+    index_t const n = in.batch.n, heads = s.n_q_heads;
+    if (product(n, heads, s.max_slots) >= std::size_t{1} << 31) return status::unsupported;
+    out = row_major<space>(ws.take<float>(product(n, heads, s.max_slots)), n, heads, s.max_slots);
+    workspace::frame const frame(ws);
+    detail::rope_pairs const pairs(rotation, s.dim_k);
+    float* const turns = ws.take<float>(product(n, pairs.pairs(), 2));
+    detail::logit_form<space> form{plan(s), heads};
+    std::size_t const size = product(n, heads, s.dim_k + 1, form.padded());
+    form.data = ws.take<float>(size);
+    if (!ws.measuring()) {
+      if (!ws.ok()) return status::workspace_too_small;
+      KVKEEP_TRY(each(ctx, n * pairs.pairs(),
+                      detail::mean_turns<space>{pairs, in.batch, in.seen, ahead, turns}, ws));
+      detail::fill_form<space> const fill{form,  in.batch, in.gathered,
+                                          pairs, turns,    in.layer.kv.scale};
+      KVKEEP_TRY(each(ctx, static_cast<index_t>(size), fill, ws));
+    }
+    for (index_t g = 0; g < s.group(); ++g) {
+      op::score_slots<detail::expected_logit<space>, space> o{in.batch, in.layer, {form, g, sinks}};
+      o.out.data = out.data != nullptr ? out.data + g * out.stride[1] : nullptr;
+      o.out.extent[0] = n, o.out.extent[1] = s.n_kv_heads, o.out.extent[2] = s.max_slots;
+      o.out.stride[0] = out.stride[0], o.out.stride[1] = out.stride[1] * s.group();
+      o.out.stride[2] = 1;
+      KVKEEP_TRY(run(ctx, o, ws));
+    }
+    return status::ok;
+  }
+};
+
+}  // namespace kvkeep
