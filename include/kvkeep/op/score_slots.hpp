@@ -18,6 +18,7 @@ struct slot_values {
   index_t dim_v = 0;
   index_t entry = 0;  ///< of the batch
   index_t head = 0;   ///< KV head
+  index_t slot = 0;
 };
 
 namespace op {

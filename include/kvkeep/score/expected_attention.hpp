@@ -28,8 +28,8 @@ struct value_norm_fn {
 /// The first `sinks` tokens' queries and keys take no part; these tokens score infinity.
 /// Memory per query head: 4 (dim_k^2 + dim_k) bytes (4 dim_k without covariance), for every sequence and layer of a
 /// session; for one layer of one sequence alone with `limits::max_prompt`. As much in scratch.
-/// Operations: dim_k^2 (prompt) and 2 dim_k^2 (scores) multiplications and additions per token and query head; K is
-/// read once per query head of a group.
+/// Operations: dim_k^2 / 2 multiplications with additions per token and query head while the prompt comes, and as many to
+/// score. Bytes: K and V once, 12 per slot and query head in scratch.
 /// Deviations: queries come as all scorers get them, rotated, and are turned back (`rotated`); fp32 sums, by chunks.
 /// The view's softcap and sink logits are of no account.
 struct expected_attention_score : scorer_base {
@@ -83,7 +83,7 @@ struct expected_attention_score : scorer_base {
     using space = space_of<Ctx>;
     workspace::frame const frame(ws);
     detail::softmax_rows<space> rows{in.layer.slots, in.batch, {}};
-    KVKEEP_TRY(logits(ctx, in, rows.logits, ws));
+    KVKEEP_TRY(logits(ctx, in, out, rows.logits, ws));
     index_t const entries = in.batch.n, heads = rows.heads();
     rows.parts = ws.take<float>(product(entries, heads, rows.n_parts(), 2));
     rows.totals = ws.take<float>(product(entries, heads, 2));
@@ -111,7 +111,7 @@ struct expected_attention_score : scorer_base {
 
   /// `[entry, q_head, slot]` in scratch.
   template <class Ctx>
-  status logits(Ctx& ctx, score_input<space_of<Ctx>> const& in,
+  status logits(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> scores,
                 tensor_ref<float, 3, space_of<Ctx>>& out, workspace& ws) const {
     using space = space_of<Ctx>;
     cache_shape const& s = in.layer.kv.shape;
@@ -132,15 +132,11 @@ struct expected_attention_score : scorer_base {
                                           pairs, turns,    in.layer.kv.scale};
       KVKEEP_TRY(each(ctx, static_cast<index_t>(size), fill, ws));
     }
-    for (index_t g = 0; g < s.group(); ++g) {
-      op::score_slots<detail::expected_logit<space>, space> o{in.batch, in.layer, {form, g, sinks}};
-      o.out.data = out.data != nullptr ? out.data + g * out.stride[1] : nullptr;
-      o.out.extent[0] = n, o.out.extent[1] = s.n_kv_heads, o.out.extent[2] = s.max_slots;
-      o.out.stride[0] = out.stride[0], o.out.stride[1] = out.stride[1] * s.group();
-      o.out.stride[2] = 1;
-      KVKEEP_TRY(run(ctx, o, ws));
-    }
-    return status::ok;
+    // The scores themselves come later, to the same place.
+    return run(ctx,
+               op::score_slots<detail::expected_logits<space>, space>{
+                   in.batch, in.layer, {form, out, sinks}, nullptr, 0, {}, scores, false},
+               ws);
   }
 };
 

@@ -78,35 +78,45 @@ struct fill_form {
   }
 };
 
-/// A key's logit for query head `g` of its group.
+/// A key's logits for the query heads of its group, written to `[entry, q_head, slot]`; what it returns is of no account.
 template <class Space>
-struct expected_logit {
+struct expected_logits {
   static constexpr bool reads_k = true;
   static constexpr bool reads_v = false;
 
   logit_form<Space> form;
-  index_t g;
+  tensor_ref<float, 3, Space> out;
   index_t first;  ///< tokens before take no part
 
   KVKEEP_HD float operator()(slot_values const& s) const noexcept {
-    if (s.position < first) return -infinite();
+    for (index_t g = 0; g < form.plan.group; ++g) {
+      index_t const head = s.head * form.plan.group + g;
+      out(s.entry, head, s.slot) =
+          s.position < first ? -infinite() : logit(s.k, form.row(s.entry, head, 0));
+    }
+    return 0;
+  }
+
+ private:
+  /// @param row  of a query head's form, the first one
+  KVKEEP_HD float logit(float const* key, float const* row) const noexcept {
     constexpr index_t width = logit_form<Space>::width;
-    index_t const dim = form.plan.dim, head = s.head * form.plan.group + g;
-    float const* const linear = form.row(s.entry, head, dim);
-    float logit = 0;
+    index_t const dim = form.plan.dim, padded = form.padded();
+    float const* const linear = row + static_cast<offset_t>(dim) * padded;
+    float sum = 0;
     for (index_t d = 0; d < dim; d += width) {
-      float sum[width];
-      for (index_t k = 0; k < width; ++k) sum[k] = linear[d + k];
-      float const* row = form.row(s.entry, head, 0) + d;
+      float part[width];
+      for (index_t k = 0; k < width; ++k) part[k] = linear[d + k];
       index_t const end = !form.plan.spreads ? 0 : d + width < dim ? d + width : dim;
-      for (index_t e = 0; e < end; ++e, row += form.padded()) {
-        float const x = s.k[e];
-        for (index_t k = 0; k < width; ++k) sum[k] += row[k] * x;
+      float const* at = row + d;
+      for (index_t e = 0; e < end; ++e, at += padded) {
+        float const x = key[e];
+        for (index_t k = 0; k < width; ++k) part[k] += at[k] * x;
       }
       for (index_t k = 0; k < width; ++k)
-        if (d + k < dim) logit += s.k[d + k] * sum[k];
+        if (d + k < dim) sum += key[d + k] * part[k];
     }
-    return logit > -FLT_MAX ? (logit < FLT_MAX ? logit : FLT_MAX) : -FLT_MAX;  // as any: also NaN
+    return sum > -FLT_MAX ? (sum < FLT_MAX ? sum : FLT_MAX) : -FLT_MAX;  // as any logit: also NaN
   }
 };
 

@@ -75,6 +75,7 @@ status enqueue(context& c, op::score_slots<Fn, host_space> const& o, workspace& 
     }
     for (index_t j = first; j < last; ++j) {
       v.position = positions[j];
+      v.slot = j;
       if constexpr (Fn::reads_k) v.k = float_row({&kv.k, seq, h}, j, copy);
       if constexpr (Fn::reads_v) v.v = float_row({&kv.v, seq, h}, j, copy + kv.shape.dim_k);
       out[j] = o.fn(static_cast<slot_values const&>(v));

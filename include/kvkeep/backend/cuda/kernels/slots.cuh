@@ -172,6 +172,7 @@ struct functor_slots {
     v.dim_v = kv.shape.dim_v;
     v.entry = at.entry;
     v.head = at.head;
+    v.slot = j;
     if constexpr (Fn::reads_k) v.k = row_of(kv.k, seq, at.head, j, copy_k, copy);
     if constexpr (Fn::reads_v)
       v.v = row_of(kv.v, seq, at.head, j, copy_v, copy + (copy_k ? kv.shape.dim_k : 0));
