@@ -126,7 +126,6 @@ TEST_CASE("a maximum of rows ignores NaN") {
   lo.dense = true;
   test::test_layer const l(lo);
   float const nan = std::numeric_limits<float>::quiet_NaN();
-  float const inf = std::numeric_limits<float>::infinity();
   std::vector<index_t> const seen(uz(l.n_ids), 5);
   for (index_t const n_rows : {1, 2, 3})
     for (bool const by_age : {false, true}) {
