@@ -92,6 +92,23 @@ TEST_CASE("unknown names are refused and the known ones listed") {
   refused(with([](auto& b) { b.p.budget = "pyramids"; }), "budget", "pyramids", "uniform, pyramid");
 }
 
+TEST_CASE("a policy that nobody has made is refused") {
+  binding const b;
+  test_cache const cache(b.cache);
+  layer_spec<> const spec{cache.ref()};
+  any const none{}, good = make(b.prompt, b.p);
+  auto const message = [&](any const& prompt, any const& decode) {
+    cpu::context ctx;
+    return refusal([&] {
+      (void)bind_session(ctx, prompt, decode, std::span<layer_spec<> const>(&spec, 1), b.lim);
+    });
+  };
+  has(message(none, none), "policy = none, allowed: one of make_policy's");
+  has(message(good, none), "policy = none");
+  has(message(none, good), "policy = none");
+  has(refusal([&] { check_policy(none, 1, b.cache.shape); }), "policy = none");
+}
+
 TEST_CASE("capacity, window and sinks") {
   for (char const* name :
        {"snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "morphkv", "knorm", "keydiff"}) {

@@ -32,11 +32,11 @@ class any_scorer {
   requires scorer<S, Ctx>
   explicit any_scorer(S const& s) : self_(std::make_shared<model<S> const>(s)) {}
 
-  scorer_traits traits() const { return self_->traits(); }
-  state_spec state(cache_shape const& s) const { return self_->state(s); }
-  std::uint64_t key() const { return self_->key(); }
-  index_t least_tokens() const { return self_->least_tokens(); }
-  void check(cache_shape const& s) const { self_->check(s); }
+  scorer_traits traits() const { return self().traits(); }
+  state_spec state(cache_shape const& s) const { return self().state(s); }
+  std::uint64_t key() const { return self().key(); }
+  index_t least_tokens() const { return self().least_tokens(); }
+  void check(cache_shape const& s) const { self().check(s); }
   status observe_prompt(Ctx& c, input const& in, query_rows<space> const& q, workspace& w) const {
     return self_->observe_prompt(c, in, q, w);
   }
@@ -122,6 +122,12 @@ class any_scorer {
       return detail::decide_token(c, s, in, t, w);
     }
   };
+
+  /// @throws std::invalid_argument for a policy that nobody has made
+  base const& self() const {
+    KVKEEP_EXPECTS(self_ != nullptr, "policy", "none", "one of make_policy's or erase_policy's");
+    return *self_;
+  }
 
   std::shared_ptr<base const> self_;
 };
