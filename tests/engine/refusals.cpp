@@ -387,6 +387,17 @@ TEST_CASE("blocks need paged views and engine_commits") {
     refused(after_ada(15), "prompt.capacity", "15", ">= block = 16 of the decode policy");
     accepted(after_ada(16));
   }
+  // Sinks lie in one block, the window's four tokens in another, and so many have to stay.
+  auto const guarded = [&](index_t capacity, index_t window, bool packed) {
+    return whole([=](auto& b) {
+      b.p.sinks = 1, b.p.window = window, b.p.capacity = capacity, b.p.whole_blocks = !packed;
+    });
+  };
+  refused(guarded(7, 4, false), "capacity", "7", "2 or more blocks of 4");
+  refused(guarded(11, 5, false), "capacity", "11", "3 or more blocks of 4");
+  accepted(guarded(8, 4, false));
+  accepted(guarded(12, 5, false));
+  accepted(guarded(7, 4, true));
   accepted(whole([](auto& b) { b.prompt = b.decode = "fullkv", b.p.capacity = 1; }));
   refused(whole([](auto& b) { b.lim.engine_commits = false; }), "decode.select", "whole_blocks",
           "engine_commits");

@@ -137,6 +137,14 @@ KVKEEP_COLD void check_policy(P const& p, index_t n_layers, cache_shape const& s
     KVKEEP_EXPECTS(b.inherits || block == 1 || p.budget.capacity() >= block, "capacity",
                    p.budget.capacity(),
                    ">= block = " + std::to_string(block) + ", for fewer tokens fill no block");
+    // Otherwise a cut leaves more blocks than its budget, and is due again at once.
+    index_t const guarded =
+        (p.keep.sinks + block - 1) / block + (p.keep.recent + block - 1) / block;
+    KVKEEP_EXPECTS(
+        b.inherits || p.select.traits().moves_tokens || p.budget.capacity() / block >= guarded,
+        "capacity", p.budget.capacity(),
+        std::to_string(guarded) + " or more blocks of " + std::to_string(block) +
+            ", which sinks and window may lie in");
   }
   KVKEEP_EXPECTS(
       !b.needs_scores || s.comparable, "budget", b.name,
