@@ -11,13 +11,15 @@ using test::generator;
 using test::padded;
 using test::uz;
 
+template <bool K, bool V>
 struct with_rows {
-  static constexpr bool reads_k = true, reads_v = true;
+  static constexpr bool reads_k = K, reads_v = V;
   float weight = 1;
   KVKEEP_HD float operator()(slot_values const& s) const {
     float sum = static_cast<float>(s.seen - s.position);
-    for (index_t d = 0; d < s.dim_k; ++d) sum += weight * s.k[d];
-    for (index_t d = 0; d < s.dim_v; ++d) sum -= s.v[d];
+    sum += static_cast<float>(2 * s.entry + 3 * s.head + 5 * s.slot);
+    for (index_t d = 0; K && d < s.dim_k; ++d) sum += weight * s.k[d];
+    for (index_t d = 0; V && d < s.dim_v; ++d) sum -= s.v[d];
     return sum;
   }
 };
@@ -46,57 +48,69 @@ op::score_slots<Fn> make(test::test_layer const& l, Fn fn, padded<float, 3> cons
   return o;
 }
 
+/// On a random layer of some layout and type.
+template <bool K, bool V>
+void check_functor(generator& g, test::layout_id layout, dtype type) {
+  INFO(layout << " " << type << ", keys " << K << ", values " << V);
+  test::layer_options lo;
+  lo.cache.layout = layout;
+  lo.cache.type = type;
+  lo.cache.shape = test::random_shape(g, 30);
+  lo.cache.seed = g.next();
+  test::test_layer const l(lo);
+  bool const by_id = g.chance(0.5F);
+  padded<float, 3> out({l.n_ids, l.shape().n_kv_heads, l.shape().max_slots}, -7);
+  padded<index_t, 2> only({l.n_ids, l.shape().n_kv_heads}, -1);
+  std::vector<index_t> seen(uz(l.n_ids));
+  for (index_t& s : seen) s = g.integer(0, 1000);
+  with_rows<K, V> const fn{g.uniform()};
+  auto o = make(l, fn, out, by_id);
+  o.seen = seen.data();
+  bool const use_only = g.chance(0.3F);
+  if (use_only) {
+    l.each_head(
+        [&](index_t b, index_t h) { only(l.id[uz(b)], h) = g.integer(-1, l.length(b, h) - 1); });
+    o.only = only.cref();
+  } else {
+    o.first_slot = g.integer(0, 5);
+  }
+  test::run_op(o, out);
+  bool right = true;
+  l.each_head([&](index_t b, index_t h) {
+    index_t const id = l.id[uz(b)];
+    for (index_t t = 0; t < l.shape().max_slots; ++t) {
+      float const got = out(by_id ? id : b, h, t);
+      bool const scored = t < l.length(b, h) && (use_only ? only(id, h) == t : t >= o.first_slot);
+      if (!scored) {
+        right = right && got == -7;
+        continue;
+      }
+      auto const k = l.cache.get_k(l.row[uz(b)], h, t), v = l.cache.get_v(l.row[uz(b)], h, t);
+      slot_values const s{l.position(b, h, t),
+                          seen[uz(id)],
+                          k.data(),
+                          v.data(),
+                          l.shape().dim_k,
+                          l.shape().dim_v,
+                          b,
+                          h,
+                          t};
+      right = right && test::near(static_cast<double>(got), static_cast<double>(fn(s)), 1e-5, 1e-5);
+    }
+  });
+  CHECK(right);
+  CHECK(l.cache.canaries_intact());
+}
+
 }  // namespace
 
-TEST_CASE("a functor sees position, tokens seen, and both rows as floats") {
+TEST_CASE("a functor sees where its slot is, tokens seen, and the rows that it reads as floats") {
   for (test::layout_id const layout : test::all_layouts())
     for (dtype const type : test::readable_dtypes())
-      test::for_seeds(2, [&](generator& g) {
-        INFO(layout << " " << type);
-        test::layer_options lo;
-        lo.cache.layout = layout;
-        lo.cache.type = type;
-        lo.cache.shape = test::random_shape(g, 30);
-        lo.cache.seed = g.next();
-        test::test_layer const l(lo);
-        bool const by_id = g.chance(0.5F);
-        padded<float, 3> out({l.n_ids, l.shape().n_kv_heads, l.shape().max_slots}, -7);
-        padded<index_t, 2> only({l.n_ids, l.shape().n_kv_heads}, -1);
-        std::vector<index_t> seen(uz(l.n_ids));
-        for (index_t& s : seen) s = g.integer(0, 1000);
-        with_rows const fn{g.uniform()};
-        auto o = make(l, fn, out, by_id);
-        o.seen = seen.data();
-        bool const use_only = g.chance(0.3F);
-        if (use_only) {
-          l.each_head([&](index_t b, index_t h) {
-            only(l.id[uz(b)], h) = g.integer(-1, l.length(b, h) - 1);
-          });
-          o.only = only.cref();
-        } else {
-          o.first_slot = g.integer(0, 5);
-        }
-        test::run_op(o, out);
-        bool right = true;
-        l.each_head([&](index_t b, index_t h) {
-          index_t const id = l.id[uz(b)];
-          for (index_t t = 0; t < l.shape().max_slots; ++t) {
-            float const got = out(by_id ? id : b, h, t);
-            bool const scored =
-                t < l.length(b, h) && (use_only ? only(id, h) == t : t >= o.first_slot);
-            if (!scored) {
-              right = right && got == -7;
-              continue;
-            }
-            auto const k = l.cache.get_k(l.row[uz(b)], h, t), v = l.cache.get_v(l.row[uz(b)], h, t);
-            slot_values const s{l.position(b, h, t), seen[uz(id)],   k.data(), v.data(),
-                                l.shape().dim_k,     l.shape().dim_v};
-            right = right &&
-                    test::near(static_cast<double>(got), static_cast<double>(fn(s)), 1e-5, 1e-5);
-          }
-        });
-        CHECK(right);
-        CHECK(l.cache.canaries_intact());
+      test::for_seeds(1, [&](generator& g) {
+        check_functor<true, true>(g, layout, type);
+        check_functor<true, false>(g, layout, type);
+        check_functor<false, true>(g, layout, type);
       });
 }
 
@@ -113,7 +127,7 @@ TEST_CASE("a functor that reads no rows gets none, and opaque rows need no reade
     for (index_t t = 0; t < l.length(b, h); ++t)
       CHECK(out(l.id[uz(b)], h, t) == static_cast<float>(l.position(b, h, t)));
   });
-  auto rows = make(l, with_rows{}, out, true);
+  auto rows = make(l, with_rows<true, true>{}, out, true);
   rows.layer.kv.v.reader = {};
   workspace ws;
   CHECK(test::call(test::one_thread(), rows, ws) == status::unsupported);
