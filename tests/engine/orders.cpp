@@ -120,6 +120,58 @@ TEMPLATE_TEST_CASE("the buffer of transient prompts has one owner until its laye
   CHECK(s.verify() == status::ok);
 }
 
+TEMPLATE_TEST_CASE(
+    "what a prompt has gathered of its queries goes with a copy and with saved state", "",
+    std::false_type, std::true_type) {
+  small_cache m;
+  auto const write_rows = [&kv = m.rows.front()] {  // of both sequences the same
+    auto const half = numbers(kv.size() / 2);
+    std::copy(half.begin(), half.end(), std::copy(half.begin(), half.end(), kv.begin()));
+  };
+  write_rows();
+  auto s = m.bind(TestType{}, make_expected_attention({.capacity = 8, .sinks = 2}));
+  std::vector<float> q = numbers(2 * 24 * plain_dim);
+  for (float& x : q) x *= 20;
+  auto const observe = [&](index_t id, index_t from, index_t n) {
+    queries chunk = make_queries(q.data(), 2, 24, plain_dim);
+    chunk.data = q.data() + offset_t{from} * plain_dim;
+    chunk.n_rows = n;
+    REQUIRE(s.observe(0, id, chunk) == status::ok);
+  };
+  index_t whole = 0, part = 0, copy = -1;
+  REQUIRE(s.begin(whole) == status::ok);
+  observe(whole, 0, 24);
+  REQUIRE(s.end_prompt(0, whole) == status::ok);
+  auto const want = held(s, whole);
+  CHECK(want.size() == 8);
+  REQUIRE(s.end(whole) == status::ok);
+  write_rows();
+
+  REQUIRE(s.begin(part) == status::ok);
+  observe(part, 0, 24);  // of a prompt before: nobody clears it
+  REQUIRE(s.end(part) == status::ok);
+  REQUIRE(s.begin(part) == status::ok);
+  observe(part, 0, 11);
+  REQUIRE(s.fork(part, copy) == status::ok);
+  std::vector<std::byte> saved(s.saved_bytes());
+  bool const on_host = !TestType::value;  // a device session takes no prompt after such a load
+  if (on_host) REQUIRE(s.save(part, saved) == status::ok);
+  for (index_t const id : {part, copy}) {
+    observe(id, 11, 13);
+    REQUIRE(s.end_prompt(0, id) == status::ok);
+    CHECK(held(s, id) == want);
+    REQUIRE(s.end(id) == status::ok);
+  }
+  if (!on_host) return;
+  index_t loaded = -1;
+  write_rows();
+  REQUIRE(s.begin(loaded) == status::ok);
+  REQUIRE(s.load(loaded, saved) == status::ok);
+  observe(loaded, 11, 13);
+  REQUIRE(s.end_prompt(0, loaded) == status::ok);
+  CHECK(held(s, loaded) == want);
+}
+
 TEMPLATE_TEST_CASE("nothing is due for ever: a frozen prefix beyond the budget", "",
                    std::false_type, std::true_type) {
   bool const commits = GENERATE(false, true);
