@@ -172,6 +172,33 @@ TEMPLATE_TEST_CASE(
   CHECK(held(s, loaded) == want);
 }
 
+TEST_CASE(
+    "no token comes before a prompt has ended in all layers, however many drafts there may be") {
+  small_cache m;
+  m.add(32);
+  m.lim.max_draft = 8;
+  auto s = m.bind(std::false_type{}, make_knorm({.capacity = 8}));
+  index_t a = 0, b = 0;
+  REQUIRE(s.begin(a) == status::ok);
+  index_t slot = -1;
+  for (index_t layer : {0, 1}) {
+    REQUIRE(s.observe(layer, a, tokens_only(4)) == status::ok);
+    REQUIRE(s.end_prompt(layer, a) == status::ok);
+    CHECK(s.append(0, of(s, one{a}), &slot) == (layer == 0 ? status::bad_order : status::ok));
+  }
+  // Without a prompt, layers take their drafts one after the other.
+  REQUIRE(s.begin(b) == status::ok);
+  for (index_t layer : {0, 1})
+    for (int draft = 0; draft < 3; ++draft) {
+      std::vector<float> const q(2 * plain_dim, 0.5F);
+      std::vector<float> out(2 * plain_dim);
+      REQUIRE(s.append(layer, of(s, one{b}), &slot) == status::ok);
+      REQUIRE(s.attend(layer, of(s, one{b}), make_queries(q.data(), 2, 1, plain_dim), out.data()) ==
+              status::ok);
+    }
+  CHECK(s.confirm(of(s, one{b}), 3) == status::ok);
+}
+
 TEMPLATE_TEST_CASE("nothing is due for ever: a frozen prefix beyond the budget", "",
                    std::false_type, std::true_type) {
   bool const commits = GENERATE(false, true);

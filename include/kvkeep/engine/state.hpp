@@ -95,7 +95,7 @@ struct layer_state {
   index_t* appended = nullptr;               ///< [S] tokens with a slot
   index_t* attended = nullptr;               ///< [S] host: tokens with evidence
   std::uint8_t* has_lse = nullptr;           ///< [S] host: every ring row has a log-sum-exp
-  std::uint8_t* prompt_done = nullptr;       ///< [S] host
+  std::uint8_t* prompt_done = nullptr;       ///< [S] host: 1: it has ended; 2: there was none
   counters count{};
 };
 

@@ -18,6 +18,8 @@ status session<Ctx, P, D>::check_append(layer_data const& l, batch const& b) con
     index_t const row = b.rows.empty() ? id : b.rows[i];
     index_t const pending = l.appended[id] - shared_.confirmed[id];
     if (l.prompt_done[id] == 0 && l.appended[id] > shared_.confirmed[id]) return status::bad_order;
+    // A prompt ends in all layers before a token comes.
+    if (l.prompt_done[id] == 1 && layers_.back().prompt_done[id] == 0) return status::bad_order;
     if (l.attended[id] != l.appended[id] && limits_.decode != decode_offer::nothing)
       return status::bad_order;
     if (pending >= shape_.drafts) return status::capacity_exceeded;
@@ -47,7 +49,7 @@ status session<Ctx, P, D>::take_slots(layer_data& l, batch const& b, index_t* sl
                   w));
   for (index_t i = 0; i < n; ++i) {
     ++l.appended[ids[i]];
-    l.prompt_done[ids[i]] = 1;  // without a prompt, decoding ends its time
+    if (l.prompt_done[ids[i]] == 0) l.prompt_done[ids[i]] = 2;  // its time is over
     next_generation(ids[i]);
   }
   l.count.tokens += n;
