@@ -415,12 +415,12 @@ TEST_CASE("a token goes where the engine has put it, or nowhere") {
   test::own_batch both{{-1, -1}, {0, 1}};
   auto& [ids, rows] = both;
   auto& s = e.session();
-  for (int i = 0; i < 2; ++i) {
+  for (std::size_t i = 0; i < 2; ++i) {
     REQUIRE(s.begin(ids[i]) == status::ok);
     e.prompt(ids[i], rows[i], words, 8);  // two whole blocks
   }
   SECTION("another slot") {
-    for (int i = 0; i < 2; ++i) e.grow(0, rows[i], 0, 9);
+    for (std::size_t i = 0; i < 2; ++i) e.grow(0, rows[i], 0, 9);
     std::int64_t const right = std::int64_t{e.entry(0, 0, 0, 2)} * 4;
     std::vector<std::int64_t> const map{right, std::int64_t{e.entry(0, 1, 0, 2)} * 4 + 1};
     REQUIRE(s.append_at(both, map.data()) == status::ok);
