@@ -232,6 +232,49 @@ TEMPLATE_TEST_CASE("nothing is due for ever: a frozen prefix beyond the budget",
   }
 }
 
+TEST_CASE(
+    "nothing is due for ever: whole blocks of sinks and a window that a prompt's budget does not "
+    "cover") {
+  for (index_t const frozen : {0, 5}) {
+    plain_model m;
+    m.add_pages(40);
+    m.lim.engine_commits = true;
+    auto prompt = make_snapkv({.capacity = 7, .window = 4});
+    policy<slot_score<key_norm_fn>, inherit, whole_blocks> decode;
+    decode.name = "knorm";
+    decode.select.block = plain_block;
+    decode.keep = {1, 5};
+    prompt.per = decode.per = scope::layer;
+    auto s = m.bind(std::false_type{}, prompt, decode);
+    index_t id = 0;
+    REQUIRE(s.begin(id, {-1, frozen}) == status::ok);
+    std::vector<float> const q(2 * 12 * plain_dim, 0.5F);
+    REQUIRE(s.observe(0, id, make_queries(q.data(), 2, 12, plain_dim)) == status::ok);
+    REQUIRE(s.end_prompt(0, id) == status::ok);
+    for (index_t t = 0; t < 12; ++t) {
+      INFO("frozen " << frozen << " token " << t);
+      REQUIRE(step(s, id) == status::ok);
+      REQUIRE(s.confirm(of(s, one{id}), 1) == status::ok);
+      if (!s.due(of(s, one{id}))) continue;
+      plan<> p;
+      REQUIRE(s.choose(of(s, one{id}), p) == status::ok);
+      REQUIRE(s.commit(p) == status::ok);
+      CHECK(!s.due(of(s, one{id})));
+      std::vector<index_t> pages(10), sizes(1);
+      report_buffer told;
+      told.tables = pages;
+      told.table_sizes = sizes;
+      REQUIRE(s.report(id, told) == status::ok);
+      auto const table = m.tables[0].begin();  // what stays, then what is free again
+      std::stable_partition(table, table + 10, [&](index_t block) {
+        return std::find(pages.begin(), pages.begin() + sizes[0], block) !=
+               pages.begin() + sizes[0];
+      });
+      REQUIRE(s.verify() == status::ok);
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("a copy keeps what it has frozen", "", std::false_type, std::true_type) {
   small_cache m;
   auto s = m.bind(TestType{}, make_knorm({.capacity = 8, .sinks = 0, .window = 2}));

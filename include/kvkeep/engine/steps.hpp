@@ -239,13 +239,14 @@ struct fix_budget {
   index_t layer;
   tensor_ref<index_t, 2, Space> to;  ///< [id, head]
   index_t id;
-  index_t least;          ///< sinks and recent tokens
+  index_t least;          ///< least_budget: what sinks and recent tokens take
   index_t const* frozen;  ///< [id]
   index_t beyond;         ///< recent tokens, which stay besides frozen ones
   index_t block;          ///< slots that leave together
   KVKEEP_HD void operator()(index_t h) const noexcept {
     index_t k = from.data != nullptr ? from(layer, h) : to(id, h);
-    index_t const prefix = frozen[id] > 0 ? (frozen[id] + beyond + block - 1) / block * block : 0;
+    index_t const blocks = (frozen[id] + block - 1) / block + (beyond + block - 1) / block;
+    index_t const prefix = frozen[id] > 0 ? blocks * block : 0;
     k = k > prefix ? k : prefix;
     to(id, h) = k > least ? k : least;
   }
