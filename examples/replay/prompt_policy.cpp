@@ -95,7 +95,7 @@ void read_expected_attention(parameters& p, prompt_policy& r, index_t dim) {
   o.covariance = p.flag("use_covariance", true);
   o.value_norms = p.flag("use_vnorm", true);
   o.epsilon = p.number("epsilon", 0, 1, 0);
-  o.rotation.theta = p.number("rope_theta", 1e-6, 1e12, 10000);
+  o.rotation.theta = p.number("rope_theta", 1, 1e12, 10000);
   o.rotation.interleaved = p.word("rope_layout", layouts, "half");
   o.rotated = false;
   if (dim % 2 != 0)

@@ -148,9 +148,6 @@ TEMPLATE_TEST_CASE(
   write_rows();
 
   REQUIRE(s.begin(part) == status::ok);
-  observe(part, 0, 24);  // of a prompt before: nobody clears it
-  REQUIRE(s.end(part) == status::ok);
-  REQUIRE(s.begin(part) == status::ok);
   observe(part, 0, 11);
   REQUIRE(s.fork(part, copy) == status::ok);
   std::vector<std::byte> saved(s.saved_bytes());

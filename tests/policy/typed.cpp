@@ -211,6 +211,11 @@ TEST_CASE("a different configuration has a different key") {
   add("adakv", [](auto& o) { o.alpha = 0.5; });
   add("dynamickv", [](auto& o) { o.every = 2; });
   add("expected_attention", [](auto& o) { o.rotation.theta = 5e5; });
+  add("expected_attention", [](auto& o) { o.rotation.dims = 4; });
+  add("expected_attention", [](auto& o) { o.rotation.interleaved = true; });
+  float const frequency = 1;
+  add("expected_attention", [&](auto& o) { o.rotation.frequencies = &frequency; });
+  add("expected_attention", [](auto& o) { o.epsilon = 0.1; });
   add("expected_attention", [](auto& o) { o.rotated = false; });
   add("expected_attention", [](auto& o) { o.ahead = 64; });
   add("expected_attention", [](auto& o) { o.covariance = false; });

@@ -48,7 +48,7 @@ struct plain_prompt {
   oracle::array scored(expected_attention_score const& s, index_t chunk) {
     index_t const n = shape.max_slots;
     s.check(shape);
-    // Nobody clears what is gathered.
+    // What lies there before a prompt says nothing.
     gathered.assign(product(2, s.state(shape).prompt_floats), std::nanf(""));
     score_input<> in;
     in.batch.n = 1;
@@ -231,7 +231,7 @@ TEST_CASE("a rope that a model cannot have is refused") {
     INFO(text);
     CHECK(text.find(part) != std::string::npos);
   };
-  has(message([](auto& s) { s.rotation.theta = 0; }), "rope.theta");
+  has(message([](auto& s) { s.rotation.theta = 0.5; }), "rope.theta");
   has(message([](auto& s) { s.rotation.theta = std::nan(""); }), "rope.theta");
   has(message([](auto& s) { s.rotation.dims = 3; }), "rope.dims = 3");
   has(message([](auto& s) { s.rotation.dims = 10; }), "dim_k = 8");

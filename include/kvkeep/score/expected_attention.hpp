@@ -27,11 +27,13 @@ struct value_norm_fn {
 /// `ahead` positions; a key's expected exp(logit) is then known, and its share times ||v|| its score.
 /// The first `sinks` tokens' queries and keys take no part; these tokens score infinity.
 /// Memory per query head: 4 (dim_k^2 + dim_k) bytes (4 dim_k without covariance), for every sequence and layer of a
-/// session; for one layer of one sequence alone with `limits::max_prompt`. As much in scratch.
+/// session; for one layer of one sequence alone with `limits::max_prompt`. Scratch besides, for the call under way: 4 dim_k
+/// bytes per query row of a chunk, or as much as that memory and 4 bytes per slot.
 /// Operations: dim_k^2 / 2 multiplications with additions per token and query head while the prompt comes, and as many to
 /// score. Bytes: K and V once, 12 per slot and query head in scratch.
 /// Deviations: queries come as all scorers get them, rotated, and are turned back (`rotated`); fp32 sums, by chunks.
-/// The view's softcap and sink logits are of no account.
+/// The view's softcap and sink logits are of no account. A key that is not a number has no share; with `epsilon` it
+/// still scores epsilon * ||v||.
 struct expected_attention_score : scorer_base {
   rope rotation{};
   bool rotated = true;  ///< queries come with their rotation (else before it)
@@ -61,12 +63,14 @@ struct expected_attention_score : scorer_base {
     KVKEEP_EXPECTS(ahead >= 1 && ahead <= most_tokens, "ahead", ahead, ">= 1 and <= " + most);
     KVKEEP_EXPECTS(sinks >= 0 && sinks <= most_tokens, "sinks", sinks, ">= 0 and <= " + most);
     KVKEEP_EXPECTS(epsilon >= 0 && epsilon <= 1, "epsilon", epsilon, "0..1");
-    KVKEEP_EXPECTS(product(s.n_q_heads, s.dim_k + 1, s.dim_k + 32) < std::size_t{1} << 31,
-                   "shape.dim_k", s.dim_k, "less, for a covariance per query head");
+    KVKEEP_EXPECTS(
+        !covariance || product(s.n_q_heads, s.dim_k + 1, s.dim_k + 32) < std::size_t{1} << 31,
+        "shape.dim_k", s.dim_k, "less, for a covariance per query head");
   }
   std::uint64_t key() const {
-    return config_key(rotation.theta, rotation.dims, rotation.interleaved, rotated, ahead, sinks,
-                      covariance, value_norms, epsilon);
+    return config_key(rotation.theta, rotation.dims, rotation.interleaved,
+                      rotation.frequencies != nullptr, rotated, ahead, sinks, covariance,
+                      value_norms, epsilon);
   }
 
   template <class Ctx>
@@ -122,13 +126,14 @@ struct expected_attention_score : scorer_base {
     detail::rope_pairs const pairs(rotation, s.dim_k);
     float* const turns = ws.take<float>(product(n, pairs.pairs(), 2));
     detail::logit_form<space> form{plan(s), heads};
-    std::size_t const size = product(n, heads, s.dim_k + 1, form.padded());
+    std::size_t const size = product(n, heads, form.rows(), form.padded());
+    if (size >= std::size_t{1} << 31) return status::unsupported;
     form.data = ws.take<float>(size);
     if (!ws.measuring()) {
       if (!ws.ok()) return status::workspace_too_small;
       KVKEEP_TRY(each(ctx, n * pairs.pairs(),
                       detail::mean_turns<space>{pairs, in.batch, in.seen, ahead, turns}, ws));
-      detail::fill_form<space> const fill{form,  in.batch, in.gathered,
+      detail::fill_form<space> const fill{form,  in.batch, in.gathered,      in.seen,
                                           pairs, turns,    in.layer.kv.scale};
       KVKEEP_TRY(each(ctx, static_cast<index_t>(size), fill, ws));
     }

@@ -9,6 +9,7 @@
 #include "query_moments.hpp"
 
 namespace kvkeep::detail {
+inline namespace KVKEEP_CPU_ISA {  // of the CPU backend's functors
 
 /// Infinity, in device code too.
 KVKEEP_HD inline float infinite() noexcept { return bit_copy<float>(0x7f800000); }
@@ -23,37 +24,39 @@ struct logit_form {
 
   moment_plan plan;
   index_t q_heads = 1;
-  float* data = nullptr;  ///< [entry, q_head, dim + 1, padded]
+  float* data = nullptr;  ///< [entry, q_head, rows(), padded]
 
   KVKEEP_HD index_t padded() const noexcept { return (plan.dim + width - 1) / width * width; }
+  KVKEEP_HD index_t rows() const noexcept { return plan.spreads ? plan.dim + 1 : 1; }
   KVKEEP_HD float* row(index_t entry, index_t head, index_t d) const noexcept {
     offset_t const at = static_cast<offset_t>(entry) * q_heads + head;
-    return data + (at * (plan.dim + 1) + d) * padded();
+    return data + (at * rows() + d) * padded();
   }
 };
 
-/// Turns moments to the positions to come and scales them; index: (head * (dim + 1) + row) * padded + column, head of
-/// all entries.
+/// Turns moments to the positions to come and scales them; index: (head * rows + row) * padded + column, head of all
+/// entries.
 template <class Space>
 struct fill_form {
   logit_form<Space> form;
   batch_ref<Space> batch;
   tensor_ref<float, 3, Space> gathered;  ///< [id, kv_head, floats]
+  index_t const* seen;                   ///< [id]
   rope_pairs rope;
   float const* turns;  ///< [entry, pair, 2]
   float scale;         ///< of logits
 
   KVKEEP_HD void operator()(index_t i) const noexcept {
     moment_plan const& m = form.plan;
-    index_t const e = i % form.padded(), d = i / form.padded() % (m.dim + 1);
-    index_t const at = i / form.padded() / (m.dim + 1), head = at % form.q_heads;
-    index_t const entry = at / form.q_heads, g = head % m.group;
-    float* const s = gathered.at(batch.id_of(entry), head / m.group);
+    index_t const e = i % form.padded(), d = i / form.padded() % form.rows();
+    index_t const at = i / form.padded() / form.rows(), head = at % form.q_heads;
+    index_t const entry = at / form.q_heads, g = head % m.group, id = batch.id_of(entry);
+    float* const s = gathered.at(id, head / m.group);
     float sum = 0;
-    if (e < m.dim && s[0] > 0) {
-      if (d == m.dim)
+    if (e < m.dim && seen[id] > 0 && s[0] > 0) {
+      if (d + 1 == form.rows())
         sum = scale * turned(entry, e, [&](index_t b) { return m.mean(s, g)[b]; });
-      else if (m.spreads)
+      else
         sum = factor(d, e) * scale * scale / (2 * s[0]) * turned(entry, d, [&](index_t a) {
                 return turned(entry, e, [&](index_t b) {
                   return a > b ? m.spread(s, g, a)[b] : m.spread(s, g, b)[a];
@@ -102,7 +105,7 @@ struct expected_logits {
   KVKEEP_HD float logit(float const* key, float const* row) const noexcept {
     constexpr index_t width = logit_form<Space>::width;
     index_t const dim = form.plan.dim, padded = form.padded();
-    float const* const linear = row + static_cast<offset_t>(dim) * padded;
+    float const* const linear = row + static_cast<offset_t>(form.rows() - 1) * padded;
     float sum = 0;
     for (index_t d = 0; d < dim; d += width) {
       float part[width];
@@ -204,4 +207,5 @@ struct expected_share {
   }
 };
 
+}  // namespace KVKEEP_CPU_ISA
 }  // namespace kvkeep::detail

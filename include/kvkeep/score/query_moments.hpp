@@ -9,6 +9,7 @@
 #include "rope.hpp"
 
 namespace kvkeep::detail {
+inline namespace KVKEEP_CPU_ISA {  // of the CPU backend's functors
 
 /// What one KV head has gathered of its group's queries: how many there were, their mean and the sum of
 /// products of what they deviate from it by (its lower triangle), query head after query head.
@@ -226,4 +227,5 @@ status add_moments(Ctx& ctx, moment_plan const& plan, batch_ref<space_of<Ctx>> c
   return each(entries * heads * plan.dim, add_mean<space>{c});
 }
 
+}  // namespace KVKEEP_CPU_ISA
 }  // namespace kvkeep::detail

@@ -16,12 +16,12 @@ struct rope {
   double theta = 10000;
   index_t dims = 0;          ///< rotated features; 0: all of them
   bool interleaved = false;  ///< pair i is features 2i and 2i + 1, not i and i + dims / 2
-  /// [dims / 2] in the backend's memory, for models that scale them (Llama 3, YaRN): instead of theta's. Outlives
-  /// whoever uses it.
+  /// [dims / 2] radians per position, at most 100, in the backend's memory, for models that scale them (Llama 3, YaRN):
+  /// instead of theta's. Outlives whoever uses it. A key of configurations knows that there are some, not which.
   float const* frequencies = nullptr;
 
   KVKEEP_COLD void check(cache_shape const& s) const {
-    KVKEEP_EXPECTS(theta > 0 && theta <= 1e12, "rope.theta", theta, "> 0 and <= 1e12");
+    KVKEEP_EXPECTS(theta >= 1 && theta <= 1e12, "rope.theta", theta, "1..1e12");
     KVKEEP_EXPECTS(dims >= 0 && dims <= s.dim_k && dims % 2 == 0, "rope.dims", dims,
                    "even, 0 (all) .. dim_k = " + std::to_string(s.dim_k));
     KVKEEP_EXPECTS(dims > 0 || s.dim_k % 2 == 0, "shape.dim_k", s.dim_k,
@@ -30,6 +30,7 @@ struct rope {
 };
 
 namespace detail {
+inline namespace KVKEEP_CPU_ISA {  // of the CPU backend's functors
 
 /// Cosine and sine of `turns` full turns, |turns| < 2^31, to about 1e-13. (The compiler's own take memory on a
 /// device, for angles that are large.)
@@ -131,5 +132,6 @@ struct row_turns {
   }
 };
 
+}  // namespace KVKEEP_CPU_ISA
 }  // namespace detail
 }  // namespace kvkeep
