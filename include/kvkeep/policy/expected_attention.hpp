@@ -16,7 +16,7 @@ using expected_attention = policy<expected_attention_score>;
 struct expected_attention_options {
   index_t capacity = 1024;
   index_t sinks = 4;
-  rope rotation{};
+  rope rotation{};      ///< the model's: nobody notices another one
   bool rotated = true;  ///< queries come with their rotation
   index_t ahead = 512;
   bool covariance = true;
