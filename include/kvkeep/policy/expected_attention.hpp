@@ -8,8 +8,8 @@
 
 namespace kvkeep {
 
-/// Spec 3.10; arXiv 2510.00636, kvpress ExpectedAttentionPress. At the end of the prompt only. The capacity is a number of
-/// tokens, not a ratio. With budget `ada_heads` its scores are compared over the heads of a layer.
+/// Spec 3.10; arXiv 2510.00636, kvpress ExpectedAttentionPress. At the end of the prompt only. The capacity is a number
+/// of tokens, not a ratio. With budget `ada_heads` its scores are compared over the heads of a layer.
 /// Deviations: see score/expected_attention.hpp.
 using expected_attention = policy<expected_attention_score>;
 

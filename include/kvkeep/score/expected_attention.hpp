@@ -22,15 +22,15 @@ struct value_norm_fn {
   }
 };
 
-/// Spec 3.10; arXiv 2510.00636, NVIDIA/kvpress presses/expected_attention_press.py. Queries to come are taken for normal
-/// variables with the mean and covariance that the prompt's have before rotation, turned by the mean rotation of the next
-/// `ahead` positions; a key's expected exp(logit) is then known, and its share times ||v|| its score.
-/// The first `sinks` tokens' queries and keys take no part; these tokens score infinity.
+/// Spec 3.10; arXiv 2510.00636, NVIDIA/kvpress presses/expected_attention_press.py. Queries to come are taken for
+/// normal variables with the mean and covariance that the prompt's have before rotation, turned by the mean rotation of
+/// the next `ahead` positions; a key's expected exp(logit) is then known, and its share times ||v|| its score. The
+/// first `sinks` tokens' queries and keys take no part; these tokens score infinity.
 /// Memory per query head: 4 (dim_k^2 + dim_k) bytes (4 dim_k without covariance), for every sequence and layer of a
-/// session; for one layer of one sequence alone with `limits::max_prompt`. Scratch besides, for the call under way: 4 dim_k
-/// bytes per query row of a chunk, or as much as that memory and 4 bytes per slot.
-/// Operations: dim_k^2 / 2 multiplications with additions per token and query head while the prompt comes, and as many to
-/// score. Bytes: K and V once, 12 per slot and query head in scratch.
+/// session; for one layer of one sequence alone with `limits::max_prompt`. Scratch besides, for the call under way: 4
+/// dim_k bytes per query row of a chunk, or as much as that memory and 4 bytes per slot.
+/// Operations: dim_k^2 / 2 multiplications with additions per token and query head while the prompt comes, and as many
+/// to score. Bytes: K and V once, 12 per slot and query head in scratch.
 /// Deviations: queries come as all scorers get them, rotated, and are turned back (`rotated`); fp32 sums, by chunks.
 /// The view's softcap and sink logits are of no account. A key that is not a number has no share; with `epsilon` it
 /// still scores epsilon * ||v||.

@@ -15,8 +15,8 @@ inline namespace KVKEEP_CPU_ISA {  // of the CPU backend's functors
 KVKEEP_HD inline float infinite() noexcept { return bit_copy<float>(0x7f800000); }
 
 /// Logits are linear and quadratic in a key: per query head dim rows of the quadratic form, then the linear one, each
-/// padded with zeros. The quadratic form is symmetric: of two entries across its diagonal blocks of `width` features one
-/// counts for both, and the other one is not read.
+/// padded with zeros. The quadratic form is symmetric: of two entries across its diagonal blocks of `width` features
+/// one counts for both, and the other one is not read.
 template <class Space>
 struct logit_form {
   /// Features whose sums are under way at a time: on the host some vectors, on a device a few registers.
@@ -81,7 +81,8 @@ struct fill_form {
   }
 };
 
-/// A key's logits for the query heads of its group, written to `[entry, q_head, slot]`; what it returns is of no account.
+/// A key's logits for the query heads of its group, written to `[entry, q_head, slot]`; what it returns is of no
+/// account.
 template <class Space>
 struct expected_logits {
   static constexpr bool reads_k = true;

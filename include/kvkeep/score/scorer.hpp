@@ -47,8 +47,8 @@ struct state_spec {
       false;                ///< decoded tokens' queries enter the ring too, not only the prompt's
   index_t loose_rows = 0;   ///< floats per slot that a new token need not find cleared
   index_t head_floats = 0;  ///< floats per sequence and KV head
-  /// Floats per sequence and KV head until its prompt has ended, for a prompt's scorer. What lies there before position 0
-  /// was observed says nothing.
+  /// Floats per sequence and KV head until its prompt has ended, for a prompt's scorer. What lies there before position
+  /// 0 was observed says nothing.
   index_t prompt_floats = 0;
 };
 
