@@ -393,8 +393,10 @@ TEST_CASE("blocks need paged views and engine_commits") {
       b.p.sinks = 1, b.p.window = window, b.p.capacity = capacity, b.p.whole_blocks = !packed;
     });
   };
-  refused(guarded(7, 4, false), "capacity", "7", "2 or more blocks of 4");
-  refused(guarded(11, 5, false), "capacity", "11", "3 or more blocks of 4");
+  refused(guarded(7, 4, false), "capacity", "7",
+          ">= 8, for sinks and window may lie in 2 blocks of 4");
+  refused(guarded(11, 5, false), "capacity", "11",
+          ">= 12, for sinks and window may lie in 3 blocks of 4");
   accepted(guarded(8, 4, false));
   accepted(guarded(12, 5, false));
   accepted(guarded(7, 4, true));

@@ -217,6 +217,23 @@ TEST_CASE("a key that is not finite spoils its own score alone") {
   }
 }
 
+TEST_CASE("a query that is not finite leaves the keys of its head equal") {
+  for (float const bad : {std::nanf(""), std::numeric_limits<float>::infinity()}) {
+    generator g(9);
+    plain_prompt p(g, 30, 8);
+    expected_attention_score s;
+    s.value_norms = false;
+    auto const good = p.scored(s, 8);
+    for (index_t h : {2, 3}) p.q.at(h, 20, 1) = static_cast<double>(bad);  // of KV head 1
+    p.place();
+    auto const got = p.scored(s, 8);
+    for (index_t j = s.sinks; j < 30; ++j) {
+      CHECK(got.at(0, j) == good.at(0, j));
+      CHECK(near(got.at(1, j), 1.0 / 26));
+    }
+  }
+}
+
 TEST_CASE("a rope that a model cannot have is refused") {
   cache_shape const shape{1, 4, 2, 8, 6, 40};
   auto const message = [&](auto&& edit, index_t dim = 8) {

@@ -45,7 +45,8 @@ inline array mean_rotation(index_t dim, expected_rule const& r, index_t seen) {
   return m;
 }
 
-/// x A x' over the keys' heads: {Hkv, T}; sinks have infinity. q {Hq, T, D}, k, v {Hkv, T, D}
+/// {Hkv, T}, infinity for sinks. q {Hq, T, D}, k {Hkv, T, D}, v {Hkv, T, Dv}; rows of queries one after the other, each
+/// against each key.
 inline array expected_scores(array const& q, array const& k, array const& v, expected_rule const& r,
                              double scale) {
   index_t const n = k.extent(1), dim = k.extent(2), heads = k.extent(0);

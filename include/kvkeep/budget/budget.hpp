@@ -91,7 +91,7 @@ status fill_layer(Ctx& ctx, budget_input<space_of<Ctx>> const& in, index_t layer
                   workspace& ws) {
   if (ws.measuring()) return status::ok;
   using fn = fill_budget<space_of<Ctx>>;
-  return run(ctx, op::for_each<fn, space_of<Ctx>>{in.n_kv_heads, fn{in.k, layer, value}}, ws);
+  return run_each(ctx, in.n_kv_heads, fn{in.k, layer, value}, ws);
 }
 
 }  // namespace detail

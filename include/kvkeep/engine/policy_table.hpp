@@ -55,8 +55,8 @@ struct policy_options {
   bool make_room_first = true;
   index_t lag = 128;
   bool cross_scoring = false;
-  rope rotation{};
-  bool rotated = true;
+  rope rotation{};      ///< the model's: nobody notices another one
+  bool rotated = true;  ///< queries come with it
   index_t ahead = 512;
   bool covariance = true;
   bool value_norms = true;

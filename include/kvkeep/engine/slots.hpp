@@ -39,16 +39,6 @@ inline bool decides_late(cadence const& when) noexcept {
   return when.before_attention || when.per_head_mask;
 }
 
-/// Fewest tokens that decoding can hold a head to: the protected ones and the room for the next one, or the blocks that
-/// these may lie in, where blocks leave whole.
-template <class P>
-index_t least_budget(P const& decode) noexcept {
-  auto const select = decode.select.traits();
-  index_t const block = select.moves_tokens ? 1 : select.block;
-  auto const whole = [block](index_t n) { return (n + block - 1) / block * block; };
-  return whole(decode.keep.sinks) + whole(decode.keep.recent + decode.when.room);
-}
-
 /// Most tokens that a policy's budget leaves a head.
 template <class P>
 index_t most_kept(P const& p, cache_demand const& d) {

@@ -105,6 +105,16 @@ cut_rule cut_rule_of(P const& p) noexcept {
   return {p.when.evict_after, p.when.room, p.select.traits().block};
 }
 
+/// Fewest tokens that a policy can hold a head to: the protected ones and the room for the next one, or the blocks that
+/// these may lie in, where blocks leave whole.
+template <class P>
+index_t least_budget(P const& p) noexcept {
+  auto const select = p.select.traits();
+  index_t const block = select.moves_tokens ? 1 : select.block;
+  auto const whole = [block](index_t n) { return (n + block - 1) / block * block; };
+  return whole(p.keep.sinks) + whole(p.keep.recent + p.when.room);
+}
+
 /// Most slots per head that a decode policy needs besides drafts (DESIGN contract 6).
 inline index_t decode_slots(index_t k, cadence const& when) noexcept {
   index_t const peak = trigger(k, when.evict_after);
@@ -138,13 +148,11 @@ KVKEEP_COLD void check_policy(P const& p, index_t n_layers, cache_shape const& s
                    p.budget.capacity(),
                    ">= block = " + std::to_string(block) + ", for fewer tokens fill no block");
     // Otherwise a cut leaves more blocks than its budget, and is due again at once.
-    index_t const guarded =
-        (p.keep.sinks + block - 1) / block + (p.keep.recent + block - 1) / block;
-    KVKEEP_EXPECTS(
-        b.inherits || p.select.traits().moves_tokens || p.budget.capacity() / block >= guarded,
-        "capacity", p.budget.capacity(),
-        std::to_string(guarded) + " or more blocks of " + std::to_string(block) +
-            ", which sinks and window may lie in");
+    index_t const least = detail::least_budget(p);
+    KVKEEP_EXPECTS(b.inherits || p.select.traits().moves_tokens || p.budget.capacity() >= least,
+                   "capacity", p.budget.capacity(),
+                   ">= " + std::to_string(least) + ", for sinks and window may lie in " +
+                       std::to_string(least / block) + " blocks of " + std::to_string(block));
   }
   KVKEEP_EXPECTS(
       !b.needs_scores || s.comparable, "budget", b.name,

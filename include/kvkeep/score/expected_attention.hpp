@@ -33,7 +33,7 @@ struct value_norm_fn {
 /// to score. Bytes: K and V once, 12 per slot and query head in scratch.
 /// Deviations: queries come as all scorers get them, rotated, and are turned back (`rotated`); fp32 sums, by chunks.
 /// The view's softcap and sink logits are of no account. A key that is not a number has no share; with `epsilon` it
-/// still scores epsilon * ||v||.
+/// still scores epsilon * ||v||. A query that is not finite leaves its head's keys equal shares.
 struct expected_attention_score : scorer_base {
   rope rotation{};
   bool rotated = true;  ///< queries come with their rotation (else before it)
@@ -99,19 +99,16 @@ struct expected_attention_score : scorer_base {
     if (ws.measuring()) return status::ok;
     if (!ws.ok()) return status::workspace_too_small;
     index_t const kv_heads = in.layer.kv.shape.n_kv_heads, slots = rows.logits.extent[2];
-    KVKEEP_TRY(each(ctx, entries * heads * rows.n_parts(), detail::sum_parts<space>{rows}, ws));
-    KVKEEP_TRY(each(ctx, entries * heads, detail::sum_totals<space>{rows}, ws));
-    return each(ctx, entries * kv_heads * slots,
-                detail::expected_share<space>{rows, out, sinks, epsilon, value_norms}, ws);
+    KVKEEP_TRY(detail::run_each(ctx, entries * heads * rows.n_parts(),
+                                detail::sum_parts<space>{rows}, ws));
+    KVKEEP_TRY(detail::run_each(ctx, entries * heads, detail::sum_totals<space>{rows}, ws));
+    return detail::run_each(ctx, entries * kv_heads * slots,
+                            detail::expected_share<space>{rows, out, sinks, epsilon, value_norms},
+                            ws);
   }
 
  private:
   detail::moment_plan plan(cache_shape const& s) const { return {s.group(), s.dim_k, covariance}; }
-
-  template <class Ctx, class Fn>
-  static status each(Ctx& ctx, index_t n, Fn const& fn, workspace& ws) {
-    return run(ctx, op::for_each<Fn, space_of<Ctx>>{n, fn}, ws);
-  }
 
   /// `[entry, q_head, slot]` in scratch.
   template <class Ctx>
@@ -131,11 +128,12 @@ struct expected_attention_score : scorer_base {
     form.data = ws.take<float>(size);
     if (!ws.measuring()) {
       if (!ws.ok()) return status::workspace_too_small;
-      KVKEEP_TRY(each(ctx, n * pairs.pairs(),
-                      detail::mean_turns<space>{pairs, in.batch, in.seen, ahead, turns}, ws));
+      KVKEEP_TRY(detail::run_each(ctx, n * pairs.pairs(),
+                                  detail::mean_turns<space>{pairs, in.batch, in.seen, ahead, turns},
+                                  ws));
       detail::fill_form<space> const fill{form,  in.batch, in.gathered,      in.seen,
                                           pairs, turns,    in.layer.kv.scale};
-      KVKEEP_TRY(each(ctx, static_cast<index_t>(size), fill, ws));
+      KVKEEP_TRY(detail::run_each(ctx, static_cast<index_t>(size), fill, ws));
     }
     // The scores themselves come later, to the same place.
     return run(ctx,

@@ -132,8 +132,7 @@ struct softmax_rows {
   slot_state<Space> slots;
   batch_ref<Space> batch;
   tensor_ref<float, 3, Space> logits;
-  float* parts =
-      nullptr;  ///< [entry, q_head, part, 2] largest logit, and sum of exponentials less it
+  float* parts = nullptr;   ///< [entry, q_head, part, 2] largest logit, sum of exponentials less it
   float* totals = nullptr;  ///< [entry, q_head, 2] largest logit, one over the sum
 
   KVKEEP_HD index_t n_parts() const noexcept { return (logits.extent[2] + part - 1) / part; }

@@ -181,7 +181,7 @@ struct add_mean {
 };
 
 /// Adds query rows to the moments of `to` `[id, kv_head, floats]`. A chunk that begins with position 0 begins anew.
-/// Operations: group * dim^2 per row and KV head, half of that multiplications and additions.
+/// Operations: group * dim^2 / 2 multiplications with additions per row and KV head.
 /// @param rows      of the batch's entries, in the order of their positions
 /// @param first     rows of positions below do not count
 /// @param rotation  of the rows by their positions, which is undone; null: they are not rotated
@@ -210,21 +210,20 @@ status add_moments(Ctx& ctx, moment_plan const& plan, batch_ref<space_of<Ctx>> c
   float* const turns = pairs > 0 ? ws.take<float>(product(entries, n, pairs, 2)) : nullptr;
   if (ws.measuring()) return status::ok;
   if (!ws.ok()) return status::workspace_too_small;
-  auto const each = [&](index_t count, auto const& fn) {
-    return run(ctx, op::for_each<std::remove_cvref_t<decltype(fn)>, space>{count, fn}, ws);
-  };
   index_t const all = entries * heads * n * (padded / c.stretch());
   if (pairs > 0)
-    KVKEEP_TRY(each(entries * n * pairs, row_turns<space>{*rotation, rows.position, turns}));
+    KVKEEP_TRY(
+        run_each(ctx, entries * n * pairs, row_turns<space>{*rotation, rows.position, turns}, ws));
   rope_pairs const none;
-  KVKEEP_TRY(each(all, turn_back<space>{c, rotation != nullptr ? *rotation : none, turns}));
-  KVKEEP_TRY(each(entries * heads * padded, mean_of_chunk<space>{c}));
-  KVKEEP_TRY(each(all, deviations<space>{c}));
+  KVKEEP_TRY(
+      run_each(ctx, all, turn_back<space>{c, rotation != nullptr ? *rotation : none, turns}, ws));
+  KVKEEP_TRY(run_each(ctx, entries * heads * padded, mean_of_chunk<space>{c}, ws));
+  KVKEEP_TRY(run_each(ctx, all, deviations<space>{c}, ws));
   if (plan.spreads) {
     add_spread<space> const add{c};
-    KVKEEP_TRY(each(entries * heads * plan.dim * add.parts(), add));
+    KVKEEP_TRY(run_each(ctx, entries * heads * plan.dim * add.parts(), add, ws));
   }
-  return each(entries * heads * plan.dim, add_mean<space>{c});
+  return run_each(ctx, entries * heads * plan.dim, add_mean<space>{c}, ws);
 }
 
 }  // namespace KVKEEP_CPU_ISA

@@ -181,6 +181,12 @@ inline std::uint64_t name_key(std::string_view name) noexcept {
 
 namespace detail {
 
+/// fn(i) for i in [0, n), on the backend.
+template <class Ctx, class Fn>
+status run_each(Ctx& ctx, index_t n, Fn const& fn, workspace& ws) {
+  return run(ctx, op::for_each<Fn, space_of<Ctx>>{n, fn}, ws);
+}
+
 /// Copies ring rows of the last queries into a dense block, oldest first. An index is a stretch of a row: on the host
 /// a whole one, elsewhere so little that neighbours read neighbours.
 template <class Space>
@@ -243,7 +249,7 @@ status last_queries(Ctx& ctx, score_input<space_of<Ctx>> const& in, index_t n,
   gather const fn{in.ring_q,       in.ring_lse,  q,           lse,           position,
                   in.seen,         in.ring_from, in.batch.id, in.query_ring, n,
                   shape.n_q_heads, shape.dim_k,  each};
-  return run(ctx, op::for_each<gather, space>{static_cast<index_t>(rows) * fn.parts(), fn}, ws);
+  return detail::run_each(ctx, static_cast<index_t>(rows) * fn.parts(), fn, ws);
 }
 
 /// Folds the newest token's weights where attention has not done it (`attention_fold`).
