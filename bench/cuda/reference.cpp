@@ -22,6 +22,7 @@ void run_here(Op const& o) {
 
 }  // namespace
 
+void run_on_cpu(op::column_moments<> const& o) { run_here(o); }
 void run_on_cpu(op::column_sums<> const& o) { run_here(o); }
 void run_on_cpu(op::fused_rows<> const& o) { run_here(o); }
 void run_on_cpu(op::select_k<> const& o) { run_here(o); }

@@ -10,6 +10,7 @@
 
 namespace bench {
 
+void run_on_cpu(kvkeep::op::column_moments<> const& o);
 void run_on_cpu(kvkeep::op::column_sums<> const& o);
 void run_on_cpu(kvkeep::op::fused_rows<> const& o);
 void run_on_cpu(kvkeep::op::select_k<> const& o);

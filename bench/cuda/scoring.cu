@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Scoring by query rows: SnapKV's window (op::column_sums of W rows), H2O's prompt (of all rows), MorphKV's
-// direct form (op::fused_rows). Where warpgroups multiply, rows window_mma and h2o_prompt_mma are what warps take
-// for the same (KVKEEP_CUDA_SM90A; nobody has run either on a device yet, so the choice waits for these rows). They
-// come first: should warpgroups fail, these figures are there.
+// Scoring by query rows: SnapKV's window (op::column_sums of W rows), CAKE's (op::column_moments), H2O's prompt (of all
+// rows), MorphKV's direct form (op::fused_rows). Where warpgroups multiply, rows window_mma and h2o_prompt_mma are what
+// warps take for the same (KVKEEP_CUDA_SM90A; nobody has run either on a device yet, so the choice waits for these
+// rows). They come first: should warpgroups fail, these figures are there.
 #include <kvkeep/backend/cuda/window_plan.hpp>
 #include <kvkeep/cuda.cuh>
 
@@ -79,6 +79,25 @@ struct scoring_case {
   }
 };
 
+/// The same with three moments per query head.
+struct moments_case : scoring_case {
+  rotated<float> moments;
+
+  moments_case(suite& s, point const& shape, std::size_t sets)
+      : scoring_case(s, shape, shape.window, false, sets) {
+    moments = {sets, product(p.batch, p.kv_heads, rows(), p.tokens)};
+    moments.poison();
+  }
+  index_t rows() const { return op::column_moments<>::moments * p.group; }
+  template <class At>
+  auto op_of(At const& at) const {
+    using space = typename At::space;
+    auto o = with_rows<op::column_moments<space>>(at);
+    o.out = row_major<space>(at(moments), p.batch, p.kv_heads, rows(), p.tokens);
+    return o;
+  }
+};
+
 /// Which instructions multiply 16-bit keys: the op's choice, or warps in any case, as on an older device.
 enum class products { chosen, warps };
 cuda::context with_products(cuda::context ctx, products which) {
@@ -110,7 +129,7 @@ std::size_t set_bytes(point const& p, index_t n_rows) {
 }
 
 template <class Op>
-void measure_scores(benchmark::State& state, suite& s, scoring_case const& c, work const& w,
+void measure_scores(benchmark::State& state, suite& s, rotated<float> const& out, work const& w,
                     rotation const& turns, Op const& op_of) {
   auto const memory = scratch_for(s.ctx, op_of(std::size_t{0}));
   measure(
@@ -119,7 +138,7 @@ void measure_scores(benchmark::State& state, suite& s, scoring_case const& c, wo
         workspace ws = placed_in(memory);
         expect(run(s.ctx, op_of(set), ws), "scoring");
       },
-      [&] { return written(c.out) ? "" : "some scores were not written"; });
+      [&] { return written(out) ? "" : "some scores were not written"; });
 }
 
 void add_window(suite& s, point const& p, bool given_lse, products which = products::chosen) {
@@ -136,7 +155,7 @@ void add_window(suite& s, point const& p, bool given_lse, products which = produ
         double const pairs = 1.0 * p.batch * p.window * p.tokens;
         bool const wide = by_warpgroups(on.ctx, p);
         double const passes = given_lse ? 1 : 2;
-        measure_scores(state, on, c, work_of(p, p.window, pairs, passes, wide ? passes : 0), r,
+        measure_scores(state, on, c.out, work_of(p, p.window, pairs, passes, wide ? passes : 0), r,
                        [&](std::size_t set) { return c.sums(on_device{set}); });
         if (wide) state.counters["warpgroups"] = 1;
       });
@@ -154,7 +173,7 @@ void add_prompt(suite& s, point const& p, products which = products::chosen) {
                    scoring_case const c(on, p, p.tokens, true, r.sets);
                    double const pairs = 0.5 * p.batch * p.tokens * (p.tokens + 1.0);
                    bool const wide = by_warpgroups(on.ctx, p);
-                   measure_scores(state, on, c, work_of(p, p.tokens, pairs, 1, wide ? 1 : 0), r,
+                   measure_scores(state, on, c.out, work_of(p, p.tokens, pairs, 1, wide ? 1 : 0), r,
                                   [&](std::size_t set) { return c.sums(on_device{set}); });
                    if (wide) state.counters["warpgroups"] = 1;
                  });
@@ -169,8 +188,23 @@ void add_fused(suite& s, point const& p) {
                    scoring_case const c(on, p, rows, false, r.sets);
                    double const pairs = 1.0 * p.batch * rows * (p.tokens - p.window);
                    double const wide = by_warpgroups(on.ctx, p) ? 1 : 0;  // log-sum-exps alone
-                   measure_scores(state, on, c, work_of(p, rows, pairs, 2, wide), r,
+                   measure_scores(state, on, c.out, work_of(p, rows, pairs, 2, wide), r,
                                   [&](std::size_t set) { return c.fused(on_device{set}); });
+                 });
+}
+
+/// The floor is that of matrix products, which the op does without.
+void add_moments(suite& s, point const& p) {
+  add_device_row(s, "moments" + named("T", p.tokens) + named("W", p.window) + shape_name(p),
+                 [=](benchmark::State& state, suite& on) {
+                   rotation const r =
+                       rotate(static_cast<double>(set_bytes(p, p.window)), on.rotate_bytes, 1);
+                   moments_case const c(on, p, r.sets);
+                   double const pairs = 1.0 * p.batch * p.window * p.tokens;
+                   work w = work_of(p, p.window, pairs, 2, by_warpgroups(on.ctx, p) ? 2 : 0);
+                   w.moved *= c.rows();
+                   measure_scores(state, on, c.moments, w, r,
+                                  [&](std::size_t set) { return c.op_of(on_device{set}); });
                  });
 }
 
@@ -194,6 +228,12 @@ void check_case(suite& s, dtype type, bool given_lse, products which) {
   auto const fused = cpu(c.fused(host));
   run_once(ctx, c.fused(on_device{}));
   check_same("fused_rows", c.out.download(), fused, 1e-3);
+  moments_case const m(s, p, 1);
+  auto const on_cpu = m.op_of(host);
+  run_on_cpu(on_cpu);
+  std::vector<float> const moments(on_cpu.out.data, on_cpu.out.data + m.moments.per_set());
+  run_once(ctx, m.op_of(on_device{}));
+  check_same("column_moments", m.moments.download(), moments, 1e-3);
 }
 
 void check_all(suite& s, products which) {
@@ -230,6 +270,7 @@ void add_scoring_rows(suite& s) {
   if (s.tiny) {
     for (bool lse : {true, false}) add_window(s, with(same), lse);
     add_prompt(s, with(same));
+    add_moments(s, with(same));
     return add_fused(s, with(same));
   }
   for (index_t t : {8192, 32768, 131072})
@@ -240,6 +281,7 @@ void add_scoring_rows(suite& s) {
     add_window(s, with([=](point& p) { p.type = t; }), true);
   for (index_t b : {8, 64}) add_window(s, with([=](point& p) { p.batch = b; }), true);
   for (index_t t : {8192, 32768}) add_prompt(s, with([=](point& p) { p.tokens = t; }));
+  for (index_t t : {8192, 32768}) add_moments(s, with([=](point& p) { p.tokens = t; }));
   for (index_t t : {1024, 8192, 32768}) add_fused(s, with([=](point& p) { p.tokens = t; }));
 }
 

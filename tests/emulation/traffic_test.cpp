@@ -150,6 +150,20 @@ TEST_CASE("scores of a window read keys once, twice without log-sum-exps") {
     }
 }
 
+TEST_CASE("moments of a window read keys once for normalisers and once for themselves") {
+  suite s = tiny_suite();
+  s.ctx = with_products(s.ctx, products::warps);
+  point const p = scoring_point(dtype::bf16, 1024);
+  moments_case const c(s, p, 1);
+  auto const t = of(s, c.op_of(on_device{}), [&] {
+    watch("k", c.k);
+    watch("moments", c.moments);
+  });
+  check_passes(t.read.at("k"), c.k, 2);
+  CHECK(t.written.at("moments").waste() == 1);
+  CHECK(t.shared.conflicts() < 1.25);
+}
+
 TEST_CASE("fused scores read keys once for normalisers and once for scores") {
   suite s = tiny_suite();
   s.ctx = with_products(s.ctx, products::warps);

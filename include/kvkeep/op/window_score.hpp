@@ -29,6 +29,23 @@ struct column_sums {
   bool clear = false;           ///< start from zero instead of from `out`
 };
 
+/// Moments of what every slot receives from the query rows, weights as column_sums has them (spec 5.5): per query head
+/// their mean over the rows that are present, the sum of squares of what they deviate from it by (updated row by row:
+/// squares would cancel where all rows attend to one slot), and the sum of their entropies `-p ln max(p, 1e-10)`.
+/// Precondition: absent rows come first, positions of the others ascend.
+/// Cost: as column_sums, with 12 bytes per slot and query head, which CUDA reads and writes once per 32 packed rows.
+/// Products are in fp32 whatever the keys' type.
+template <class Space = host_space>
+struct column_moments {
+  using space = Space;
+  static constexpr index_t moments = 3;
+  static constexpr float least_weight = 1e-10F;  ///< under the logarithm
+  batch_ref<Space> batch{};
+  layer_ref<Space> layer{};
+  query_rows<Space> rows{};
+  tensor_ref<float, 4, Space> out{};  ///< [entry, kv_head, moment * group + g, slot]
+};
+
 /// MorphKV's direct form (spec 4.3 steps 4 to 6): for every row and query head softmax over the *old*
 /// slots only (all but the `recent` largest positions), maximum over the group, then `fuse` over rows, in an
 /// order that is the backend's and always the same. Slots that are not old get +infinity. Without any present

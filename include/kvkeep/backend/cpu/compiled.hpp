@@ -19,6 +19,7 @@ inline namespace KVKEEP_CPU_ISA {
 
 KVKEEP_CPU_OP status enqueue(context&, op::accumulate<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::attend<host_space> const&, workspace&) noexcept;
+KVKEEP_CPU_OP status enqueue(context&, op::column_moments<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::column_sums<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::compact<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::evict_one<host_space> const&, workspace&) noexcept;

@@ -5,6 +5,7 @@
 
 #include "accumulate.hpp"
 #include "attend.hpp"
+#include "column_moments.hpp"
 #include "column_sums.hpp"
 #include "compact.hpp"
 #include "fused_rows.hpp"

@@ -66,6 +66,7 @@ struct query_block {
   index_t dim = 0;
   index_t group = 1;
   index_t n = 0;         ///< rows packed, group excluded
+  index_t before = 0;    ///< rows of the head in earlier blocks
   index_t lowest = -1;   ///< smallest position of a packed row
   index_t highest = -1;  ///< largest position of a packed row
   bool by_head = false;

@@ -18,6 +18,8 @@ namespace kvkeep::cuda {
 
 KVKEEP_CUDA_OP status enqueue(context&, op::accumulate<device_space> const&, workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::attend<device_space> const&, workspace&) noexcept;
+KVKEEP_CUDA_OP status enqueue(context&, op::column_moments<device_space> const&,
+                              workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::column_sums<device_space> const&, workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::compact<device_space> const&, workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::evict_one<device_space> const&, workspace&) noexcept;

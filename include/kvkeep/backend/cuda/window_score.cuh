@@ -165,32 +165,63 @@ inline status launch_sums(context const& c, window_job const& job, sums_output c
   return mma ? launch_mma_sums(c, job, to) : launch_plain_sums(c, job, to);
 }
 
-/// Column sums. Scratch for up to 1024 queries of a head at a time: twice the bytes of 16-bit queries where
-/// keys are 16-bit numbers; where rows have no log-sum-exp, 8 bytes per query and 1024 slots.
-KVKEEP_CUDA_OP status enqueue(context& c, op::column_sums<device_space> const& o,
-                              workspace& ws) noexcept {
-  kv_ref<device_space> const& kv = o.layer.kv;
-  if (!readable(kv.k)) return status::unsupported;
-  if (!slots_contiguous(o.rows.q) || !slots_contiguous(o.out) ||
-      !slots_contiguous(o.layer.slots.positions))
-    return status::bad_argument;
-  workspace::frame const frame(ws);
+/// What ops on column statistics refuse.
+template <class Op>
+status check_columns(Op const& o) noexcept {
+  if (!readable(o.layer.kv.k)) return status::unsupported;
+  bool const rows = slots_contiguous(o.rows.q) && slots_contiguous(o.out) &&
+                    slots_contiguous(o.layer.slots.positions);
+  return rows ? status::ok : status::bad_argument;
+}
+
+/// f(job) for all rows of an op, so many at a time as there is scratch for.
+/// @param mma  by matrix products, which want split queries
+template <class Op, class F>
+status for_window_rows(Op const& o, bool mma, workspace& ws, F const& f) noexcept {
   window_job job{o.batch, o.layer, row_source::of(o.rows)};
   index_t const n_rows = o.rows.q.extent[2];
   job.n_rows = n_rows;
   index_t const step = rows_at_once(sizes_of(job));
-  bool const norms = o.rows.lse.data == nullptr;
-  if (norms || fits_mma(kv.k)) take_norms(job, step, ws);
-  if (fits_mma(kv.k)) take_split(job, step, ws);
+  if (o.rows.lse.data == nullptr || mma) take_norms(job, step, ws);
+  if (mma) take_split(job, step, ws);
   if (!ws.ok()) return status::workspace_too_small;
-  context const on = launching(c, ws);
   do {
     job.n_rows = std::min(step, n_rows - job.first_row);
-    bool const clear = o.clear && job.first_row == 0;
-    KVKEEP_TRY(launch_sums(on, job, {o.out, o.out_by_id, o.per_query_head, clear}, norms));
+    KVKEEP_TRY(f(job));
     job.first_row += job.n_rows;
   } while (job.first_row < n_rows);
   return status::ok;
+}
+
+/// Column sums. Scratch for up to 1024 queries of a head at a time: twice the bytes of 16-bit queries where
+/// keys are 16-bit numbers; where rows have no log-sum-exp, 8 bytes per query and 1024 slots.
+KVKEEP_CUDA_OP status enqueue(context& c, op::column_sums<device_space> const& o,
+                              workspace& ws) noexcept {
+  KVKEEP_TRY(check_columns(o));
+  workspace::frame const frame(ws);
+  context const on = launching(c, ws);
+  return for_window_rows(o, fits_mma(o.layer.kv.k), ws, [&](window_job const& job) {
+    bool const clear = o.clear && job.first_row == 0;
+    return launch_sums(on, job, {o.out, o.out_by_id, o.per_query_head, clear},
+                       o.rows.lse.data == nullptr);
+  });
+}
+
+/// Column moments, in fp32 all through: a variance sees what normalisers by other products would be off by. Scratch
+/// where rows have no log-sum-exp: as for column sums, without the queries.
+KVKEEP_CUDA_OP status enqueue(context& c, op::column_moments<device_space> const& o,
+                              workspace& ws) noexcept {
+  KVKEEP_TRY(check_columns(o));
+  workspace::frame const frame(ws);
+  context const on = launching(c, ws);
+  return for_window_rows(o, false, ws, [&](window_job const& job) {
+    if (o.rows.lse.data == nullptr) {
+      KVKEEP_TRY(launch_plain_slices(on, job));
+      KVKEEP_TRY(launch_join(on, job, job.layer.kv.sink_logits));
+    }
+    return launch(on, strip_grid(sizes_of(job), plain_slots, plain_threads), plain_tile::bytes(),
+                  plain_moments_kernel{{}, job, o.out, o.least_weight, job.first_row == 0});
+  });
 }
 
 }  // namespace kvkeep::cuda

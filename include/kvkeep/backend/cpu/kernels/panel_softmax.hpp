@@ -65,6 +65,44 @@ inline void exp_rows_accumulate(logit_tile const& t, row_norm const& norm, row_f
         : fold_tile_rows<true, row_fold::max>(t, norm, acc);
 }
 
+/// What moments need to know of the rows besides their normalisers.
+struct moment_rows {
+  float const* log_scale = nullptr;  ///< [n_rows], host: ln of the normalisers' scale
+  float const* inverse = nullptr;    ///< [n_rows], host: one over a row's number, from 1
+  float most = 0;                    ///< of -ln p
+};
+
+template <bool Masked>
+inline void fold_tile_moments(logit_tile const& t, row_norm const& norm, moment_rows const& m,
+                              float* acc) noexcept {
+  for (index_t half = 0; half < 2; ++half) {
+    float* const a = acc + half * lanes;
+    vf mean = load(a), spread = load(a + panel_keys), entropy = load(a + 2 * panel_keys);
+    for (index_t r = 0; r < t.n_rows; ++r) {
+      vf const shift = splat(norm.shift[r]);
+      vf const p = tile_exp<Masked>(t, r, half, shift) * splat(norm.scale[r]);
+      vf const off = p - mean;
+      mean = fma(off, splat(m.inverse[r]), mean);
+      spread = fma(off, p - mean, spread);
+      // From the logit, which may be anything where p is 0.
+      vf const log = (shift - load(t.z + r * t.stride + half * lanes)) - splat(m.log_scale[r]);
+      entropy = fma(p, max(min(log, splat(m.most)), splat(-m.most)), entropy);
+    }
+    store(a, mean);
+    store(a + panel_keys, spread);
+    store(a + 2 * panel_keys, entropy);
+  }
+}
+
+/// Takes the rows' p[r][j], rows ascending, into acc[0][j], their mean, acc[1][j], the sum of squares of what they
+/// deviate from it by, and acc[2][j], the sum of p * min(-ln p, most).
+/// @param acc [3][16], host
+inline void exp_rows_moments(logit_tile const& t, row_norm const& norm, moment_rows const& m,
+                             float* acc) noexcept {
+  t.visible == nullptr ? fold_tile_moments<false>(t, norm, m, acc)
+                       : fold_tile_moments<true>(t, norm, m, acc);
+}
+
 /// Writes p[r][j], 0 where the row does not see the column. `p` may be `t.z`.
 /// @param p [n_rows][16] with `stride` floats between rows, host
 inline void exp_rows_write(logit_tile const& t, row_norm const& norm, float* p,

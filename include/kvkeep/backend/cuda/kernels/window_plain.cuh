@@ -152,6 +152,28 @@ __device__ void each_chain(index_t chains, index_t n_slots, F const& f) {
     if (x % plain_slots < n_slots) f(x / plain_slots, x % plain_slots);
 }
 
+/// Calls f(first, count) when z has the weights of queries [first, first + count) for the tile's slots, wherever one of
+/// them sees one of these.
+template <class F>
+__device__ void each_weights(plain_tile const& tile, window_head const& h, index_t first_slot,
+                             F const& f) {
+  index_t const lowest = tile.take_slots(h, first_slot), n_queries = h.job.n_queries();
+  for (index_t first = 0; first < n_queries; first += plain_queries) {
+    index_t const count = min(plain_queries, n_queries - first);
+    __syncthreads();
+    tile.take_queries(h, first, count, true);
+    __syncthreads();
+    bool const sees = tile.limits[thread_of_block() % plain_queries] >= lowest;
+    if (__syncthreads_or(sees ? 1 : 0) == 0) continue;
+    tile.fill(h, first_slot, first, [&](index_t i, index_t s, float z) {
+      if (tile.positions[s] > tile.limits[i]) return 0.0f;
+      return __fmul_rn(exp2f(z - tile.norms[i].shift), tile.norms[i].inverse);
+    });
+    __syncthreads();
+    f(first, count);
+  }
+}
+
 /// Adds to 64 slots what they receive from all rows. Grid: heads, strips of slots.
 struct plain_sums_kernel : plain_kernel {
   window_job job;
@@ -168,26 +190,63 @@ struct plain_sums_kernel : plain_kernel {
     index_t const chains = per_query_head ? h.group : 1, n_slots = h.n - first_slot;
     if (clear)
       each_chain(chains, n_slots, [&](index_t c, index_t s) { own[c * out.stride[2] + s] = 0; });
-    index_t const lowest = tile.take_slots(h, first_slot);
-    for (index_t first = 0; first < job.n_queries(); first += plain_queries) {
-      index_t const count = min(plain_queries, job.n_queries() - first);
-      __syncthreads();
-      tile.take_queries(h, first, count, true);
-      __syncthreads();
-      bool const sees = tile.limits[thread_of_block() % plain_queries] >= lowest;
-      if (__syncthreads_or(sees ? 1 : 0) == 0) continue;
-      tile.fill(h, first_slot, first, [&](index_t i, index_t s, float z) {
-        if (tile.positions[s] > tile.limits[i]) return 0.0f;
-        return __fmul_rn(exp2f(z - tile.norms[i].shift), tile.norms[i].inverse);
-      });
-      __syncthreads();
+    each_weights(tile, h, first_slot, [&](index_t first, index_t count) {
       each_chain(chains, n_slots, [&](index_t c, index_t s) {
         float sum = own[c * out.stride[2] + s];
         for (index_t i = (c - first % chains + chains) % chains; i < count; i += chains)
           sum = __fadd_rn(sum, tile.z[i * plain_tile::slot_stride + s]);
         own[c * out.stride[2] + s] = sum;
       });
-    }
+    });
+  }
+};
+
+/// Moments of what 64 slots receive from all rows. Grid: heads, strips of slots.
+struct plain_moments_kernel : plain_kernel {
+  window_job job;
+  tensor_ref<float, 4, device_space> out;
+  float least_weight;  ///< under the logarithm
+  bool clear;
+
+  __device__ void operator()() const {
+    shared_pieces shared;
+    plain_tile const tile(shared);
+    window_head const h(job);
+    index_t const first_slot = static_cast<index_t>(blockIdx.y) * plain_slots;
+    if (first_slot >= h.n) return;
+    float* const own = out.at(h.at.entry, h.at.head, 0, first_slot);
+    index_t const n_slots = h.n - first_slot, absent = absent_rows(h, tile.box);
+    if (clear)
+      each_chain(op::column_moments<device_space>::moments * h.group, n_slots,
+                 [&](index_t row, index_t s) { own[row * out.stride[2] + s] = 0; });
+    each_weights(tile, h, first_slot, [&](index_t first, index_t count) {
+      each_chain(h.group, n_slots, [&](index_t g, index_t s) {
+        float* const to = own + g * out.stride[2] + s;
+        offset_t const next = h.group * out.stride[2];
+        float mean = to[0], spread = to[next], entropy = to[2 * next];
+        for (index_t i = (g - first % h.group + h.group) % h.group; i < count; i += h.group) {
+          if (tile.limits[i] == no_position) continue;
+          float const p = tile.z[i * plain_tile::slot_stride + s], off = __fadd_rn(p, -mean);
+          index_t const number = job.first_row + (first + i) / h.group - absent + 1;
+          mean = __fadd_rn(mean, __fdiv_rn(off, static_cast<float>(number)));
+          spread = __fmaf_rn(off, __fadd_rn(p, -mean), spread);
+          entropy = __fmaf_rn(p, -logf(max(p, least_weight)), entropy);
+        }
+        to[0] = mean;
+        to[next] = spread;
+        to[2 * next] = entropy;
+      });
+    });
+  }
+
+ private:
+  /// Rows of the op before the first one that is present, in every thread.
+  __device__ index_t absent_rows(window_head const& h, int* box) const {
+    index_t const n = job.first_row + job.n_rows;
+    index_t first = n;
+    for (index_t r = thread_of_block(); r < n; r += threads_of_block())
+      if (h.position(r - job.first_row) >= 0) first = min(first, r);
+    return block_reduce(first, box, smaller{});
   }
 };
 
