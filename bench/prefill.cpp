@@ -174,8 +174,8 @@ int main(int argc, char** argv) {
   using namespace bench;
   bool const all = takes_all(argc, argv);
   for (char const* policy :
-       {"fullkv", "snapkv", "h2o", "morphkv", "streamingllm", "pyramidkv", "dynamickv", "adakv",
-        "tova", "knorm", "keydiff", "lagkv", "expected_attention"})
+       {"fullkv", "snapkv", "h2o", "morphkv", "streamingllm", "pyramidkv", "dynamickv", "cake",
+        "adakv", "tova", "knorm", "keydiff", "lagkv", "expected_attention"})
     for (index_t t : {index_t{2048}, index_t{4096}}) {
       point p = base;
       p.tokens = t;

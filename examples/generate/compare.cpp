@@ -228,6 +228,7 @@ std::vector<std::string> compared_policies() {
           "snapkv+morphkv",
           "pyramidkv+morphkv",
           "dynamickv+morphkv",
+          "cake+morphkv",
           "adakv+morphkv",
           "lagkv+morphkv",
           "expected_attention+morphkv"};

@@ -60,6 +60,44 @@ replayed run_pyramid(backend& b, recorded_case const& c) {
   return out;
 }
 
+/// Shares of layers, truncated and adjusted as published.
+replayed run_cake(recorded_case const& c) {
+  if (!c.is_official()) c.fail("origin", "allowed: official, others have preferences, not shares");
+  std::vector<char const*> const names{"num_layers", "total", "cap"};
+  parameters params(c);
+  std::vector<index_t> const at = columns(c, params, names);
+  index_t const rows = row_count(c, "raw");
+  npy_array const& meta = checked_table(c, "meta", rows, false);
+  npy_array const& raw = checked_table(c, "raw", rows, true);
+  auto const width = static_cast<index_t>(raw.shape[1]);
+  int_range const ranges[] = {{1, width}, {0, most_tokens}, {0, most_tokens}};
+  int_rows budgets;
+  for (index_t r = 0; r < rows; ++r) {
+    std::string const row = "[" + std::to_string(r) + "]";
+    index_t v[3];
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      std::string const field = "inputs.meta" + row + "." + names[i];
+      if (at[i] >= meta.shape[1]) c.fail(field, "the array has no such column");
+      v[i] = meta.i32[uz(r) * uz(meta.shape[1]) + uz(at[i])];
+      checked_integer(c, field, v[i], ranges[i]);
+    }
+    std::vector<offset_t> budget;
+    for (index_t l = 0; l < v[0]; ++l) {
+      float const share = raw.f32[uz(r) * uz(width) + uz(l)];
+      if (!(share >= 0 && share <= static_cast<float>(most_tokens)))
+        c.fail("inputs.raw" + row, "a share below zero or out of range");
+      budget.push_back(static_cast<offset_t>(share));
+    }
+    published_cake_budgets(budget.data(), v[0], v[1], v[2]);
+    budgets.emplace_back(budget.begin(), budget.end());
+  }
+  replayed out;
+  params.note("published", true);
+  out.parameters = params.resolved();
+  out.outputs["budgets"] = padded({rows}, budgets);
+  return out;
+}
+
 replayed run_apportion(backend& b, recorded_case const& c) {
   index_t const rows = row_count(c, "total");
   npy_array const& total = checked_input(c, "total", {rows}, false);
@@ -95,6 +133,7 @@ replayed run_apportion(backend& b, recorded_case const& c) {
 replayed run_budget(backend& b, recorded_case const& c) {
   std::string const policy = c.policy();
   if (policy == "pyramidkv") return run_pyramid(b, c);
+  if (policy == "cake") return run_cake(c);
   if (policy == "apportion") return run_apportion(b, c);
   throw unsupported(policy);
 }

@@ -10,6 +10,7 @@ struct layers_case {
   cache_shape shape{};  ///< of one layer; max_slots = T
   index_t n_layers = 0;
   index_t candidates = 0;  ///< T' = T - W
+  index_t every = 4;       ///< layers between checkpoints
   policy_options options{};
   std::vector<float> scores;  ///< [layer, kv_head, T']
 
@@ -38,7 +39,7 @@ layers_case read_layers(recorded_case const& c, parameters& p) {
                          ", allowed: below shape.T = " + std::to_string(r.shape.max_slots));
   r.candidates = r.shape.max_slots - r.options.window;
   r.options.r_max = p.number("r_max", 1, 1e6, 10.0);
-  r.options.every = p.integer("every", {1, most_layers}, 4);
+  r.every = p.integer("every", {1, most_layers}, 4);
   if (!c.is_official()) r.options.r_min = p.number("r_min", 0, 1, 0.1);
   return r;
 }
@@ -81,13 +82,12 @@ std::vector<offset_t> global_counts(backend& b, layers_case const& r, index_t n)
 /// The canonical budgets (window excluded) of the layers seen so far, at every checkpoint.
 int_rows canonical_budgets(backend& b, layers_case const& r) {
   index_t const heads = r.shape.n_kv_heads, window = r.options.window;
-  dynamic_layers const budget{r.options.capacity, r.options.r_max, r.options.r_min,
-                              r.options.every};
+  dynamic_layers const budget{r.options.capacity, r.options.r_max, r.options.r_min, r.every};
   int_rows const kept = b.budgets(budget, window, r.joint(r.n_layers));
   int_rows history;
   for (index_t l = 0; l < r.n_layers; ++l) {
     // A checkpoint decides about all layers so far, not about this one alone.
-    if (l + 1 < r.n_layers && (l + 1) % r.options.every != 0) continue;
+    if (l + 1 < r.n_layers && (l + 1) % r.every != 0) continue;
     history.emplace_back();
     for (index_t i = 0; i <= l; ++i)
       history.back().push_back(kept[uz(l)][uz(i) * uz(heads)] - window);
@@ -123,7 +123,7 @@ void run_published(backend& b, layers_case const& r, replayed& out) {
   std::vector<index_t> checkpoints;
   for (index_t l = 0; l < r.n_layers; ++l) {
     for (index_t h = 0; h < heads; ++h) lists.push_back(published_list(b, r, r.head(l, h)));
-    if ((l + 1) % r.options.every != 0) continue;
+    if ((l + 1) % r.every != 0) continue;
     std::vector<offset_t> budget = global_counts(b, r, l + 1);
     published_dynamic_budgets(budget.data(), l + 1, r.n_layers, heads, r.base(), r.cap(),
                               offset_t{heads} * r.candidates);

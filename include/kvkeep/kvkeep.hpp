@@ -9,6 +9,7 @@
 #include "engine/policy_table.hpp"
 #include "engine/session.hpp"
 #include "policy/adakv.hpp"
+#include "policy/cake.hpp"
 #include "policy/dynamickv.hpp"
 #include "policy/expected_attention.hpp"
 #include "policy/fullkv.hpp"

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Every budget alone, on plain scores, against the oracle: totals, caps, checkpoints, published
 // forms.
+#include <cmath>
 #include <kvkeep/backend/cpu/cpu.hpp>
 #include <kvkeep/budget/ada_heads.hpp>
+#include <kvkeep/budget/cake_layers.hpp>
 #include <kvkeep/budget/dynamic_layers.hpp>
 #include <kvkeep/budget/inherit.hpp>
 #include <kvkeep/budget/pyramid.hpp>
 #include <kvkeep/budget/uniform.hpp>
+#include <numeric>
 
-#include "../support/oracle_budget.hpp"
+#include "../support/oracle_cake.hpp"
 #include "../support/run_op.hpp"
 
 using namespace kvkeep;
@@ -20,6 +23,7 @@ static_assert(budget_rule<uniform, cpu::context>);
 static_assert(budget_rule<per_layer, cpu::context>);
 static_assert(budget_rule<pyramid, cpu::context>);
 static_assert(budget_rule<dynamic_layers, cpu::context>);
+static_assert(budget_rule<cake_layers, cpu::context>);
 static_assert(budget_rule<ada_heads, cpu::context>);
 static_assert(budget_rule<inherit, cpu::context>);
 
@@ -27,6 +31,7 @@ static_assert(budget_rule<inherit, cpu::context>);
 struct prompt_scores {
   index_t layers, heads, tokens, sinks, window;
   std::vector<float> data;
+  std::vector<float> spread{};  ///< [layer, head, 2] entropies and variances
 
   prompt_scores(generator& g, index_t l, index_t h, index_t n, index_t s, index_t w)
       : layers(l), heads(h), tokens(n), sinks(s), window(w), data(uz(offset_t{l} * h * n)) {
@@ -58,6 +63,7 @@ std::vector<std::vector<oracle::counts>> allocate_all(B const& b, prompt_scores 
     budget_input<> in{s.layers, l, s.heads, s.tokens, s.sinks, s.window, {}, {}};
     in.scores = row_major<host_space>(s.data.data(), s.layers, 1, s.heads, s.tokens);
     in.k = row_major<host_space>(k.data(), s.layers, s.heads);
+    if (!s.spread.empty()) in.spread = row_major<host_space>(s.spread.data(), s.layers, s.heads, 2);
     workspace measure;
     REQUIRE(b.allocate(one_thread(), in, measure) == status::ok);
     aligned_block const block(std::max<std::size_t>(measure.peak(), 64));
@@ -174,6 +180,90 @@ TEST_CASE("DynamicKV: published budgets stay zero where the published code divid
   for (offset_t b : small_shares) CHECK(b == 0);
 }
 
+namespace {
+
+/// Spreads of all layers, and the preferences that follow. Some layers have none.
+std::vector<double> draw_spread(generator& g, prompt_scores& s, cake_layers const& b) {
+  std::vector<double> preferences;
+  for (index_t l = 0; l < s.layers; ++l) {
+    bool const none = g.chance(0.1F);
+    double sum[2] = {};
+    for (index_t i = 0; i < 2 * s.heads; ++i) {
+      s.spread.push_back(none ? 0 : g.uniform() * (i % 2 == 0 ? 40.0F : 0.1F));
+      sum[i % 2] += static_cast<double>(s.spread.back());
+    }
+    preferences.push_back(std::pow(sum[0], 1 / b.tau1) * std::pow(sum[1], 1 / b.tau2));
+  }
+  return preferences;
+}
+
+}  // namespace
+
+TEST_CASE("CAKE: canonical budgets after every checkpoint") {
+  for_seeds(120, [](generator& g) {
+    index_t const layers = g.integer(1, 9), heads = g.integer(1, 3);
+    index_t const sinks = g.integer(0, 2), window = g.integer(2, 4), base = g.integer(1, 12);
+    index_t const tokens = sinks + window + base + g.integer(0, 60);
+    cake_layers b{base + sinks + window};
+    b.tau1 = static_cast<double>(g.integer(1, 5)) / 2;
+    b.tau2 = static_cast<double>(g.integer(1, 5)) / 2;
+    b.every = g.integer(1, 5);
+    prompt_scores s(g, layers, heads, tokens, sinks, window);
+    auto const preferences = draw_spread(g, s, b);
+    auto const got = allocate_all(b, s);
+    auto const want = oracle::cake_canonical(preferences, base, tokens - sinks - window, b.every);
+    std::size_t checkpoint = 0;
+    for (index_t l = 0; l < layers; ++l) {
+      layer_range const due = b.due(l, layers);
+      bool const at_checkpoint = (l + 1) % b.every == 0 || l + 1 == layers;
+      REQUIRE(due.last == l + 1);
+      REQUIRE(due.first == (at_checkpoint ? 0 : l));
+      if (!at_checkpoint) continue;
+      INFO("layer " << l);
+      std::int64_t sum = 0;
+      for (index_t j = 0; j <= l; ++j) {
+        for (index_t const k : got[uz(l)][uz(j)])
+          REQUIRE(k == want[checkpoint][uz(j)] + sinks + window);
+        REQUIRE(got[uz(l)][uz(j)][0] <= b.most(layers, {}, sinks + window, tokens));
+        sum += want[checkpoint][uz(j)];
+      }
+      // What the layers so far hold never exceeds the total.
+      REQUIRE(sum <= std::int64_t{base} * layers);
+      if (l + 1 == layers) REQUIRE(sum == std::int64_t{base} * layers);
+      ++checkpoint;
+    }
+  });
+}
+
+TEST_CASE("CAKE: the published arithmetic at its checkpoints") {
+  for_seeds(120, [](generator& g) {
+    index_t const layers = g.integer(1, 9), heads = g.integer(1, 3), window = g.integer(2, 4);
+    index_t const base = g.integer(1, 20), open = base + g.integer(0, 60);
+    cake_layers b{base + window};
+    b.published = true;
+    bool const whole = open <= base + window;  // up to C + W tokens
+    prompt_scores s(g, layers, heads, open + window, 0, window);
+    auto const preferences = draw_spread(g, s, b);
+    auto const got = allocate_all(b, s);
+    oracle::counts held;
+    for (index_t l = 0; l < layers; ++l) {
+      if (whole) REQUIRE(got[uz(l)][uz(l)][0] == open + window);
+      REQUIRE(got[uz(l)][uz(l)][0] <= b.most(layers, {}, window, open + window));
+      if (whole) continue;
+      held.push_back(std::min(base * layers, open));
+      std::vector<double> shares(preferences.begin(), preferences.begin() + l + 1);
+      double const sum = std::accumulate(shares.begin(), shares.end(), 0.0);
+      for (double& x : shares) x = (sum > 0 ? x / sum : 1.0 / (l + 1)) * (base * layers);
+      auto const want = oracle::cake_official(shares, base * layers, open);
+      for (std::size_t j = 0; j < held.size(); ++j) {
+        held[j] = std::min(want[j], held[j]);
+        INFO("layer " << l << " budget " << j);
+        REQUIRE(got[uz(l)][j][0] == held[j] + window);
+      }
+    }
+  });
+}
+
 TEST_CASE("AdaKV: heads of a layer") {
   for_seeds(200, [](generator& g) {
     index_t const heads = g.integer(1, 6), sinks = g.integer(0, 2), window = g.integer(1, 4);
@@ -240,6 +330,8 @@ TEST_CASE("the most that a budget keeps never falls below its capacity, nor with
       check(uniform{tokens}, protect);
       check(ada_heads{tokens}, protect);
       for (double const r_max : {1., 1.5, 10.}) check(dynamic_layers{tokens, r_max}, protect);
+      for (bool const published : {true, false})
+        check(cake_layers{tokens, 1, 1, 1, published}, protect);
       for (bool const exact : {true, false}) check(pyramid{tokens, 3, exact}, protect);
     }
 }

@@ -190,7 +190,7 @@ std::vector<pairing> pairings() {
   for (char const* name : {"h2o", "tova", "knorm", "keydiff"}) all.push_back({name, name, small});
   for (char const* name : {"snapkv", "dynamickv", "adakv", "lagkv"})
     all.push_back({name, "streamingllm", small});
-  for (char const* name : {"snapkv", "pyramidkv", "dynamickv"})
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "cake"})
     all.push_back({name, "h2o", small, true});
   return all;
 }

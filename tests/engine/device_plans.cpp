@@ -517,11 +517,11 @@ TEST_CASE("plans want an engine that commits, and a policy that decides while de
 TEST_CASE("the host knows which layers a prompt's end decides") {
   test::world w;
   w.n_layers = 4;
-  for (char const* name : {"h2o", "dynamickv"})
+  for (char const* name : {"h2o", "dynamickv", "cake"})
     for (scope const per : {scope::head, scope::sequence}) {
       policy_options o = small(12);
       o.per = per;
-      if (name[0] == 'd') o.per = scope::head;
+      if (name[0] != 'h') o.per = scope::head;
       auto const policy = make_policy<test::op_context>(name, o);
       auto const options = w.options(test::make(name, o), 60);
       test::engine host(options, test::make(name, o));

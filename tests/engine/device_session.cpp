@@ -20,7 +20,7 @@ std::vector<pairing> pairings() {
   list_policies([&](policy_info const& p) {
     all.push_back({p.name, p.name, small(16), small(16)});
   });
-  for (char const* prompt : {"snapkv", "pyramidkv", "dynamickv", "adakv"})
+  for (char const* prompt : {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv"})
     for (char const* decode : {"morphkv", "h2o", "streamingllm"}) {
       pairing p{prompt, decode, small(16), small(16)};
       p.d.budget = "inherit";
@@ -377,9 +377,9 @@ TEST_CASE("prompts of no token and of one, in the cache and transient") {
 }
 
 TEST_CASE("tokens of others may come between the layers of a prompt") {
-  for (char const* name : {"knorm", "h2o", "dynamickv", "adakv"})
+  for (char const* name : {"knorm", "h2o", "dynamickv", "cake", "adakv"})
     for (scope const per : {scope::head, scope::sequence}) {
-      bool const own_budget = name[0] == 'd' || name[0] == 'a';
+      bool const own_budget = name[0] == 'd' || name[0] == 'c' || name[0] == 'a';
       if (own_budget && per == scope::sequence) continue;
       INFO(name << ", per " << to_string(per));
       policy_options o = small(16), d = small(16);

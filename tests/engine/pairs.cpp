@@ -59,7 +59,7 @@ std::vector<pair_case> pairs() {
   burst.evict_after = 1.3;
   std::vector<pair_case> cases;
   for (char const* prompt :
-       {"snapkv", "pyramidkv", "dynamickv", "adakv", "lagkv", "h2o", "expected_attention"})
+       {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "lagkv", "h2o", "expected_attention"})
     for (char const* decode : {"morphkv", "streamingllm", "h2o", "knorm"}) {
       policy_options x = p;
       if (std::string(prompt) == "lagkv") x.lag = 4, x.sinks = 2;
@@ -97,7 +97,7 @@ void run_pair(pair_case const& c, index_t prompt, bool transient, generator& g) 
   std::vector<oracle::array> scores;
   for (auto const& l : words.layer) scores.push_back(rule.scores(l, prompt, e.rule()));
   auto const left = rule.kept(words, prompt, e.rule());
-  auto const b = rule.budgets(scores, prompt);
+  auto const b = rule.budgets(scores, prompt, rule.preferences(words, prompt, e.rule()));
   bool const at_append =
       std::string(c.decode) == "morphkv" || std::string(c.decode) == "streamingllm";
   std::vector<std::unique_ptr<reference>> refs;

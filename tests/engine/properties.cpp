@@ -21,7 +21,7 @@ std::vector<decode_case> every_case() {
   o.r_max = 2;
   o.lag = 3;
   o.sinks = 1;
-  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv", "lagkv",
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "lagkv",
                            "observed_attention", "expected_attention", "fullkv"})
     cases.push_back({name, make(name, o), false, nullptr});
   return cases;

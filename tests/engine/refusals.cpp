@@ -81,7 +81,7 @@ void accepted(binding const& b) {
 
 TEST_CASE("good bindings are accepted") {
   for (char const* name :
-       {"fullkv", "streamingllm", "snapkv", "pyramidkv", "dynamickv", "adakv", "h2o",
+       {"fullkv", "streamingllm", "snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "h2o",
         "observed_attention", "expected_attention", "tova", "morphkv", "knorm", "keydiff", "lagkv"})
     accepted(with(name, [](auto&) {}));
 }
@@ -110,15 +110,16 @@ TEST_CASE("a policy that nobody has made is refused") {
 }
 
 TEST_CASE("capacity, window and sinks") {
-  for (char const* name :
-       {"snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "morphkv", "knorm", "keydiff"}) {
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "h2o", "morphkv",
+                           "knorm", "keydiff"}) {
     refused(with(name, [](auto& b) { b.p.capacity = 4; }), "capacity", "4", "> sinks + window = 4");
     refused(with(name, [](auto& b) { b.p.capacity = 3; }), "capacity", "3", "> sinks + window = 4");
     refused(with(name, [](auto& b) { b.p.capacity = 0; }), "capacity", "0", "> sinks + window = 4");
     refused(with(name, [](auto& b) { b.p.capacity = -5; }), "capacity", "-5", "0..");
     accepted(with(name, [](auto& b) { b.p.capacity = 5; }));
   }
-  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv", "knorm", "keydiff"}) {
+  for (char const* name :
+       {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "knorm", "keydiff"}) {
     refused(with(name, [](auto& b) { b.p.sinks = 12; }), "capacity", "16", "> sinks + window = 16");
     refused(with(name, [](auto& b) { b.p.sinks = -1; }), "sinks", "-1", "0..");
   }
@@ -140,7 +141,7 @@ TEST_CASE("capacity, window and sinks") {
 }
 
 TEST_CASE("numbers near the end of the integers do not wrap round") {
-  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv", "knorm", "keydiff"})
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "knorm", "keydiff"})
     CHECK(with(name, [](auto& b) { b.p.window = huge, b.p.sinks = 2; }).message() != "accepted");
   for (char const* name : {"h2o", "tova", "morphkv", "knorm", "streamingllm"})
     CHECK(with(name, [](auto& b) { b.p.capacity = huge; }).message() != "accepted");
@@ -150,8 +151,8 @@ TEST_CASE("numbers near the end of the integers do not wrap round") {
   CHECK(with("h2o", [](auto& b) { b.lim.max_draft = huge; }).message() != "accepted");
 }
 
-TEST_CASE("SnapKV, PyramidKV, DynamicKV, AdaKV parameters") {
-  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "adakv"})
+TEST_CASE("SnapKV, PyramidKV, DynamicKV, CAKE, AdaKV parameters") {
+  for (char const* name : {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv"})
     for (index_t const kernel : {0, 2, 4, -1})
       refused(with(name, [=](auto& b) { b.p.kernel = kernel; }), "kernel", std::to_string(kernel),
               "odd");
@@ -162,6 +163,13 @@ TEST_CASE("SnapKV, PyramidKV, DynamicKV, AdaKV parameters") {
   refused(with("dynamickv", [](auto& b) { b.p.r_min = -0.5; }), "r_min", "-0.5", "0..1");
   refused(with("dynamickv", [](auto& b) { b.p.every = 0; }), "every", "0", ">= 1");
   refused(with("dynamickv", [](auto& b) { b.p.r_max = std::nan(""); }), "r_max", "", "1..");
+  refused(with("cake", [](auto& b) { b.p.window = 1; }), "window", "1", ">= 2");
+  refused(with("cake", [](auto& b) { b.p.gamma = -1; }), "gamma", "-1", "0..");
+  refused(with("cake", [](auto& b) { b.p.gamma = std::nan(""); }), "gamma", "", "0..");
+  refused(with("cake", [](auto& b) { b.p.tau1 = 0; }), "tau1", "0", "0.05..20");
+  refused(with("cake", [](auto& b) { b.p.tau2 = 21; }), "tau2", "21", "0.05..20");
+  refused(with("cake", [](auto& b) { b.p.tau2 = std::nan(""); }), "tau2", "", "0.05..20");
+  refused(with("cake", [](auto& b) { b.p.every = 0; }), "every", "0", ">= 1");
   refused(with("adakv", [](auto& b) { b.p.alpha = 1.25; }), "alpha", "1.25", "0..1");
   refused(with("adakv", [](auto& b) { b.p.alpha = -0.25; }), "alpha", "-0.25", "0..1");
   refused(with("adakv", [](auto& b) { b.p.alpha = std::nan(""); }), "alpha", "", "0..1");
@@ -280,10 +288,14 @@ TEST_CASE("opaque rows need a reader to be scored or attended to") {
 }
 
 TEST_CASE("budgets and scopes that a policy cannot do") {
-  for (char const* name : {"pyramidkv", "dynamickv"})
-    refused(with(name, [](auto& b) { b.p.per = scope::sequence; }), "budget",
-            name == std::string("pyramidkv") ? "pyramid" : "dynamic_layers",
+  for (auto const& [name, budget] : {std::pair{"pyramidkv", "pyramid"},
+                                     {"dynamickv", "dynamic_layers"},
+                                     {"cake", "cake_layers"}})
+    refused(with(name, [](auto& b) { b.p.per = scope::sequence; }), "budget", budget,
             "uniform, for one set per sequence");
+  // Nobody else says how a layer's attention spreads.
+  for (char const* name : {"snapkv", "h2o", "knorm", "expected_attention", "fullkv"})
+    refused(with(name, [](auto& b) { b.p.budget = "cake"; }), "budget", "cake_layers", "(cake)");
   for (scope const per : {scope::layer, scope::sequence})
     refused(with("adakv", [=](auto& b) { b.p.per = per; }), "budget", "ada_heads",
             "without differences among heads");
@@ -295,6 +307,8 @@ TEST_CASE("budgets and scopes that a policy cannot do") {
   refused(with([](auto& b) { b.p.budget = "inherit"; }), "budget", "inherit", "beside another");
   refused(with([](auto& b) { b.decode = "morphkv", b.d.budget = "dynamic"; }), "decode.budget",
           "dynamic_layers", "inherit");
+  refused(with([](auto& b) { b.decode = "morphkv", b.d.budget = "cake"; }), "budget", "cake_layers",
+          "(cake)");
   auto const after_ada = [](index_t capacity) {
     return with("adakv", [=](auto& b) {
       b.p.capacity = capacity, b.p.window = 2;

@@ -79,7 +79,7 @@ TEST_CASE("policy pairs with uneven budgets run in the slots that were asked for
   policy_options burst = d;
   burst.evict_after = 1.3;
   for (char const* prompt :
-       {"snapkv", "pyramidkv", "dynamickv", "adakv", "lagkv", "expected_attention"})
+       {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "lagkv", "expected_attention"})
     for (char const* decode : {"morphkv", "streamingllm", "h2o", "knorm"})
       for (policy_options const& o : {d, burst})
         for (bool const transient : {false, true}) {

@@ -120,6 +120,9 @@ policy_options sizes(generator& g) {
   o.r_max = g.integer(1, 4);
   o.r_min = static_cast<double>(g.integer(0, 4)) / 8;
   o.every = g.integer(1, 4);
+  o.gamma = o.beta % 2 == 0 ? 200 : o.beta % 3;
+  o.tau1 = o.beta % 3 == 0 ? 1 : 1.6;
+  o.tau2 = o.beta % 5 < 2 ? 1 : 0.4;
   o.alpha = static_cast<double>(g.integer(0, 8)) / 8;
   o.normalize = g.chance(0.3F);
   ada_form const forms[] = {ada_form::exact, ada_form::published, ada_form::safeguard};
@@ -152,23 +155,18 @@ index_t some_prompt(generator& g, policy_options const& o) {
   return std::max<index_t>(g.one_of(special), 1);
 }
 
-std::vector<std::string> const names{"snapkv",
-                                     "pyramidkv",
-                                     "dynamickv",
-                                     "adakv",
-                                     "h2o",
-                                     "tova",
-                                     "knorm",
-                                     "keydiff",
-                                     "lagkv",
-                                     "streamingllm",
-                                     "observed_attention",
-                                     "fullkv",
-                                     "expected_attention"};
+std::vector<std::string> const names{"snapkv",       "pyramidkv",
+                                     "dynamickv",    "adakv",
+                                     "cake",         "h2o",
+                                     "tova",         "knorm",
+                                     "keydiff",      "lagkv",
+                                     "streamingllm", "observed_attention",
+                                     "fullkv",       "expected_attention"};
 
 setting random_setting(generator& g, std::string const& name) {
   policy_options o = sizes(g);
   if (name == "tova") o.window = g.integer(0, 1);
+  if (name == "cake" && o.window == 1) ++o.window, ++o.capacity;
   if (name == "lagkv") o.capacity = std::max(o.capacity, 4);
   index_t const layers = g.integer(1, 5);
   if (name == "pyramidkv" && layers == 1) o.exact_total = true;
@@ -196,7 +194,8 @@ std::string describe(setting const& s) {
   add("pool", static_cast<int>(o.pooling)), add("group", static_cast<int>(o.group));
   add("before", o.group_before_pool), add("beta", o.beta), add("exact", o.exact_total);
   add("form", static_cast<int>(o.form)), add("normalize", o.normalize), add("alpha", o.alpha);
-  add("every", o.every), add("r_max", o.r_max), add("r_min", o.r_min), add("lag", o.lag);
+  add("every", *o.every), add("gamma", o.gamma), add("tau1", o.tau1), add("tau2", o.tau2);
+  add("r_max", o.r_max), add("r_min", o.r_min), add("lag", o.lag);
   add("cross", o.cross_scoring), add("per", static_cast<int>(o.per));
   add("L", s.n_layers), add("Hq", s.shape.n_q_heads), add("Hkv", s.shape.n_kv_heads);
   add("D", s.shape.dim_k), add("T0", s.prompts[0]), add("T1", s.prompts[1]);
@@ -236,7 +235,7 @@ TEST_CASE("short prompts, prompts at the capacity and one-token prompts") {
 TEST_CASE("every budget with every comparable scorer and scope") {
   index_t ties = 0;
   for (std::string const name :
-       {"snapkv", "h2o", "tova", "knorm", "keydiff", "lagkv", "expected_attention"})
+       {"snapkv", "h2o", "tova", "knorm", "keydiff", "lagkv", "expected_attention", "cake"})
     for (std::string_view const budget : {"uniform", "pyramid", "dynamic", "ada"})
       for (scope const per : {scope::head, scope::layer, scope::sequence})
         for_seeds(1, [&](generator& g) {

@@ -125,11 +125,11 @@ TEST_CASE("the list of policies says what they can do") {
     CHECK(i.at_prompt == (names.back() != "fullkv"));
     CHECK(i.per_head == (names.back() != "tova"));
     CHECK(i.per_layer == (names.back() != "adakv"));
-    bool const uneven =
-        names.back() == "pyramidkv" || names.back() == "dynamickv" || names.back() == "adakv";
+    bool const uneven = names.back() == "pyramidkv" || names.back() == "dynamickv" ||
+                        names.back() == "adakv" || names.back() == "cake";
     CHECK(i.per_sequence == !uneven);
   });
-  CHECK(names.size() == 14);
+  CHECK(names.size() == 15);
 }
 
 TEST_CASE("a policy by name has the options of its maker where none are given") {
@@ -143,6 +143,7 @@ TEST_CASE("a policy by name has the options of its maker where none are given") 
   same(make_snapkv({}));
   same(make_pyramidkv({}));
   same(make_dynamickv({}));
+  same(make_cake({}));
   same(make_adakv({}));
   same(make_h2o({.recent = window}));
   same(make_observed_attention(1024));
@@ -192,8 +193,8 @@ TEST_CASE("a different configuration has a different key") {
     keys.push_back(make(name, o).key());
   };
   for (char const* name :
-       {"snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "tova", "morphkv", "knorm", "keydiff",
-        "lagkv", "streamingllm", "observed_attention", "fullkv", "expected_attention"})
+       {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "h2o", "tova", "morphkv", "knorm",
+        "keydiff", "lagkv", "streamingllm", "observed_attention", "fullkv", "expected_attention"})
     add(name, [](auto&) {});
   add("snapkv", [](auto& o) { o.capacity = 99; });
   add("snapkv", [](auto& o) { o.window = 9; });
@@ -210,6 +211,12 @@ TEST_CASE("a different configuration has a different key") {
   add("morphkv", [](auto& o) { o.evaluation = morph_rows::direct; });
   add("adakv", [](auto& o) { o.alpha = 0.5; });
   add("dynamickv", [](auto& o) { o.every = 2; });
+  add("cake", [](auto& o) { o.every = 2; });
+  add("cake", [](auto& o) { o.gamma = 100; });
+  add("cake", [](auto& o) { o.tau1 = 1.6; });
+  add("cake", [](auto& o) { o.tau2 = 1.6; });
+  add("cake", [](auto& o) { o.kernel = 7; });
+  add("cake", [](auto& o) { o.published = true; });
   add("expected_attention", [](auto& o) { o.rotation.theta = 5e5; });
   add("expected_attention", [](auto& o) { o.rotation.dims = 4; });
   add("expected_attention", [](auto& o) { o.rotation.interleaved = true; });
@@ -227,8 +234,8 @@ TEST_CASE("a different configuration has a different key") {
 
 TEST_CASE("a policy is one header of less than 80 lines") {
   for (char const* name :
-       {"knorm", "snapkv", "pyramidkv", "dynamickv", "adakv", "h2o", "tova", "morphkv", "keydiff",
-        "lagkv", "streamingllm", "expected_attention", "fullkv"}) {
+       {"knorm", "snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "h2o", "tova", "morphkv",
+        "keydiff", "lagkv", "streamingllm", "expected_attention", "fullkv"}) {
     INFO(name);
     CHECK(lines_of(policy_folder() + name + ".hpp") < 80);
   }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "engine.hpp"
-#include "oracle_budget.hpp"
+#include "oracle_cake.hpp"
 #include "oracle_expected.hpp"
 
 namespace kvkeep::test {
@@ -37,12 +37,12 @@ struct prompt_reference {
   policy_options o;
   scope width = scope::head;
   oracle::guard keep;  ///< that the policy declares
-  std::string budget;  ///< uniform, pyramid, dynamic or ada
+  std::string budget;  ///< uniform, pyramid, dynamic, cake or ada
 
   prompt_reference(std::string n, policy_options const& x)
       : name(std::move(n)), o(x), width(x.per) {
-    bool const windowed =
-        name == "snapkv" || name == "pyramidkv" || name == "dynamickv" || name == "adakv";
+    bool const windowed = name == "snapkv" || name == "pyramidkv" || name == "dynamickv" ||
+                          name == "adakv" || name == "cake";
     if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks.value_or(0), o.window, 0};
     if (name == "h2o" || name == "morphkv") keep.recent = o.window;
     if (name == "tova") keep = {o.sinks.value_or(0), o.window > 0 ? 1 : 0, 0};
@@ -50,6 +50,7 @@ struct prompt_reference {
     if (name == "tova" && width == scope::head) width = scope::layer;
     budget = name == "pyramidkv"   ? "pyramid"
              : name == "dynamickv" ? "dynamic"
+             : name == "cake"      ? "cake"
              : name == "adakv"     ? "ada"
                                    : "uniform";
     if (!o.budget.empty()) budget = std::string(o.budget);
@@ -78,6 +79,7 @@ struct prompt_reference {
       for (index_t h = 0; h < k.extent(0); ++h)
         for (index_t j = 0; j < n; ++j) s.at(h, j) = j;
     }
+    if (name == "cake") s = oracle::cake_scores(window_of(t, n), k, cake(), rule);
     if (s.shape.empty()) {
       oracle::window_rule w;
       w.window = o.window;
@@ -88,13 +90,14 @@ struct prompt_reference {
       w.group = to_oracle(o.group);
       w.rows = to_oracle(o.rows);
       w.gqa_before_pool = o.group_before_pool;
-      s = oracle::window_scores(first_rows(t.q, n, std::max<index_t>(n - o.window, 0)), k, w, rule);
+      s = oracle::window_scores(window_of(t, n), k, w, rule);
     }
     return columns(s, 0, n);
   }
 
-  /// Tokens to keep, protected ones included: {layer}{head}.
-  std::vector<oracle::counts> budgets(std::vector<oracle::array> const& s, index_t n) const {
+  /// Tokens to keep, protected ones included: {layer}{head}. @param preferences of layers, for CAKE
+  std::vector<oracle::counts> budgets(std::vector<oracle::array> const& s, index_t n,
+                                      std::vector<double> const& preferences) const {
     index_t const layers = oracle::count(s), heads = s[0].extent(0), c = o.capacity;
     index_t const protect = keep.sinks + keep.recent, base = c - protect;
     std::vector<oracle::counts> out(uz(layers), oracle::counts(uz(heads), c));
@@ -109,11 +112,27 @@ struct prompt_reference {
       for (index_t l = 0; l < layers; ++l)
         for (index_t h = 0; h < heads; ++h)
           for (index_t j = 0; j < open; ++j) all.at(l, h, j) = s[uz(l)].at(h, j + keep.sinks);
-      auto const b = oracle::dynamickv_canonical(all, base, o.r_max, o.r_min, o.every).back();
+      auto const b =
+          oracle::dynamickv_canonical(all, base, o.r_max, o.r_min, o.every.value_or(4)).back();
+      for (index_t i = 0; i < layers; ++i) out[uz(i)].assign(uz(heads), b[uz(i)] + protect);
+    }
+    if (budget == "cake") {
+      auto const b =
+          oracle::cake_canonical(preferences, base, n - protect, o.every.value_or(1)).back();
       for (index_t i = 0; i < layers; ++i) out[uz(i)].assign(uz(heads), b[uz(i)] + protect);
     }
     for (index_t l = 0; l < layers && budget == "ada"; ++l) out[uz(l)] = ada(s[uz(l)], n);
     return out;
+  }
+
+  /// Of layers, for CAKE.
+  std::vector<double> preferences(text const& t, index_t n,
+                                  oracle::attention_rule const& rule) const {
+    std::vector<double> p;
+    for (std::size_t l = 0; name == "cake" && l < t.layer.size(); ++l)
+      p.push_back(oracle::cake_preference(window_of(t.layer[l], n), first_rows(t.layer[l].k, n),
+                                          cake(), rule));
+    return p;
   }
 
   /// Kept positions {layer}{head}, and the scores that decided.
@@ -129,7 +148,7 @@ struct prompt_reference {
         all.data[i] = s[i / s[0].data.size()].data[i % s[0].data.size()];
       for (auto& x : s) x = spread(oracle::sequence_scores(all), x.extent(0));
     }
-    auto const k = budgets(s, n);
+    auto const k = budgets(s, n, preferences(t, n, rule));
     bool const cut = cuts(n);
     std::vector<oracle::kept_sets> out;
     for (std::size_t l = 0; l < s.size(); ++l)
@@ -140,6 +159,10 @@ struct prompt_reference {
   }
 
  private:
+  oracle::array window_of(oracle::tokens const& t, index_t n) const {
+    return first_rows(t.q, n, std::max<index_t>(n - o.window, 0));
+  }
+  oracle::cake_rule cake() const { return {o.window, o.kernel, o.gamma, o.tau1, o.tau2}; }
   bool cuts(index_t n) const {
     if (name == "fullkv") return false;
     return name != "lagkv" || oracle::lagkv_applies(n, o.sinks.value_or(4), o.lag);

@@ -19,6 +19,10 @@ struct budget_traits {
   bool inherits = false;        ///< decode only: keeps what the prompt's policy left
   bool fixed = false;           ///< does not depend on the prompt
   bool couples_layers = false;  ///< a layer's budget may shrink when later layers are known
+  bool needs_spread = false;    ///< reads how widely attention spreads, which not all scorers say
+
+  /// Whether `allocate` waits for the prompt's scorer.
+  bool after_scores() const noexcept { return needs_scores || needs_spread; }
 };
 
 /// Layers [first, last).
@@ -40,6 +44,8 @@ struct budget_input {
   /// [layer, 1, kv_head, slot] scores of layers 0..layer in slot order, where `needs_scores`
   tensor_ref<float const, 4, Space> scores{};
   tensor_ref<index_t, 2, Space> k{};  ///< [layer, kv_head] tokens to keep, protected ones included
+  /// [layer, kv_head, 2] of layers 0..layer, as score_input::spread has it, where `needs_spread`
+  tensor_ref<float const, 3, Space> spread{};
 
   KVKEEP_HD index_t protect() const noexcept { return sinks + recent; }
   /// Unprotected tokens, T'.

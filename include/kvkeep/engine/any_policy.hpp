@@ -8,6 +8,7 @@
 #include <variant>
 
 #include "../budget/ada_heads.hpp"
+#include "../budget/cake_layers.hpp"
 #include "../budget/dynamic_layers.hpp"
 #include "../budget/inherit.hpp"
 #include "../budget/per_head.hpp"
@@ -135,8 +136,8 @@ class any_scorer {
 /// Any of the library's budgets.
 class any_budget {
  public:
-  using value =
-      std::variant<uniform, per_layer, pyramid, dynamic_layers, ada_heads, inherit, per_head>;
+  using value = std::variant<uniform, per_layer, pyramid, dynamic_layers, ada_heads, inherit,
+                             per_head, cake_layers>;
 
   any_budget() = default;
   template <class B>

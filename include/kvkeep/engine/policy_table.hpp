@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "../policy/adakv.hpp"
+#include "../policy/cake.hpp"
 #include "../policy/dynamickv.hpp"
 #include "../policy/expected_attention.hpp"
 #include "../policy/fullkv.hpp"
@@ -41,11 +42,15 @@ struct policy_options {
   bool exact_total = true;
   double r_max = 10;
   double r_min = 0.1;
-  index_t every = 4;
+  /// Layers between checkpoints; none: the policy's own (DynamicKV 4, CAKE 1).
+  std::optional<index_t> every{};
+  double tau1 = 1;
+  double tau2 = 1;
+  double gamma = 200;
   double alpha = 0.2;
   bool normalize = false;
   ada_form form = ada_form::exact;
-  bool published = false;  ///< DynamicKV's published arithmetic
+  bool published = false;  ///< DynamicKV's and CAKE's published arithmetic
   reduction fusion = reduction::sum;
   index_t n_rows = 0;
   double evict_after = 1;
@@ -62,7 +67,8 @@ struct policy_options {
   bool value_norms = true;
   double epsilon = 0;
   scope per = scope::head;
-  /// Replaces the policy's own budget: "", "uniform", "pyramid", "dynamic", "ada", "per_head", "inherit".
+  /// Replaces the policy's own budget: "", "uniform", "pyramid", "dynamic", "cake", "ada", "per_head",
+  /// "inherit".
   std::string_view budget{};
   std::span<index_t const> head_tokens{};  ///< [layer][kv_head] of budget "per_head"
   index_t block = 1;                       ///< > 1: packed blocks, or whole ones
@@ -114,6 +120,9 @@ inline constexpr parameter_info pyramid_parameters[] = {{"capacity", 2, longest}
 inline constexpr parameter_info dynamic_parameters[] = {
     {"capacity", 2, longest}, {"window", 1, longest}, {"kernel", 1, big}, {"sinks", 0, longest},
     {"r_max", 1, 1e6},        {"r_min", 0, 1},        {"every", 1, big}};
+inline constexpr parameter_info cake_parameters[] = {
+    {"capacity", 3, longest}, {"window", 2, longest}, {"kernel", 1, big}, {"sinks", 0, longest},
+    {"gamma", 0, 1e9},        {"tau1", 0.05, 20},     {"tau2", 0.05, 20}, {"every", 1, big}};
 inline constexpr parameter_info ada_parameters[] = {{"capacity", 2, longest},
                                                     {"window", 1, longest},
                                                     {"kernel", 1, big},
@@ -138,14 +147,17 @@ void each_policy(policy_options const& o, F&& f) {
   index_t const sinks = o.sinks.value_or(0), first_ones = o.sinks.value_or(4);
   window_options const w{o.capacity,          o.window, o.kernel, o.pooling, o.group, o.rows,
                          o.group_before_pool, sinks};
-  dynamickv dynamic = make_dynamickv(w, {o.r_max, o.r_min, o.every});
-  dynamic.budget.published = o.published;
+  dynamickv dynamic = make_dynamickv(w, {o.r_max, o.r_min, o.every.value_or(4)});
+  cake spreading = make_cake(
+      {o.capacity, o.window, o.kernel, o.gamma, o.tau1, o.tau2, o.every.value_or(1), sinks});
+  dynamic.budget.published = spreading.budget.published = o.published;
   f(make_fullkv(), "-", std::span<parameter_info const>{});
   f(make_streamingllm({o.capacity, first_ones, o.make_room_first}), "arXiv 2309.17453",
     streaming_parameters);
   f(make_snapkv(w), "arXiv 2404.14469", window_parameters);
   f(make_pyramidkv(w, o.beta, o.exact_total), "arXiv 2406.02069", pyramid_parameters);
   f(dynamic, "arXiv 2412.14838", dynamic_parameters);
+  f(spreading, "arXiv 2503.12491", cake_parameters);
   f(make_adakv(w, {o.alpha, o.normalize, o.form}), "arXiv 2407.11550", ada_parameters);
   f(make_h2o({o.capacity, o.window, o.group}), "arXiv 2306.14048", h2o_parameters);
   f(make_observed_attention(o.capacity), "kvpress", capacity_only);
@@ -168,11 +180,14 @@ inline any_budget named_budget(policy_options const& o) {
   if (o.budget == "uniform") return uniform{o.capacity};
   if (o.budget == "pyramid") return pyramid{o.capacity, o.beta, o.exact_total};
   if (o.budget == "dynamic")
-    return dynamic_layers{o.capacity, o.r_max, o.r_min, o.every, o.published};
+    return dynamic_layers{o.capacity, o.r_max, o.r_min, o.every.value_or(4), o.published};
+  if (o.budget == "cake")
+    return cake_layers{o.capacity, o.tau1, o.tau2, o.every.value_or(1), o.published};
   if (o.budget == "ada") return ada_heads{o.capacity, o.alpha, o.normalize, o.form};
   if (o.budget == "per_head") return per_head{{o.head_tokens.begin(), o.head_tokens.end()}};
   if (o.budget == "inherit") return inherit{};
-  refuse("budget", std::string(o.budget), "uniform, pyramid, dynamic, ada, per_head or inherit");
+  refuse("budget", std::string(o.budget),
+         "uniform, pyramid, dynamic, cake, ada, per_head or inherit");
 }
 
 }  // namespace detail

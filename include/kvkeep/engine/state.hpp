@@ -156,6 +156,7 @@ struct shared_state {
   std::uint8_t* alive = nullptr;                ///< [S] host
   std::uint32_t* generation = nullptr;          ///< [S] host: changes when slots move or are reused
   tensor_ref<index_t, 2, Space> prompt_k{};     ///< [layer, H] budgets of the prompt that is ending
+  tensor_ref<float, 3, Space> prompt_spread{};  ///< [layer, H, 2] for budgets that need it
   tensor_ref<float, 4, Space> prompt_scores{};  ///< [layer, 1, H, slot] where budgets need them
   tensor_ref<float, 3, Space> sequence_scores{};  ///< [entry, H, slot] sum over layers
   tensor_ref<float, 3, Space> prompt_sum{};  ///< [1, H, slot] that of the prompt that is ending
@@ -176,6 +177,7 @@ void carve_shared(workspace& w, shared_state<Space>& s, state_shape const& shape
   s.alive = w.take<std::uint8_t>(product(n));
   s.generation = w.take<std::uint32_t>(product(n));
   s.prompt_k = row_major<Space>(w.take<index_t>(product(n_layers, h)), n_layers, h);
+  s.prompt_spread = row_major<Space>(w.take<float>(product(n_layers, h, 2)), n_layers, h, 2);
   s.prompt_scores =
       row_major<Space>(w.take<float>(product(score_layers, h, slots)), score_layers, 1, h, slots);
   s.sequence_scores = row_major<Space>(w.take<float>(product(sequence_entries, h, slots)),

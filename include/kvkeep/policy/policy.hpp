@@ -158,6 +158,9 @@ KVKEEP_COLD void check_policy(P const& p, index_t n_layers, cache_shape const& s
       !b.needs_scores || s.comparable, "budget", b.name,
       "uniform, pyramid, per_layer or per_head for scores that heads and layers cannot compare (" +
           std::string(s.name) + ")");
+  KVKEEP_EXPECTS(!b.needs_spread || s.gives_spread, "budget", b.name,
+                 "another one, for this is for scores that say how attention spreads (cake), not " +
+                     std::string(s.name));
   KVKEEP_EXPECTS(!b.varies_over_heads || p.width() == scope::head, "budget", b.name,
                  "a budget without differences among heads, for one set per " +
                      std::string(to_string(p.width())));

@@ -34,6 +34,7 @@ struct scorer_traits {
   bool direct = false;          ///< has `score_direct`: may decide before a token's own attention
   bool finds_victims = false;   ///< has `victims`: finds the one that leaves without scores of all
   index_t victims_recent = 0;   ///< ... which protects so many recent tokens, and no others
+  bool gives_spread = false;    ///< of a prompt: fills `score_input::spread`
 };
 
 /// Memory that a scorer asks the session for.
@@ -80,6 +81,9 @@ struct score_input {
   tensor_ref<float, 4, Space> loose{};     ///< [id, kv_head, row, slot] state_spec::loose_rows
   tensor_ref<float, 3, Space> head{};      ///< [id, kv_head, i] state_spec::head_floats
   tensor_ref<float, 3, Space> gathered{};  ///< [id, kv_head, i] state_spec::prompt_floats
+  /// [entry, kv_head, 2] out, where a budget needs it (else null): entropies, and variances over rows, of the attention
+  /// weights of the last queries, both summed over the columns that are older and over the group.
+  tensor_ref<float, 3, Space> spread{};
 };
 
 /// No-op defaults of the optional steps; scorers derive from it.

@@ -17,6 +17,8 @@ status device_session<Ctx, P, D>::score_prompt(layer_data& l, index_t id, source
                                                score_map<space> out, workspace& w) noexcept {
   auto view = input(l, s, true);
   view.has_lse = w.measuring() || prompt_of(l, id).has_lse;
+  if (prompt_.budget.traits().needs_spread)
+    view.spread = detail::rebase(shared_.prompt_spread, l.number);
   KVKEEP_TRY(prompt_.score.score(*ctx_, view, out, w));
   if (prompt_.width() != scope::head && prompt_.score.traits().comparable)
     KVKEEP_TRY(run(*ctx_, op::mean_heads<space>{s.batch, s.layer.slots, out}, w));
@@ -39,12 +41,13 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
   budget_input<space> in{n_layers(),          l.number, heads,           tokens, prompt_.keep.sinks,
                          prompt_.keep.recent, {},       shared_.prompt_k};
   if (bt.needs_scores) in.scores = shared_.prompt_scores;
+  if (bt.needs_spread) in.spread = shared_.prompt_spread;
   bool const whole = detail::keeps_all(prompt_.score);
   bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
   if (short_prompt && !measuring)
     KVKEEP_TRY(
         detail::fill_layer(*ctx_, in, l.number, std::max(tokens, prompt_.budget.capacity()), w));
-  else if (!bt.needs_scores)
+  else if (!bt.after_scores())
     KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
   workspace::frame const frame(w);
   auto scores = row_major<space>(bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)),
@@ -56,7 +59,7 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
   }
   bool const wide = prompt_.width() == scope::sequence;
   bool const moves = prompt_.select.traits().moves_tokens;
-  bool const wanted = bt.needs_scores || !detail::decides_late(prompt_.when);
+  bool const wanted = bt.after_scores() || !detail::decides_late(prompt_.when);
   bool const scored = !whole && (bt.couples_layers || (!short_prompt && wanted));
   if (scored || measuring) {
     auto const& p = prompt_of(l, id);
@@ -64,7 +67,7 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
         detail::lacks_queries(prompt_, shape_.cache, p.tokens - p.ring_from, p.tokens - p.frozen))
       return status::bad_order;
     KVKEEP_TRY(score_prompt(l, id, from, scores, w));
-    if (bt.needs_scores && !short_prompt) KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
+    if (bt.after_scores() && !short_prompt) KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
   }
   if (tracks_tables_) KVKEEP_TRY(mark(l, id, detail::settled, w));
   // Whole blocks leave the table, which the engine adopts later: read the keys before.

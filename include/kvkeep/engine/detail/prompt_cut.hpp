@@ -79,7 +79,10 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::score_prompt(layer_data& l, source const& s, score_map<space> out,
                                         workspace& w) noexcept {
   workspace::frame const frame(w);
-  KVKEEP_TRY(prompt_.score.score(*ctx_, input(l, s, true, nullptr), out, w));
+  auto in = input(l, s, true, nullptr);
+  if (prompt_.budget.traits().needs_spread)
+    in.spread = detail::rebase(shared_.prompt_spread, l.number);
+  KVKEEP_TRY(prompt_.score.score(*ctx_, in, out, w));
   if (prompt_.width() == scope::head || !prompt_.score.traits().comparable) return status::ok;
   return run(*ctx_, op::mean_heads<space>{s.batch, s.layer.slots, out}, w);
 }
@@ -103,16 +106,17 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
                         {},
                         shared_.prompt_k};
   if (bt.needs_scores) b.scores = shared_.prompt_scores;
+  if (bt.needs_spread) b.spread = shared_.prompt_spread;
 
   bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
   if (short_prompt && !measuring)
     KVKEEP_TRY(
         detail::fill_layer(*ctx_, b, l.number, std::max(tokens, prompt_.budget.capacity()), w));
-  else if (!bt.needs_scores)
+  else if (!bt.after_scores())
     KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
 
   bool const scored = !whole && (measuring || bt.couples_layers || wide ||
-                                 (bt.needs_scores ? !short_prompt : cuts_at_prompt(l, from)));
+                                 (bt.after_scores() ? !short_prompt : cuts_at_prompt(l, from)));
   index_t const slots = from.layer.kv.shape.max_slots;
   score_map<space> scores = row_major<space>(
       bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)), 1, heads, slots);
@@ -132,7 +136,7 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
     KVKEEP_TRY(join_layers(l, to, scores, w));
   } else {
     if (bt.couples_layers && !measuring) KVKEEP_TRY(keep_scores(l, from, scores, w));
-    if (bt.needs_scores && (measuring || !short_prompt))
+    if (bt.after_scores() && (measuring || !short_prompt))
       KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
     KVKEEP_TRY(cut_prompt(l, from, to, scores, w));
     if (measuring || !short_prompt) KVKEEP_TRY(cut_earlier(l, id, to, tokens, w));
