@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Sums, squares and entropies of attention weights per column against plain loops in double.
+// Means, deviations and entropies of attention weights per column against plain loops in double.
 #include <numeric>
 
 #include <kvkeep/backend/cpu/column_moments.hpp>

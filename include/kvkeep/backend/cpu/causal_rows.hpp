@@ -56,6 +56,7 @@ struct causal_job {
       f(segment, from, t);
     });
   }
+  /// Hands a panel's rows over, in packed order.
   template <class Tile>
   void add(index_t at, index_t n, Tile const& tile) const noexcept {
     each_tile(at, n, tile, [&](index_t segment, index_t from, logit_tile const& t) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// CPU: sums, squares and entropies of attention weights per column.
+/// CPU: means, deviations and entropies of attention weights per column.
 #pragma once
 
 #include "causal_rows.hpp"
