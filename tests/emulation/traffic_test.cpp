@@ -162,7 +162,7 @@ TEST_CASE("moments of a window read keys in whole sectors, twice per 32 queries"
   check_passes(t.read.at("k"), c.k, 2.0 * p.window * p.group / kvkeep::cuda::plain_queries);
   CHECK(t.read.at("moments").waste() == 1);
   CHECK(t.written.at("moments").waste() == 1);
-  CHECK(t.shared.conflicts() < 2);
+  CHECK(t.shared.conflicts() < 1.15);
 }
 
 TEST_CASE("fused scores read keys once for normalisers and once for scores") {

@@ -33,8 +33,8 @@ struct column_sums {
 /// their mean over the rows that are present, the sum of squares of what they deviate from it by (updated row by row:
 /// squares would cancel where all rows attend to one slot), and the sum of their entropies `-p ln max(p, 1e-10)`.
 /// Precondition: absent rows come first, positions of the others ascend.
-/// Cost: as column_sums, with 12 bytes per slot and query head, which CUDA reads and writes once per 32 packed rows.
-/// Products are in fp32 whatever the keys' type.
+/// Cost: as column_sums, with 12 bytes per slot and query head. CUDA reads keys and moments, and writes these, once per
+/// 32 packed rows. Products are in fp32 whatever the keys' type.
 template <class Space = host_space>
 struct column_moments {
   using space = Space;
