@@ -93,10 +93,10 @@ struct plain_tile {
   /// ones, which lie in 16 banks.
   template <class F>
   __device__ static void each_feature(index_t n, F const& f) {
-    constexpr index_t near = 16, parts = plain_dims / near;
+    constexpr index_t some = 16, parts = plain_dims / some;
     for (index_t x = thread_of_block(); x < n * plain_dims; x += threads_of_block()) {
-      index_t const pair = x / (2 * near);
-      f(pair % parts * near + x % near, pair / parts * 2 + x / near % 2);
+      index_t const pair = x / (2 * some);
+      f(pair % parts * some + x % some, pair / parts * 2 + x / some % 2);
     }
   }
   /// Features from d0 on of the tile's keys and queries; zeros where there is none.

@@ -137,19 +137,9 @@ struct plain_fuse_kernel : plain_kernel {
     float* const heads = out_heads.at(h.at.entry, h.at.head * h.group, first_slot);
     each_chain(chains, n_slots,
                [&](index_t c, index_t s) { heads[c * out_heads.stride[1] + s] = 0; });
-    bool const any_old = tile.take_slots(h, first_slot) <= last_old;
     bool const any_row = row_fusion::any_row(h);
     float score = 0, top = 0;
-    for (index_t first = 0; any_row && any_old && first < job.n_queries(); first += plain_queries) {
-      index_t const count = min(plain_queries, job.n_queries() - first);
-      __syncthreads();
-      tile.take_queries(h, first, count, true);
-      __syncthreads();
-      tile.fill(h, first_slot, first, [&](index_t i, index_t s, float z) {
-        if (tile.positions[s] > tile.limits[i]) return 0.0f;
-        return __fmul_rn(exp2f(z - tile.norms[i].shift), tile.norms[i].inverse);
-      });
-      __syncthreads();
+    each_weights(tile, h, first_slot, [&](index_t first, index_t count) {
       for (index_t i = 0; slot < plain_slots && i < count; ++i) {
         top = max(top, tile.z[i * plain_tile::slot_stride + slot]);
         if ((first + i) % h.group != h.group - 1) continue;
@@ -161,7 +151,7 @@ struct plain_fuse_kernel : plain_kernel {
         for (index_t i = (c - first % chains + chains) % chains; i < count; i += chains)
           own = fold(own, tile.z[i * plain_tile::slot_stride + s]);
       });
-    }
+    });
     if (slot < min(plain_slots, n_slots))
       out(h.at.entry, h.at.head, first_slot + slot) =
           row_fusion::ranked(tile.positions[slot], last_old, any_row, score);
