@@ -5,5 +5,6 @@
 #include <kvkeep/backend/cuda/layer_counts.cuh>
 #include <kvkeep/backend/cuda/lazy_rows.cuh>
 #include <kvkeep/backend/cuda/pool.cuh>
+#include <kvkeep/backend/cuda/query_moments.cuh>
 #include <kvkeep/backend/cuda/select_k.cuh>
 #include <kvkeep/backend/cuda/slot_ops.cuh>

@@ -3,6 +3,7 @@
 /// ExpectedAttention's score: the attention that queries to come are expected to pay.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "expected_logits.hpp"
@@ -27,8 +28,9 @@ struct value_norm_fn {
 /// the next `ahead` positions; a key's expected exp(logit) is then known, and its share times ||v|| its score. The
 /// first `sinks` tokens' queries and keys take no part; these tokens score infinity.
 /// Memory per query head: 4 (dim_k^2 + dim_k) bytes (4 dim_k without covariance), for every sequence and layer of a
-/// session; for one layer of one sequence alone with `limits::max_prompt`. Scratch besides, for the call under way: 4
-/// dim_k bytes per query row of a chunk, or as much as that memory and 4 bytes per slot.
+/// session; for one layer of one sequence alone with `limits::max_prompt`. Scratch besides, for the call under way: 4 bytes
+/// per rotated feature and row of a chunk (CUDA: 4 dim_k per query head too), or as much as that memory and 4 bytes per
+/// slot.
 /// Operations: dim_k^2 / 2 multiplications with additions per token and query head while the prompt comes, and as many
 /// to score. Bytes: K and V once, 12 per slot and query head in scratch.
 /// Deviations: queries come as all scorers get them, rotated, and are turned back (`rotated`); fp32 sums, by chunks.
@@ -54,7 +56,7 @@ struct expected_attention_score : scorer_base {
   }
   state_spec state(cache_shape const& s) const {
     state_spec r;
-    r.prompt_floats = plan(s).floats();
+    r.prompt_floats = layout(s).floats();
     return r;
   }
   void check(cache_shape const& s) const {
@@ -63,9 +65,8 @@ struct expected_attention_score : scorer_base {
     KVKEEP_EXPECTS(ahead >= 1 && ahead <= most_tokens, "ahead", ahead, ">= 1 and <= " + most);
     KVKEEP_EXPECTS(sinks >= 0 && sinks <= most_tokens, "sinks", sinks, ">= 0 and <= " + most);
     KVKEEP_EXPECTS(epsilon >= 0 && epsilon <= 1, "epsilon", epsilon, "0..1");
-    KVKEEP_EXPECTS(
-        !covariance || product(s.n_q_heads, s.dim_k + 1, s.dim_k + 32) < std::size_t{1} << 31,
-        "shape.dim_k", s.dim_k, "less, for a covariance per query head");
+    KVKEEP_EXPECTS(!covariance || product(s.n_q_heads, s.dim_k, s.dim_k + 1) < std::size_t{1} << 31,
+                   "shape.dim_k", s.dim_k, "less, for a covariance per query head");
   }
   std::uint64_t key() const {
     return config_key(rotation.theta, rotation.dims, rotation.interleaved,
@@ -76,10 +77,23 @@ struct expected_attention_score : scorer_base {
   template <class Ctx>
   status observe_prompt(Ctx& ctx, score_input<space_of<Ctx>> const& in,
                         query_rows<space_of<Ctx>> const& rows, workspace& ws) const {
+    using space = space_of<Ctx>;
     cache_shape const& s = in.layer.kv.shape;
     detail::rope_pairs const pairs(rotation, s.dim_k);
-    return detail::add_moments(ctx, plan(s), in.batch, rows, sinks, rotated ? &pairs : nullptr,
-                               in.gathered, ws);
+    index_t const n = rows.q.extent[2], turned = rotated ? pairs.pairs() : 0;
+    std::size_t const turns = product(in.batch.n, n, turned);
+    if (turns >= std::size_t{1} << 31) return status::unsupported;
+    workspace::frame const frame(ws);
+    op::query_moments<space> o{in.batch, rows, sinks, layout(s), pairs, {}, in.gathered};
+    if (turned > 0) {
+      float* const table = ws.take<float>(2 * turns);
+      if (!ws.ok()) return status::workspace_too_small;
+      o.turns = row_major<space>(static_cast<float const*>(table), in.batch.n, n, 2, turned);
+      if (!ws.measuring())
+        KVKEEP_TRY(detail::run_each(ctx, static_cast<index_t>(turns),
+                                    detail::row_turns<space>{pairs, rows.position, table}, ws));
+    }
+    return run(ctx, o, ws);
   }
   template <class Ctx>
   status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
@@ -87,7 +101,7 @@ struct expected_attention_score : scorer_base {
     using space = space_of<Ctx>;
     workspace::frame const frame(ws);
     detail::softmax_rows<space> rows{in.layer.slots, in.batch, {}};
-    KVKEEP_TRY(logits(ctx, in, out, rows.logits, ws));
+    KVKEEP_TRY(logits(ctx, in, rows.logits, ws));
     index_t const entries = in.batch.n, heads = rows.heads();
     rows.parts = ws.take<float>(product(entries, heads, rows.n_parts(), 2));
     rows.totals = ws.take<float>(product(entries, heads, 2));
@@ -108,37 +122,33 @@ struct expected_attention_score : scorer_base {
   }
 
  private:
-  detail::moment_plan plan(cache_shape const& s) const { return {s.group(), s.dim_k, covariance}; }
+  moment_layout layout(cache_shape const& s) const { return {s.group(), s.dim_k, covariance}; }
 
   /// `[entry, q_head, slot]` in scratch.
   template <class Ctx>
-  status logits(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> scores,
+  status logits(Ctx& ctx, score_input<space_of<Ctx>> const& in,
                 tensor_ref<float, 3, space_of<Ctx>>& out, workspace& ws) const {
     using space = space_of<Ctx>;
     cache_shape const& s = in.layer.kv.shape;
-    index_t const n = in.batch.n, heads = s.n_q_heads;
-    if (product(n, heads, s.max_slots) >= std::size_t{1} << 31) return status::unsupported;
-    out = row_major<space>(ws.take<float>(product(n, heads, s.max_slots)), n, heads, s.max_slots);
+    index_t const n = in.batch.n, heads = s.n_q_heads, columns = covariance ? 1 + s.dim_k : 1;
+    std::size_t const numbers = product(n, heads, s.max_slots),
+                      size = product(n, heads, s.dim_k, columns);
+    if (std::max(numbers, size) >= std::size_t{1} << 31) return status::unsupported;
+    out = row_major<space>(ws.take<float>(numbers), n, heads, s.max_slots);
     workspace::frame const frame(ws);
     detail::rope_pairs const pairs(rotation, s.dim_k);
     float* const turns = ws.take<float>(product(n, pairs.pairs(), 2));
-    detail::logit_form<space> form{plan(s), heads};
-    std::size_t const size = product(n, heads, form.rows(), form.padded());
-    if (size >= std::size_t{1} << 31) return status::unsupported;
-    form.data = ws.take<float>(size);
+    auto const form = row_major<space>(ws.take<float>(size), n, heads, s.dim_k, columns);
     if (!ws.measuring()) {
       if (!ws.ok()) return status::workspace_too_small;
       KVKEEP_TRY(detail::run_each(ctx, n * pairs.pairs(),
                                   detail::mean_turns<space>{pairs, in.batch, in.seen, ahead, turns},
                                   ws));
-      detail::fill_form<space> const fill{form,  in.batch, in.gathered,      in.seen,
-                                          pairs, turns,    in.layer.kv.scale};
+      detail::fill_form<space> const fill{form,    layout(s), in.batch, in.gathered,
+                                          in.seen, pairs,     turns,    in.layer.kv.scale};
       KVKEEP_TRY(detail::run_each(ctx, static_cast<index_t>(size), fill, ws));
     }
-    // The scores themselves come later, to the same place.
-    return run(ctx,
-               op::score_slots<detail::expected_logits<space>, space>{
-                   in.batch, in.layer, {form, out, sinks}, nullptr, 0, {}, scores, false},
+    return run(ctx, op::quadratic_logits<space>{in.batch, in.layer, sinks, covariance, form, out},
                ws);
   }
 };

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Logits that are linear and quadratic in a key, and their softmax over slots.
+/// What logits of queries to come are of a key, and their softmax over slots.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 
-#include "query_moments.hpp"
+#include "rope.hpp"
 
 namespace kvkeep::detail {
 inline namespace KVKEEP_CPU_ISA {  // of the CPU backend's functors
@@ -14,31 +14,12 @@ inline namespace KVKEEP_CPU_ISA {  // of the CPU backend's functors
 /// Infinity, in device code too.
 KVKEEP_HD inline float infinite() noexcept { return bit_copy<float>(0x7f800000); }
 
-/// Logits are linear and quadratic in a key: per query head dim rows of the quadratic form, then the linear one, each
-/// padded with zeros. The quadratic form is symmetric: of two entries across its diagonal blocks of `width` features
-/// one counts for both, and the other one is not read.
-template <class Space>
-struct logit_form {
-  /// Features whose sums are under way at a time: on the host some vectors, on a device a few registers.
-  static constexpr index_t width = std::is_same_v<Space, host_space> ? 32 : 8;
-
-  moment_plan plan;
-  index_t q_heads = 1;
-  float* data = nullptr;  ///< [entry, q_head, rows(), padded]
-
-  KVKEEP_HD index_t padded() const noexcept { return (plan.dim + width - 1) / width * width; }
-  KVKEEP_HD index_t rows() const noexcept { return plan.spreads ? plan.dim + 1 : 1; }
-  KVKEEP_HD float* row(index_t entry, index_t head, index_t d) const noexcept {
-    offset_t const at = static_cast<offset_t>(entry) * q_heads + head;
-    return data + (at * rows() + d) * padded();
-  }
-};
-
-/// Turns moments to the positions to come and scales them; index: (head * rows + row) * padded + column, head of all
-/// entries.
+/// Turns moments to the positions to come and scales them, as op::quadratic_logits wants them; index: ((entry * q_heads +
+/// head) * dim + feature) * columns + column.
 template <class Space>
 struct fill_form {
-  logit_form<Space> form;
+  tensor_ref<float, 4, Space> form;  ///< [entry, q_head, feature, column]
+  moment_layout moments;
   batch_ref<Space> batch;
   tensor_ref<float, 3, Space> gathered;  ///< [id, kv_head, floats]
   index_t const* seen;                   ///< [id]
@@ -47,30 +28,27 @@ struct fill_form {
   float scale;         ///< of logits
 
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    moment_plan const& m = form.plan;
-    index_t const e = i % form.padded(), d = i / form.padded() % form.rows();
-    index_t const at = i / form.padded() / form.rows(), head = at % form.q_heads;
-    index_t const entry = at / form.q_heads, g = head % m.group, id = batch.id_of(entry);
-    float* const s = gathered.at(id, head / m.group);
-    float sum = 0;
-    if (e < m.dim && seen[id] > 0 && s[0] > 0) {
-      if (d + 1 == form.rows())
-        sum = scale * turned(entry, e, [&](index_t b) { return m.mean(s, g)[b]; });
-      else
-        sum = factor(d, e) * scale * scale / (2 * s[0]) * turned(entry, d, [&](index_t a) {
-                return turned(entry, e, [&](index_t b) {
-                  return a > b ? m.spread(s, g, a)[b] : m.spread(s, g, b)[a];
-                });
-              });
+    index_t const column = i % form.extent[3], d = i / form.extent[3] % moments.dim;
+    index_t const at = i / form.extent[3] / moments.dim, head = at % form.extent[1];
+    index_t const entry = at / form.extent[1], g = head % moments.group, id = batch.id_of(entry);
+    float* const s = gathered.at(id, head / moments.group);
+    float& out = form(entry, head, d, column);
+    out = 0;
+    if (!(seen[id] > 0 && s[0] > 0) || column > 1 + d) return;
+    if (column == 0) {
+      out = scale * turned(entry, d, [&](index_t b) { return moments.mean(s, g)[b]; });
+      return;
     }
-    form.row(entry, head, d)[e] = sum;
+    float const sum = turned(entry, d, [&](index_t a) {
+      return turned(entry, column - 1, [&](index_t b) {
+        return a > b ? moments.spread(s, g, a)[b] : moments.spread(s, g, b)[a];
+      });
+    });
+    // Half of it, and twice off the diagonal.
+    out = (column == 1 + d ? 0.5F : 1.0F) * scale * scale / s[0] * sum;
   }
 
  private:
-  KVKEEP_HD static float factor(index_t row, index_t column) noexcept {
-    index_t const block = column / logit_form<Space>::width * logit_form<Space>::width;
-    return row < block ? 2.0F : 1.0F;
-  }
   /// Feature d of R x, R the mean rotation.
   template <class X>
   KVKEEP_HD float turned(index_t entry, index_t d, X const& x) const noexcept {
@@ -78,49 +56,6 @@ struct fill_form {
     offset_t const at = static_cast<offset_t>(entry) * rope.pairs() + rope.pair_of(d);
     float const c = turns[2 * at], other = turns[2 * at + 1] * x(rope.partner(d));
     return c * x(d) + (rope.first(d) ? -other : other);
-  }
-};
-
-/// A key's logits for the query heads of its group, written to `[entry, q_head, slot]`; what it returns is of no
-/// account.
-template <class Space>
-struct expected_logits {
-  static constexpr bool reads_k = true;
-  static constexpr bool reads_v = false;
-
-  logit_form<Space> form;
-  tensor_ref<float, 3, Space> out;
-  index_t first;  ///< tokens before take no part
-
-  KVKEEP_HD float operator()(slot_values const& s) const noexcept {
-    for (index_t g = 0; g < form.plan.group; ++g) {
-      index_t const head = s.head * form.plan.group + g;
-      out(s.entry, head, s.slot) =
-          s.position < first ? -infinite() : logit(s.k, form.row(s.entry, head, 0));
-    }
-    return 0;
-  }
-
- private:
-  /// @param row  of a query head's form, the first one
-  KVKEEP_HD float logit(float const* key, float const* row) const noexcept {
-    constexpr index_t width = logit_form<Space>::width;
-    index_t const dim = form.plan.dim, padded = form.padded();
-    float const* const linear = row + static_cast<offset_t>(form.rows() - 1) * padded;
-    float sum = 0;
-    for (index_t d = 0; d < dim; d += width) {
-      float part[width];
-      for (index_t k = 0; k < width; ++k) part[k] = linear[d + k];
-      index_t const end = !form.plan.spreads ? 0 : d + width < dim ? d + width : dim;
-      float const* at = row + d;
-      for (index_t e = 0; e < end; ++e, at += padded) {
-        float const x = key[e];
-        for (index_t k = 0; k < width; ++k) part[k] += at[k] * x;
-      }
-      for (index_t k = 0; k < width; ++k)
-        if (d + k < dim) sum += key[d + k] * part[k];
-    }
-    return sum > -FLT_MAX ? (sum < FLT_MAX ? sum : FLT_MAX) : -FLT_MAX;  // as any logit: also NaN
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <string>
 
+#include "../op/query_moments.hpp"
 #include "scorer.hpp"
 
 namespace kvkeep {
@@ -58,29 +59,16 @@ KVKEEP_HD inline void turn(double turns, double& cosine, double& sine) noexcept 
 }
 
 /// A rope for rows of `dim_k` features, as device code reads it.
-struct rope_pairs {
-  index_t dims = 0;  ///< rotated features
-  bool interleaved = false;
+struct rope_pairs : turned_pairs {
   double ratio = 1;  ///< frequency(i + 1) / frequency(i)
   float const* frequencies = nullptr;
 
   rope_pairs() = default;
   rope_pairs(rope const& r, index_t dim_k)
-      : dims(r.dims > 0 ? r.dims : dim_k),
-        interleaved(r.interleaved),
-        ratio(std::pow(r.theta, -2.0 / (r.dims > 0 ? r.dims : dim_k))),
+      : turned_pairs{r.dims > 0 ? r.dims : dim_k, r.interleaved},
+        ratio(std::pow(r.theta, -2.0 / dims)),
         frequencies(r.frequencies) {}
 
-  KVKEEP_HD index_t pairs() const noexcept { return dims / 2; }
-  KVKEEP_HD index_t pair_of(index_t d) const noexcept {
-    return interleaved ? d / 2 : d < dims / 2 ? d : d - dims / 2;
-  }
-  /// Whether feature d is its pair's first one.
-  KVKEEP_HD bool first(index_t d) const noexcept { return interleaved ? d % 2 == 0 : d < dims / 2; }
-  KVKEEP_HD index_t partner(index_t d) const noexcept {
-    index_t const step = interleaved ? 1 : dims / 2;
-    return first(d) ? d + step : d - step;
-  }
   /// Turns that a pair makes from one position to the next.
   KVKEEP_HD double turns(index_t pair) const noexcept {
     constexpr double per_radian = 0.159154943091895335769;
@@ -120,15 +108,16 @@ template <class Space>
 struct row_turns {
   rope_pairs rope;
   tensor_ref<index_t const, 2, Space> position;  ///< [entry, row]
-  float* out;                                    ///< [entry, row, pair, 2]
+  float* out;                                    ///< [entry, row, 2, pair]
 
   KVKEEP_HD void operator()(index_t i) const noexcept {
     index_t const pair = i % rope.pairs(), at = i / rope.pairs(), rows = position.extent[1];
     double cosine = 1, sine = 0;
     index_t const p = position(at / rows, at % rows);
     turn(rope.turns(pair) * (p > 0 ? p : 0), cosine, sine);
-    out[2 * i] = static_cast<float>(cosine);
-    out[2 * i + 1] = static_cast<float>(sine);
+    float* const row = out + static_cast<offset_t>(at) * rope.dims + pair;
+    row[0] = static_cast<float>(cosine);
+    row[rope.pairs()] = static_cast<float>(sine);
   }
 };
 

@@ -9,6 +9,7 @@
 #include "../../op/key_geometry.hpp"
 #include "../../op/layer_counts.hpp"
 #include "../../op/lazy_rows.hpp"
+#include "../../op/query_moments.hpp"
 #include "../../op/reduce.hpp"
 #include "../../op/select_k.hpp"
 #include "../../op/window_score.hpp"
@@ -32,6 +33,9 @@ KVKEEP_CPU_OP status enqueue(context&, op::lazy_victim<host_space> const&, works
 KVKEEP_CPU_OP status enqueue(context&, op::mean_heads<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::mean_layers<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::pool_rows<host_space> const&, workspace&) noexcept;
+KVKEEP_CPU_OP status enqueue(context&, op::quadratic_logits<host_space> const&,
+                             workspace&) noexcept;
+KVKEEP_CPU_OP status enqueue(context&, op::query_moments<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::reduce_rows<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::ring_score<host_space> const&, workspace&) noexcept;
 KVKEEP_CPU_OP status enqueue(context&, op::row_weights<host_space> const&, workspace&) noexcept;

@@ -13,5 +13,6 @@
 #include "layer_counts.hpp"
 #include "lazy_victim.hpp"
 #include "pool.hpp"
+#include "query_moments.hpp"
 #include "reduce.hpp"
 #include "select_k.hpp"

@@ -9,6 +9,7 @@
 #include "../../op/key_geometry.hpp"
 #include "../../op/layer_counts.hpp"
 #include "../../op/lazy_rows.hpp"
+#include "../../op/query_moments.hpp"
 #include "../../op/reduce.hpp"
 #include "../../op/select_k.hpp"
 #include "../../op/window_score.hpp"
@@ -32,6 +33,10 @@ KVKEEP_CUDA_OP status enqueue(context&, op::lazy_victim<device_space> const&, wo
 KVKEEP_CUDA_OP status enqueue(context&, op::mean_heads<device_space> const&, workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::mean_layers<device_space> const&, workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::pool_rows<device_space> const&, workspace&) noexcept;
+KVKEEP_CUDA_OP status enqueue(context&, op::quadratic_logits<device_space> const&,
+                              workspace&) noexcept;
+KVKEEP_CUDA_OP status enqueue(context&, op::query_moments<device_space> const&,
+                              workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::reduce_rows<device_space> const&, workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::ring_score<device_space> const&, workspace&) noexcept;
 KVKEEP_CUDA_OP status enqueue(context&, op::row_weights<device_space> const&, workspace&) noexcept;

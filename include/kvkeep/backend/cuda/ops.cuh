@@ -10,6 +10,7 @@
 #include "layer_counts.cuh"
 #include "lazy_rows.cuh"
 #include "pool.cuh"
+#include "query_moments.cuh"
 #include "ring_score.cuh"
 #include "select_k.cuh"
 #include "slot_ops.cuh"

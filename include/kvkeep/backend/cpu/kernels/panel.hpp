@@ -65,26 +65,34 @@ struct query_rows {
 /// Rows that pass over a panel together: as many sums as there are registers for.
 inline constexpr int panel_rows = KVKEEP_CPU_AVX512 ? 12 : 6;
 
-/// R rows against one panel: a sum per output, features in ascending order.
+/// acc[r] = row r by a panel: a sum per output, features in ascending order.
+/// @param q  [R][stride], host, of `dim` features
 template <int R>
-inline void qk_rows_of_panel(query_rows const& q, index_t first, float const* panel, float* out,
-                             offset_t stride) noexcept {
+inline void rows_by_panel(float const* q, offset_t stride, index_t dim, float const* panel,
+                          wf (&acc)[R]) noexcept {
   // Four rows share an address: one each would not leave registers for anything else.
   constexpr int each = 4, shared = (R + each - 1) / each;
   float const* row[shared];
-  wf acc[R];
   KVKEEP_CPU_UNROLL
-  for (int i = 0; i < shared; ++i) row[i] = q.q + (first + i * each) * q.stride;
+  for (int i = 0; i < shared; ++i) row[i] = q + i * each * stride;
   KVKEEP_CPU_UNROLL
   for (int r = 0; r < R; ++r) acc[r] = splat_wide(0.0f);
-  offset_t const apart[each] = {0, q.stride, 2 * q.stride, 3 * q.stride};
-  for (index_t d = 0; d < q.dim; ++d, panel += panel_keys) {
+  offset_t const apart[each] = {0, stride, 2 * stride, 3 * stride};
+  for (index_t d = 0; d < dim; ++d, panel += panel_keys) {
     wf const k = load_wide(panel);
     KVKEEP_CPU_UNROLL
     for (int r = 0; r < R; ++r) acc[r] = fma(splat_wide(row[r / each][apart[r % each]]), k, acc[r]);
     KVKEEP_CPU_UNROLL
     for (int i = 0; i < shared; ++i) ++row[i];
   }
+}
+
+/// Logits of R rows against one panel.
+template <int R>
+inline void qk_rows_of_panel(query_rows const& q, index_t first, float const* panel, float* out,
+                             offset_t stride) noexcept {
+  wf acc[R];
+  rows_by_panel<R>(q.q + first * q.stride, q.stride, q.dim, panel, acc);
   KVKEEP_CPU_UNROLL
   for (int r = 0; r < R; ++r) {
     store(out + r * stride, finish_logit(half_of<0>(acc[r]), q.form));

@@ -55,6 +55,11 @@ __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x % war
 __device__ inline int warp_of_block() { return static_cast<int>(threadIdx.x / warp_size); }
 __device__ inline int warps_of_block() { return static_cast<int>(blockDim.x / warp_size); }
 
+/// What is read at once.
+struct alignas(16) four_floats {
+  float x[4];
+};
+
 /// What a block works on: entry and KV head, or an entry with all of its heads as head 0.
 struct block_head {
   index_t entry, head;

@@ -38,4 +38,15 @@ __device__ void for_features(plane_ref<device_space> const& p, std::byte const* 
   }
 }
 
+/// f(d, row) for the `Dims` features of a stage and `n` rows. A warp takes 16 features of two rows, whole sectors of
+/// 16-bit ones, which lie in 16 banks where rows follow each other and features are 4 more than a multiple of 32 apart.
+template <index_t Dims, class F>
+__device__ void each_staged(index_t n, F const& f) {
+  constexpr index_t some = 16, parts = Dims / some;
+  for (index_t x = thread_of_block(); x < n * Dims; x += threads_of_block()) {
+    index_t const pair = x / (2 * some);
+    f(pair % parts * some + x % some, pair / parts * 2 + x / some % 2);
+  }
+}
+
 }  // namespace kvkeep::cuda

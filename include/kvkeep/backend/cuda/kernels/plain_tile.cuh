@@ -4,6 +4,7 @@
 /// order.
 #pragma once
 
+#include "features.cuh"
 #include "window.cuh"
 
 namespace kvkeep::cuda {
@@ -14,10 +15,6 @@ inline constexpr int plain_threads = 128;
 /// 64 slots by 32 packed queries of a head.
 struct plain_tile {
   static constexpr index_t slot_stride = plain_slots + 4, query_stride = plain_queries + 4;
-  /// What is read at once.
-  struct alignas(16) four {
-    float x[4];
-  };
   float* k;            ///< [plain_dims][slot_stride]
   float* q;            ///< [plain_dims][query_stride]
   float* z;            ///< [plain_queries][slot_stride]
@@ -76,8 +73,8 @@ struct plain_tile {
       __syncthreads();
       index_t const dims = min(plain_dims, plane.dim - d0);
       for (index_t d = 0; d < dims; ++d) {
-        auto const a = *reinterpret_cast<four const*>(q + d * query_stride + row);
-        auto const b = *reinterpret_cast<four const*>(k + d * slot_stride + column);
+        auto const a = *reinterpret_cast<four_floats const*>(q + d * query_stride + row);
+        auto const b = *reinterpret_cast<four_floats const*>(k + d * slot_stride + column);
         for (int i = 0; i < 4; ++i)
           for (int j = 0; j < 4; ++j) sum[i][j] = __fmaf_rn(a.x[i], b.x[j], sum[i][j]);
       }
@@ -89,26 +86,16 @@ struct plain_tile {
   }
 
  private:
-  /// f(d, row) for the features of a stage and `n` rows. A warp takes 16 features of two rows, whole sectors of 16-bit
-  /// ones, which lie in 16 banks.
-  template <class F>
-  __device__ static void each_feature(index_t n, F const& f) {
-    constexpr index_t some = 16, parts = plain_dims / some;
-    for (index_t x = thread_of_block(); x < n * plain_dims; x += threads_of_block()) {
-      index_t const pair = x / (2 * some);
-      f(pair % parts * some + x % some, pair / parts * 2 + x / some % 2);
-    }
-  }
   /// Features from d0 on of the tile's keys and queries; zeros where there is none.
   __device__ void take_dims(window_head const& h, head_rows const& rows, index_t first_slot,
                             index_t first_query, index_t d0) const {
     plane_ref<device_space> const& plane = h.job.layer.kv.k;
-    each_feature(plain_slots, [&](index_t d, index_t j) {
+    each_staged<plain_dims>(plain_slots, [&](index_t d, index_t j) {
       k[d * slot_stride + j] = d0 + d < plane.dim && first_slot + j < h.n
                                    ? feature(plane, rows.bytes(first_slot + j), d0 + d)
                                    : 0.0f;
     });
-    each_feature(plain_queries, [&](index_t d, index_t i) {
+    each_staged<plain_dims>(plain_queries, [&](index_t d, index_t i) {
       index_t const packed = first_query + i;
       q[d * query_stride + i] = d0 + d < plane.dim && limits[i] != no_position
                                     ? h.query(packed / h.group, packed % h.group)[d0 + d]
