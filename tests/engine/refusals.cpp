@@ -381,6 +381,9 @@ TEST_CASE("blocks need paged views and engine_commits") {
               "paged");
   refused(whole([](auto& b) { b.p.block = 8; }), "select.block", "8", "block_size = 4");
   refused(whole([](auto& b) { b.p.block = 0; }), "block", "0", ">= 1");
+  refused(whole([](auto& b) { b.p.block = 1; }), "select.block", "1", "block_size = 4");
+  refused(whole([](auto& b) { b.p.block = 1, b.cache.layout = layout_id::hnd; }), "view.k.layout",
+          "strided", "paged");
   // Fewer tokens than a block would be none at all.
   for (bool const packed : {false, true}) {
     auto const of = [=](index_t capacity) {

@@ -138,9 +138,9 @@ KVKEEP_COLD void check_pair(P const& prompt, D const& decode, bool one, Layers c
   if (whole_prompt) check_own_tables(layers, prompt.width());
   if (cuts_decode && !ds.moves_tokens) check_own_tables(layers, decode.width());
   for (auto const& l : layers) {
-    if (cuts_prompt && ps.block > 1)
+    if (cuts_prompt && (ps.block > 1 || !ps.moves_tokens))
       check_blocks_view(l.kv, ps.block, prompt.width(), ps.moves_tokens);
-    if (cuts_decode && ds.block > 1)
+    if (cuts_decode && (ds.block > 1 || !ds.moves_tokens))
       check_blocks_view(l.kv, ds.block, decode.width(), ds.moves_tokens);
     if (ps.moves_tokens && ds.moves_tokens) continue;
     KVKEEP_EXPECTS(lim.max_prompt == 0, "limits.max_prompt", lim.max_prompt,
