@@ -133,6 +133,14 @@ class any_scorer {
   std::shared_ptr<base const> self_;
 };
 
+namespace detail {
+/// Whether T itself is an alternative: what derives from one would be sliced.
+template <class T, class Variant>
+inline constexpr bool alternative_of = false;
+template <class T, class... Types>
+inline constexpr bool alternative_of<T, std::variant<Types...>> = (std::same_as<T, Types> || ...);
+}  // namespace detail
+
 /// Any of the library's budgets.
 class any_budget {
  public:
@@ -141,7 +149,7 @@ class any_budget {
 
   any_budget() = default;
   template <class B>
-  requires std::is_constructible_v<value, B> any_budget(B const& b) : b_(b) {}
+  requires detail::alternative_of<B, value> any_budget(B const& b) : b_(b) {}
 
   budget_traits traits() const {
     return std::visit([](auto const& b) { return b.traits(); }, b_);
@@ -178,9 +186,11 @@ class any_budget {
 /// Any of the library's selectors.
 class any_selector {
  public:
+  using value = std::variant<top_k, whole_blocks>;
+
   any_selector() = default;
-  any_selector(top_k const& s) : s_(s) {}
-  any_selector(whole_blocks const& s) : s_(s) {}
+  template <class L>
+  requires detail::alternative_of<L, value> any_selector(L const& s) : s_(s) {}
 
   selector_traits traits() const {
     return std::visit([](auto const& s) { return s.traits(); }, s_);
@@ -201,16 +211,18 @@ class any_selector {
   }
 
  private:
-  std::variant<top_k, whole_blocks> s_{};
+  value s_{};
 };
 
 /// A policy chosen at run time (see policy_table.hpp for making one by name).
 template <backend Ctx>
 using any_policy = policy<any_scorer<Ctx>, any_budget, any_selector>;
 
-/// Any typed policy as an any_policy.
+/// A typed policy as an any_policy: its budget and selector are the library's, its scorer anybody's.
 template <backend Ctx, class S, class B, class L>
-any_policy<Ctx> erase_policy(policy<S, B, L> const& p) {
+requires std::is_constructible_v<any_budget, B const&> &&
+    std::is_constructible_v<any_selector, L const&>
+        any_policy<Ctx> erase_policy(policy<S, B, L> const& p) {
   any_policy<Ctx> r;
   r.name = p.name;
   r.score = any_scorer<Ctx>(p.score);

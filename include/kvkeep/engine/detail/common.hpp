@@ -57,6 +57,7 @@ void session<Ctx, P, D>::measure() {
     source const from = detail::largest_prompt(in_place, shared_.staging, limits_.max_prompt);
     take([&](workspace& w) { return feed_scorers(l, from, q, 0, w); });
     take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
+    take([&](workspace& w) { return fix_decode_budget(l, 0, 0, w); });  // begin
     if (limits_.decode == decode_offer::attend)
       take([&](workspace& w) { return weigh(l, largest, q, nullptr, nullptr, w); });
     take([&](workspace& w) {  // append: ids, rows, slots; positions and the like

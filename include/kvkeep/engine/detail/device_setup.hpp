@@ -117,6 +117,7 @@ void device_session<Ctx, P, D>::measure() {
     source const from = detail::largest_prompt(in_place, shared_.staging, limits_.max_prompt);
     take([&](workspace& w) { return feed_scorers(l, from, q, 0, w); });
     take([&](workspace& w) { return decide_prompt(l, 0, from, in_place, w); });
+    take([&](workspace& w) { return fix_budget(l, 0, 0, w); });  // begin
   }
   batch.n = limits_.max_batch;
   q.n_rows = 1;

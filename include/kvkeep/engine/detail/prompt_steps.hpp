@@ -124,7 +124,7 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
                          tensor_ref<index_t, 2, space_of<Ctx>> prompt_k, index_t const* frozen,
                          workspace& w) noexcept {
   using space = space_of<Ctx>;
-  if (w.measuring()) return status::ok;
+  workspace::frame const frame(w);
   auto const traits = decode.budget.traits();
   index_t const heads = l.kv.shape.n_kv_heads;
   budget_input<space> b{n_layers,          l.number,           heads, tokens,
@@ -137,7 +137,7 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
   auto fix = raised_budget<space>(decode, l, id, frozen);
   if (!traits.fixed && tokens < capacity)
     KVKEEP_TRY(fill_layer(ctx, b, l.number, capacity, w));
-  else if (!traits.fixed && (one || traits.inherits))
+  else if (given)
     fix.from = prompt_k;
   else
     KVKEEP_TRY(decode.budget.allocate(ctx, b, w));
@@ -145,3 +145,5 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
 }
 
 }  // namespace kvkeep::detail
+  bool const given = !traits.fixed && (one || traits.inherits);  // by the prompt's policy
+  if (w.measuring()) return given ? status::ok : decode.budget.allocate(ctx, b, w);
