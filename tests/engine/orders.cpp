@@ -368,6 +368,69 @@ TEST_CASE("the end of a prompt in all layers is all or nothing") {
   CHECK(held(s, id).size() == 8);
 }
 
+TEMPLATE_TEST_CASE("a prompt that lacks queries in a later layer ends in none", "", std::false_type,
+                   std::true_type) {
+  small_cache m;
+  m.add(32);
+  m.lim.prompt = prompt_offer::window_queries;
+  auto s = m.bind(TestType{}, make_snapkv({.capacity = 8, .window = 4}));
+  std::vector<float> const q(2 * 4 * plain_dim, 0.5F);
+  index_t id = 0;
+  REQUIRE(s.begin(id) == status::ok);
+  queries last = make_queries(q.data(), 2, 4, plain_dim);
+  last.tokens = 20;
+  REQUIRE(s.observe(0, id, last) == status::ok);
+  REQUIRE(s.observe(1, id, tokens_only(20)) == status::ok);
+  CHECK(s.end_prompt(id) == status::bad_order);
+  CHECK(held(s, id) == first(20));
+  // It goes on with a chunk that shows them.
+  for (index_t l : {0, 1})
+    REQUIRE(s.observe(l, id, make_queries(q.data(), 2, 4, plain_dim)) == status::ok);
+  CHECK(s.end_prompt(id) == status::ok);
+  CHECK(held(s, id).size() == 8);
+}
+
+TEST_CASE("two sequences of a batch have rows of their own") {
+  small_cache m;
+  auto s = m.bind(std::false_type{}, make_knorm({.capacity = 8}));
+  index_t ids[] = {0, 0}, slots[] = {-7, -7};
+  for (index_t& id : ids) REQUIRE(s.begin(id) == status::ok);
+  index_t const same[] = {1, 1}, own[] = {1, 0};
+  CHECK(s.append(0, {ids, same}, slots) == status::bad_argument);
+  CHECK(slots[0] == -7);
+  CHECK(s.append(0, {ids, own}, slots) == status::ok);
+}
+
+TEST_CASE("what is saved of a sequence says nothing of who had its id before") {
+  auto const saved = [](bool used) {
+    small_cache m;
+    auto s = m.bind(std::false_type{}, make_morphkv({.capacity = 8, .window = 4}));
+    std::vector<float> q(2 * 20 * plain_dim, 0.25F);
+    index_t id = 0;
+    if (used) {
+      REQUIRE(s.begin(id) == status::ok);
+      for (std::size_t i = 0; i < q.size(); ++i) q[i] = static_cast<float>(i % 7);
+      REQUIRE(s.observe(0, id, make_queries(q.data(), 2, 20, plain_dim)) == status::ok);
+      REQUIRE(s.end_prompt(id) == status::ok);
+      for (int t = 0; t < 9; ++t) {
+        REQUIRE(step(s, id) == status::ok);
+        REQUIRE(s.confirm(of(s, one{id}), 1) == status::ok);
+      }
+      REQUIRE(s.end(id) == status::ok);
+      std::fill(q.begin(), q.end(), 0.25F);
+      auto const keys = numbers(m.rows[0].size());  // the cut has moved them
+      std::copy(keys.begin(), keys.end(), m.rows[0].begin());
+    }
+    REQUIRE(s.begin(id) == status::ok);
+    REQUIRE(s.observe(0, id, make_queries(q.data(), 2, 3, plain_dim)) == status::ok);
+    REQUIRE(s.end_prompt(id) == status::ok);
+    std::vector<std::byte> bytes(s.saved_bytes());
+    REQUIRE(s.save(id, bytes) == status::ok);
+    return bytes;
+  };
+  CHECK(saved(false) == saved(true));
+}
+
 TEST_CASE("saved state of another kind of decoding, or damaged, is refused and changes nothing") {
   small_cache m;
   m.lim.decode = decode_offer::nothing;

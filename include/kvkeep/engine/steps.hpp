@@ -31,25 +31,6 @@ KVKEEP_HD inline float natural_lse(queries const& q, offset_t entry, offset_t he
   return q.lse_base == log_base::two ? v * 0.693147180559945309F : v;
 }
 
-/// Clears one sequence's state in one layer; index: KV head.
-template <class Space>
-struct reset_head {
-  layer_state<Space> l;
-  index_t id;
-  KVKEEP_HD void operator()(index_t h) const noexcept {
-    l.slots.lengths(id, h) = 0;
-    l.k(id, h) = 0;
-    l.victim(id, h) = -1;
-    float* const rows = l.slots.rows.at(id, h);
-    offset_t const n = l.slots.rows.extent[2] * l.slots.rows.stride[2];
-    for (offset_t i = 0; i < n; ++i) rows[i] = 0;
-    index_t const sums = l.weight_sum.extent[2] * l.weight_sum.extent[3];
-    for (index_t i = 0; i < sums; ++i) l.weight_sum.at(id, h)[i] = 0;
-    for (index_t i = 0; i < l.head.extent[2]; ++i) l.head(id, h, i) = 0;
-    for (index_t i = 0; i < l.gathered.extent[2]; ++i) l.gathered(id, h, i) = 0;
-  }
-};
-
 /// Gives `n` new tokens the tail slots of one sequence; index: KV head.
 template <class Space>
 struct extend_head {

@@ -107,8 +107,10 @@ status session<Ctx, P, D>::check_batch(batch const& b) const noexcept {
     if (!alive(b.ids[i])) return status::bad_sequence;
     index_t const row = b.rows.empty() ? b.ids[i] : b.rows[i];
     if (row < 0 || row >= rows) return status::bad_argument;
-    for (std::size_t j = 0; j < i; ++j)
+    for (std::size_t j = 0; j < i; ++j) {
       if (b.ids[j] == b.ids[i]) return status::bad_argument;
+      if (!b.rows.empty() && b.rows[j] == row) return status::bad_argument;
+    }
   }
   return status::ok;
 }

@@ -118,6 +118,15 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::end_prompt(index_t id) noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (limits_.max_prompt > 0) return status::bad_argument;
+  bool const joins = detail::joins_layers(prompt_);
+  for (auto const& l : layers_) {  // all of them or none
+    auto const& p = prompt_of(l, id);
+    if (id >= l.kv.shape.n_seq) return status::bad_argument;
+    if (sequences_[static_cast<std::size_t>(id)].ended_layers > 0 ||
+        (joins && prompt_owner_ >= 0) || p.tokens != prompt_of(layers_[0], id).tokens ||
+        detail::lacks_queries(prompt_, shape_.cache, p))
+      return status::bad_order;
+  }
   for (auto const& l : layers_) KVKEEP_TRY(end_prompt(l.spec, id));
   return status::ok;
 }

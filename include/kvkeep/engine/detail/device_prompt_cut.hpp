@@ -38,17 +38,8 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
   index_t const heads = shape_.cache.n_kv_heads, slots = from.layer.kv.shape.max_slots;
   index_t const tokens = measuring ? slots : prompt_of(l, id).tokens;
   auto const bt = prompt_.budget.traits();
-  budget_input<space> in{n_layers(),          l.number, heads,           tokens, prompt_.keep.sinks,
-                         prompt_.keep.recent, {},       shared_.prompt_k};
-  if (bt.needs_scores) in.scores = shared_.prompt_scores;
-  if (bt.needs_spread) in.spread = shared_.prompt_spread;
-  bool const whole = detail::keeps_all(prompt_.score);
-  bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
-  if (short_prompt && !measuring)
-    KVKEEP_TRY(
-        detail::fill_layer(*ctx_, in, l.number, std::max(tokens, prompt_.budget.capacity()), w));
-  else if (!bt.after_scores())
-    KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
+  detail::prompt_budget<space> b;
+  KVKEEP_TRY(detail::begin_budget(*ctx_, prompt_, shared_, l, tokens, b, w));
   workspace::frame const frame(w);
   auto scores = row_major<space>(bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)),
                                  1, heads, slots);
@@ -59,15 +50,12 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
   }
   bool const wide = prompt_.width() == scope::sequence;
   bool const moves = prompt_.select.traits().moves_tokens;
-  bool const wanted = bt.after_scores() || !detail::decides_late(prompt_.when);
-  bool const scored = !whole && (bt.couples_layers || (!short_prompt && wanted));
+  bool const scored = !measuring && detail::scores_prompt(prompt_, tokens);
   if (scored || measuring) {
-    auto const& p = prompt_of(l, id);
-    if (!measuring &&
-        detail::lacks_queries(prompt_, shape_.cache, p.tokens - p.ring_from, p.tokens - p.frozen))
+    if (!measuring && detail::lacks_queries(prompt_, shape_.cache, prompt_of(l, id)))
       return status::bad_order;
     KVKEEP_TRY(score_prompt(l, id, from, scores, w));
-    if (bt.after_scores() && !short_prompt) KVKEEP_TRY(prompt_.budget.allocate(*ctx_, in, w));
+    if (bt.after_scores() && !b.short_prompt) KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b.in, w));
   }
   if (tracks_tables_) KVKEEP_TRY(mark(l, id, detail::settled, w));
   // Whole blocks leave the table, which the engine adopts later: read the keys before.
@@ -76,7 +64,7 @@ status device_session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, sourc
     KVKEEP_TRY(join_layers(l, id, to, scores, w));
   else if (scored || measuring || limits_.max_prompt > 0)
     KVKEEP_TRY(cut_prompt(l, id, from, to, scores, w));
-  if (measuring || !short_prompt)
+  if (measuring || !b.short_prompt)
     for (index_t j = prompt_.budget.due(l.number, n_layers()).first; j < l.number; ++j) {
       layer_data& earlier = layers_[static_cast<std::size_t>(j)];
       auto const row = detail::row_as_map(earlier.slots.rows, shape_.rows.score_at);

@@ -8,6 +8,7 @@
 
 #include "device_steps.hpp"
 #include "pieces.hpp"
+#include "prompt_steps.hpp"
 
 namespace kvkeep::detail {
 
@@ -24,6 +25,20 @@ struct prompt_state {
   index_t frozen = 0;     ///< tokens of a prefix, which have no queries
   index_t ring_from = 0;  ///< oldest token with queries
 };
+
+/// Whether a device session scores a prompt that ends: how many tokens its slots hold, it cannot see.
+template <class P>
+bool scores_prompt(P const& prompt, index_t tokens) {
+  auto const traits = prompt.budget.traits();
+  if (keeps_all(prompt.score) || traits.couples_layers) return !keeps_all(prompt.score);
+  return !keeps_prompt(prompt, tokens) && (traits.after_scores() || !decides_late(prompt.when));
+}
+/// Whether a device session scores a prompt that ends, and has not the queries for it.
+template <class P>
+bool lacks_queries(P const& prompt, cache_shape const& cache, prompt_state const& p) {
+  return scores_prompt(prompt, p.tokens) &&
+         lacks_queries(prompt, cache, p.tokens - p.ring_from, p.tokens - p.frozen);
+}
 
 /// A sequence's counters in one layer; index: 0. Plans of before are stale. Where tokens have come otherwise than by
 /// the prompt, that is a fault, and nothing else changes.
@@ -80,8 +95,9 @@ template <class Space>
 struct sequence_arrays {
   static constexpr int most = 16;
   struct array {
-    std::uint32_t* data;  ///< of sequence 0: whatever the numbers are, they lie on words' boundaries
-    offset_t n;           ///< numbers of a sequence
+    std::uint32_t*
+        data;    ///< of sequence 0: whatever the numbers are, they lie on words' boundaries
+    offset_t n;  ///< numbers of a sequence
   };
   array arrays[most] = {};
   index_t n_arrays = 0;  ///< of the layer: not more than there is room for, see whole()

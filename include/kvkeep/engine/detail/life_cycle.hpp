@@ -31,7 +31,9 @@ status session<Ctx, P, D>::begin(index_t& id, sequence_options const& o) noexcep
   shared_.frozen[at] = o.frozen;
   for (auto& l : layers_) {
     index_t const heads = shape_.cache.n_kv_heads;
-    KVKEEP_TRY(each(heads, detail::reset_head<space>{l, at}, w));
+    // All of it, so that nothing of whoever used the id before is left, or saved.
+    detail::each_piece(l, at, [](auto* piece, std::size_t n) { std::memset(piece, 0, n); });
+    std::fill_n(l.victim.at(at), heads, -1);
     // The shared prefix is in the cache already: slots and positions 0 .. frozen - 1.
     KVKEEP_TRY(each(heads, detail::extend_head<space>{l.slots, at, 0, o.frozen, 0}, w));
     KVKEEP_TRY(fix_decode_budget(l, at, 0, w));

@@ -20,11 +20,19 @@ template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::end_prompt(index_t id) noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (limits_.max_prompt > 0) return status::bad_argument;
+  if (detail::joins_layers(prompt_) && shared_.prompt_owner >= 0) return status::bad_order;
   for (auto const& l : layers_) {  // all of them or none
     if (id >= l.kv.shape.n_seq) return status::bad_argument;
     if (l.prompt_done[id] != 0 || l.appended[id] != layers_[0].appended[id])
       return status::bad_order;
     KVKEEP_TRY(check_blocks(l, id, id, 0));
+    workspace w = scratch(l.number);
+    source const s = pool(l, &id, &id, 1);
+    detail::prompt_budget<space> b;
+    KVKEEP_TRY(detail::begin_budget(*ctx_, prompt_, shared_, l, l.slots.lengths(id, 0), b, w));
+    if (detail::scores_prompt(prompt_, b, [&] { return cuts_at_prompt(l, s); }) &&
+        detail::lacks_queries(prompt_, shape_.cache, l, id, shared_.frozen[id]))
+      return status::bad_order;
   }
   for (auto const& l : layers_) KVKEEP_TRY(end_prompt(l.spec, id));
   return status::ok;
@@ -94,29 +102,14 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
   bool const measuring = w.measuring();
   index_t const heads = shape_.cache.n_kv_heads;
   index_t const tokens = measuring ? 0 : from.layer.slots.lengths(from.batch.id[0], 0);
+  auto const bt = prompt_.budget.traits();
+  detail::prompt_budget<space> b;
+  KVKEEP_TRY(detail::begin_budget(*ctx_, prompt_, shared_, l, tokens, b, w));
   bool const whole = detail::keeps_all(prompt_.score);
   bool const wide = !whole && prompt_.width() == scope::sequence;
-  auto const bt = prompt_.budget.traits();
-  budget_input<space> b{static_cast<index_t>(layers_.size()),
-                        l.number,
-                        heads,
-                        tokens,
-                        prompt_.keep.sinks,
-                        prompt_.keep.recent,
-                        {},
-                        shared_.prompt_k};
-  if (bt.needs_scores) b.scores = shared_.prompt_scores;
-  if (bt.needs_spread) b.spread = shared_.prompt_spread;
-
-  bool const short_prompt = whole || (!bt.fixed && tokens < prompt_.budget.capacity());
-  if (short_prompt && !measuring)
-    KVKEEP_TRY(
-        detail::fill_layer(*ctx_, b, l.number, std::max(tokens, prompt_.budget.capacity()), w));
-  else if (!bt.after_scores())
-    KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
-
-  bool const scored = !whole && (measuring || bt.couples_layers || wide ||
-                                 (bt.after_scores() ? !short_prompt : cuts_at_prompt(l, from)));
+  bool const scored =
+      measuring ? !whole
+                : detail::scores_prompt(prompt_, b, [&] { return cuts_at_prompt(l, from); });
   index_t const slots = from.layer.kv.shape.max_slots;
   score_map<space> scores = row_major<space>(
       bt.needs_scores ? nullptr : w.take<float>(product(heads, slots)), 1, heads, slots);
@@ -126,8 +119,7 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
     scores.stride[1] = shared_.prompt_scores.stride[2];
   }
   if (scored && !measuring &&
-      detail::lacks_queries(prompt_, shape_.cache, l.appended[id] - l.ring_from[id],
-                            l.appended[id] - shared_.frozen[id]))
+      detail::lacks_queries(prompt_, shape_.cache, l, id, shared_.frozen[id]))
     return status::bad_order;
   if (scored) KVKEEP_TRY(score_prompt(l, from, scores, w));
   // Whole blocks leave the table, which the engine adopts later: read the keys before.
@@ -136,10 +128,10 @@ status session<Ctx, P, D>::decide_prompt(layer_data& l, index_t id, source const
     KVKEEP_TRY(join_layers(l, to, scores, w));
   } else {
     if (bt.couples_layers && !measuring) KVKEEP_TRY(keep_scores(l, from, scores, w));
-    if (bt.after_scores() && (measuring || !short_prompt))
-      KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b, w));
+    if (bt.after_scores() && (measuring || !b.short_prompt))
+      KVKEEP_TRY(prompt_.budget.allocate(*ctx_, b.in, w));
     KVKEEP_TRY(cut_prompt(l, from, to, scores, w));
-    if (measuring || !short_prompt) KVKEEP_TRY(cut_earlier(l, id, to, tokens, w));
+    if (measuring || !b.short_prompt) KVKEEP_TRY(cut_earlier(l, id, to, tokens, w));
   }
   KVKEEP_TRY(fix_decode_budget(l, id, tokens, w));
   return hand_over(l, to, w);

@@ -98,6 +98,57 @@ bool lacks_queries(P const& prompt, cache_shape const& cache, index_t shown, ind
   return prompt.score.traits().prompt == evidence::window_queries &&
          shown < std::min(prompt.score.state(cache).query_ring, tokens);
 }
+template <class P, class Space>
+bool lacks_queries(P const& prompt, cache_shape const& cache, layer_state<Space> const& l,
+                   index_t id, index_t frozen) {
+  return lacks_queries(prompt, cache, l.appended[id] - l.ring_from[id], l.appended[id] - frozen);
+}
+
+/// What a layer's budget is made of when its prompt ends.
+template <class Space>
+struct prompt_budget {
+  budget_input<Space> in{};
+  bool short_prompt = false;  ///< all of it stays
+};
+
+/// Whether a prompt's policy leaves all of its tokens whatever the scores are.
+template <class P>
+bool keeps_prompt(P const& prompt, index_t tokens) {
+  return keeps_all(prompt.score) ||
+         (!prompt.budget.traits().fixed && tokens < prompt.budget.capacity());
+}
+
+/// Allocates the layer's budget, but for one that waits for the scores. Nobody reads it before the prompt's end, so it
+/// may be done again.
+template <class Ctx, class P>
+status begin_budget(Ctx& ctx, P const& prompt, shared_state<space_of<Ctx>> const& shared,
+                    layer_state<space_of<Ctx>> const& l, index_t tokens,
+                    prompt_budget<space_of<Ctx>>& out, workspace& w) noexcept {
+  auto const traits = prompt.budget.traits();
+  budget_input<space_of<Ctx>>& in = out.in;
+  in.n_layers = shared.prompt_k.extent[0];
+  in.layer = l.number;
+  in.n_kv_heads = l.kv.shape.n_kv_heads;
+  in.tokens = tokens;
+  in.sinks = prompt.keep.sinks;
+  in.recent = prompt.keep.recent;
+  in.k = shared.prompt_k;
+  if (traits.needs_scores) in.scores = shared.prompt_scores;
+  if (traits.needs_spread) in.spread = shared.prompt_spread;
+  out.short_prompt = keeps_prompt(prompt, tokens);
+  if (out.short_prompt && !w.measuring())
+    return fill_layer(ctx, in, l.number, std::max(tokens, prompt.budget.capacity()), w);
+  return traits.after_scores() ? status::ok : prompt.budget.allocate(ctx, in, w);
+}
+
+/// Whether a host session scores a layer's prompt when that ends. @param cuts  whether the budget cuts it, if it is known
+template <class P, class Space, class F>
+bool scores_prompt(P const& prompt, prompt_budget<Space> const& b, F const& cuts) {
+  auto const traits = prompt.budget.traits();
+  if (keeps_all(prompt.score)) return false;
+  if (traits.couples_layers || prompt.width() == scope::sequence) return true;
+  return traits.after_scores() ? !b.short_prompt : cuts();
+}
 
 /// Whether a layer has part of a prompt that has not ended.
 template <class Space>
@@ -126,6 +177,7 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
   using space = space_of<Ctx>;
   workspace::frame const frame(w);
   auto const traits = decode.budget.traits();
+  bool const given = !traits.fixed && (one || traits.inherits);  // by the prompt's policy
   index_t const heads = l.kv.shape.n_kv_heads;
   budget_input<space> b{n_layers,          l.number,           heads, tokens,
                         decode.keep.sinks, decode.keep.recent, {},    {}};
@@ -133,6 +185,7 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
   b.k.extent[0] = n_layers;
   b.k.extent[1] = heads;
   b.k.stride[1] = 1;  // stride[0] = 0: every layer number is this layer
+  if (w.measuring()) return given ? status::ok : decode.budget.allocate(ctx, b, w);
   index_t const capacity = traits.inherits ? prompt.budget.capacity() : decode.budget.capacity();
   auto fix = raised_budget<space>(decode, l, id, frozen);
   if (!traits.fixed && tokens < capacity)
@@ -145,5 +198,3 @@ status fix_decode_budget(Ctx& ctx, P const& prompt, D const& decode, bool one, i
 }
 
 }  // namespace kvkeep::detail
-  bool const given = !traits.fixed && (one || traits.inherits);  // by the prompt's policy
-  if (w.measuring()) return given ? status::ok : decode.budget.allocate(ctx, b, w);
