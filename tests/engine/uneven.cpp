@@ -69,7 +69,7 @@ TEST_CASE("a head with a smaller budget than decoding protects keeps what is pro
     any const decode = inheriting(c);
     index_t const room = decode.when.room, least = decode.keep.sinks + decode.keep.recent + room;
     index_t raised = 0;
-    for_seeds(6, [&](generator& g) {
+    for_seeds(24, [&](generator& g) {
       INFO(c.decode);
       world w;
       w.prompt = 40;

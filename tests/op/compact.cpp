@@ -288,7 +288,10 @@ TEST_CASE("moves that cannot be are refused, and nothing has moved") {
   other.min_length = 3;
   test_layer small(other);
   random_plan plan(l, g, 12);
-  plan.count(0, 1) = 4;
+  l.each_head([&](index_t b, index_t h) {  // one more than there is room for
+    plan.count(b, h) = 4;
+    for (index_t i = 0; i < 4; ++i) plan.slots(b, h, i) = 2 * i;
+  });
   op::compact<> o;
   o.batch = o.to_batch = l.batch();
   o.from = o.to = l.ref();

@@ -21,7 +21,8 @@ namespace kvkeep::test {
 /// SplitMix64. The distributions are written here because those of the standard library differ.
 class generator {
  public:
-  explicit generator(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}
+  /// Scrambled: states of neighbours would be one step apart, and their streams the same but for the first number.
+  explicit generator(std::uint64_t seed) : state_(seed) { state_ = next(); }
 
   std::uint64_t next() {
     std::uint64_t z = state_ += 0x9e3779b97f4a7c15u;
