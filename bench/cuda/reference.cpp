@@ -28,5 +28,7 @@ void run_on_cpu(op::fused_rows<> const& o) { run_here(o); }
 void run_on_cpu(op::select_k<> const& o) { run_here(o); }
 void run_on_cpu(op::compact<> const& o) { run_here(o); }
 void run_on_cpu(op::attend<> const& o) { run_here(o); }
+void run_on_cpu(op::query_moments<> const& o) { run_here(o); }
+void run_on_cpu(op::quadratic_logits<> const& o) { run_here(o); }
 
 }  // namespace bench

@@ -5,6 +5,7 @@
 
 #include <kvkeep/op/attend.hpp>
 #include <kvkeep/op/compact.hpp>
+#include <kvkeep/op/query_moments.hpp>
 #include <kvkeep/op/select_k.hpp>
 #include <kvkeep/op/window_score.hpp>
 
@@ -16,5 +17,7 @@ void run_on_cpu(kvkeep::op::fused_rows<> const& o);
 void run_on_cpu(kvkeep::op::select_k<> const& o);
 void run_on_cpu(kvkeep::op::compact<> const& o);
 void run_on_cpu(kvkeep::op::attend<> const& o);
+void run_on_cpu(kvkeep::op::query_moments<> const& o);
+void run_on_cpu(kvkeep::op::quadratic_logits<> const& o);
 
 }  // namespace bench

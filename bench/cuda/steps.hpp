@@ -7,8 +7,8 @@
 /// `aside` is `step` with decisions in a second stream: a layer's runs beside the next layers' attention.
 /// `overlapped` is `step` with kernels that are placed before those in front have ended (allow_overlap).
 /// `drafts` is four tokens that wait for confirm, and that; figures are a token's.
-/// `steady` asks whether a step's time grows: one layer (in the last cache, so without a floor), eight tokens per replay,
-/// from token 1k to 100k.
+/// `steady` asks whether a step's time grows: one layer (in the last cache, so without a floor), eight tokens per
+/// replay, from token 1k to 100k.
 /// Each policy is a unit, and a program, of its own: they take long to compile.
 #pragma once
 
@@ -21,8 +21,8 @@ namespace bench {
 /// Tokens before anything is timed: the window's queries and bounds are then those of decoded tokens.
 inline int warm_steps(suite const& s, point const& p) { return s.tiny ? 10 : p.window + 16; }
 
-/// At least eight: a decision aside hides beside the next layer alone, and a replay's last one has none. (At most 9 GB of
-/// keys and values, and as much state: morphkv-cached, C = 4096, B = 64.)
+/// At least eight: a decision aside hides beside the next layer alone, and a replay's last one has none. (At most 9 GB
+/// of keys and values, and as much state: morphkv-cached, C = 4096, B = 64.)
 inline std::size_t layers_of(suite const& s, point const& p, index_t slots) {
   auto const bytes = static_cast<double>(2 * plane_bytes(p, slots));
   return rotate(bytes, s.rotate_bytes, 1, s.tiny ? 1 : 8).sets;

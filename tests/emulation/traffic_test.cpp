@@ -8,6 +8,7 @@
 #include "../../bench/cuda/attention.cu"
 #include "../../bench/cuda/calibration.cu"
 #include "../../bench/cuda/choice.cu"
+#include "../../bench/cuda/expected.cu"
 #include "../../bench/cuda/scoring.cu"
 
 namespace bench {
@@ -162,6 +163,31 @@ TEST_CASE("moments of a window read keys in whole sectors, twice per 32 queries"
   check_passes(t.read.at("k"), c.k, 2.0 * p.window * p.group / kvkeep::cuda::plain_queries);
   CHECK(t.read.at("moments").waste() == 1);
   CHECK(t.written.at("moments").waste() == 1);
+  CHECK(t.shared.conflicts() < 1.15);
+}
+
+TEST_CASE("moments of queries read these in whole sectors, once") {
+  suite s = tiny_suite();
+  point p = scoring_point(dtype::bf16, 300);
+  p.group = 1;
+  query_case const c(s, p, 1);
+  auto const t = of(s, c.op_of(on_device{}), [&] { watch("q", c.q); });
+  CHECK(t.read.at("q").waste() == 1);
+  // A feature and its pair's other one, but for the first four rows.
+  CHECK(t.read.at("q").bytes == 2.0 * 296 / 300 * static_cast<double>(4 * c.q.size()));
+  CHECK(t.shared.conflicts() < 1.01);
+}
+
+TEST_CASE("quadratic logits read keys in whole sectors, and forms once per 64 slots") {
+  suite s = tiny_suite();
+  point const p = scoring_point(dtype::bf16, 256);
+  form_case const c(s, p, 1);
+  auto const t = of(s, c.op_of(on_device{}), [&] {
+    watch("k", c.k);
+    watch("out", c.out);
+  });
+  check_passes(t.read.at("k"), c.k, 1.5 * p.group);
+  check_passes(t.written.at("out"), c.out, 1);
   CHECK(t.shared.conflicts() < 1.15);
 }
 
