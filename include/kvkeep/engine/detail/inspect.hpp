@@ -44,7 +44,7 @@ status session<Ctx, P, D>::save(index_t id, std::span<std::byte> out) const noex
       std::memcpy(to, from, bytes);
       to += bytes;
     });
-  h.sum = detail::checksum(out.subspan(sizeof h, h.bytes - sizeof h));
+  h.sum = detail::checksum_of(h, out.subspan(sizeof h, h.bytes - sizeof h));
   std::memcpy(out.data(), &h, sizeof h);
   return status::ok;
 }
@@ -57,7 +57,7 @@ status session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexc
   own.config = detail::config_of(prompt_, decode_, limits_, layers_);
   own.bytes = saved_bytes();
   std::memcpy(&h, in.data(), sizeof h);
-  if (!h.fits(own) || h.sum != detail::checksum(in.subspan(sizeof h, h.bytes - sizeof h)))
+  if (!h.fits(own) || h.sum != detail::checksum_of(h, in.subspan(sizeof h, h.bytes - sizeof h)))
     return status::bad_argument;
   if (h.in_prompt != 0 && limits_.max_prompt > 0) return status::bad_order;
   std::byte const* from = in.data() + sizeof h;

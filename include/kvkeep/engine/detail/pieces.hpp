@@ -75,7 +75,7 @@ struct saved_header {
   index_t confirmed = 0;  ///< of a session: a device session counts per layer
   index_t faults = 0;     ///< of a device session
   index_t on_device = 0;
-  std::uint64_t sum = 0;  ///< checksum of what follows; of a session
+  std::uint64_t sum = 0;  ///< checksum of a session's state and of this header, with 0 here
   index_t in_prompt = 0;  ///< a prompt has begun and not ended; of a session
   index_t unused = 0;     ///< instead of padding, which nobody would set
 
@@ -86,14 +86,21 @@ struct saved_header {
 };
 
 /// FNV-1a by words of 8 bytes: damage is found, not malice.
-inline std::uint64_t checksum(std::span<std::byte const> bytes) noexcept {
-  std::uint64_t h = 14695981039346656037ULL;
+/// @param h  that of what comes before
+inline std::uint64_t checksum(std::span<std::byte const> bytes,
+                              std::uint64_t h = 14695981039346656037ULL) noexcept {
   for (std::size_t i = 0; i < bytes.size(); i += 8) {
     std::uint64_t word = 0;
     std::memcpy(&word, bytes.data() + i, bytes.size() - i < 8 ? bytes.size() - i : 8);
     h = (h ^ word) * 1099511628211ULL;
   }
   return h;
+}
+
+/// Of a saved sequence.
+inline std::uint64_t checksum_of(saved_header h, std::span<std::byte const> state) noexcept {
+  h.sum = 0;
+  return checksum(state, checksum(std::as_bytes(std::span(&h, 1))));
 }
 
 /// Identity of what determines a session's state.
