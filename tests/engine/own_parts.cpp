@@ -34,7 +34,7 @@ struct ramp {
     if (!w.ok()) return status::workspace_too_small;
     for (index_t l = 0; l < in.n_layers; ++l) weight[l] = in.n_layers + l, cap[l] = 2 * mean;
     apportion(offset_t{mean} * in.n_layers, weight, cap, in.n_layers, part, remainder);
-    return detail::fill_layer(ctx, in, in.layer, part[in.layer], w);
+    return fill_layer(ctx, in, in.layer, part[in.layer], w);
   }
 };
 
@@ -84,3 +84,100 @@ static_assert(!erasable<twice>, "it would be cut to a uniform one");
 static_assert(!erasable<ramp>);
 
 }  // namespace
+
+namespace {
+
+/// Scores decoded tokens by the last queries, if all is as it should be.
+struct looks_back : scorer_base {
+  evidence prompt = evidence::window_queries, decode = evidence::token_queries;
+  index_t ring = 4;
+  bool grows = true;
+
+  scorer_traits traits() const {
+    scorer_traits t;
+    t.name = "looks_back";
+    t.prompt = prompt;
+    t.decode = decode;
+    return t;
+  }
+  state_spec state(cache_shape const&) const {
+    state_spec s;
+    s.query_ring = ring;
+    s.ring_at_decode = grows;
+    return s;
+  }
+  std::uint64_t key() const { return config_key(prompt, decode, ring, grows); }
+  template <class Ctx>
+  status score(Ctx& ctx, score_input<space_of<Ctx>> const& in, score_map<space_of<Ctx>> out,
+               workspace& w) const {
+    using space = space_of<Ctx>;
+    workspace::frame const frame(w);
+    query_rows<space> q;
+    KVKEEP_TRY(last_queries(ctx, in, 4, q, w));
+    return run(ctx, op::column_sums<space>{in.batch, in.layer, q, as_rows(out), false, false, true},
+               w);
+  }
+};
+
+/// What binding a scorer says.
+std::string said(bool device, looks_back const& s, limits const& lim = {}) {
+  plain_model m;
+  m.lim = lim;
+  m.lim.max_sequences = m.n_seq;
+  m.add(32);
+  policy<looks_back> p;
+  p.score = s;
+  p.budget.tokens = 16;
+  return m.refusal_of(device, p);
+}
+
+}  // namespace
+
+TEST_CASE("a scorer finds queries where it asks for them, and is told where it does not") {
+  for (bool const device : {false, true}) {
+    auto const has = [](std::string const& text, char const* part) {
+      INFO(text << ": " << part);
+      CHECK(text.find(part) != std::string::npos);
+    };
+    looks_back s;
+    CHECK(said(device, s) == "accepted");
+    s.grows = false;  // the ring has prompts' queries alone
+    has(said(device, s), "unsupported");
+    s.prompt = evidence::none;
+    has(said(device, s), "state.query_ring = 4, allowed: 0 for the scorer looks_back");
+    s.grows = true;
+    CHECK(said(device, s) == "accepted");
+    s.ring = 0;
+    has(said(device, s), "state.query_ring = 0, allowed: > 0");
+    s.ring = 4;
+    s.decode = evidence::none;
+    has(said(device, s), "state.ring_at_decode = true, allowed: false");
+  }
+}
+
+namespace {
+struct decayed_norm {
+  static constexpr char const* name = "decayed_norm";
+  static constexpr bool reads_k = true, reads_v = false;
+  float tau = 8;
+  std::uint64_t key() const { return config_key(tau); }
+  void check() const { KVKEEP_EXPECTS(tau > 0, "tau", tau, "> 0"); }
+  KVKEEP_HD float operator()(slot_values const& s) const noexcept {
+    return static_cast<float>(s.position) / tau + s.k[0];
+  }
+};
+}  // namespace
+
+TEST_CASE("a functor checks its options") {
+  for (bool const device : {false, true}) {
+    plain_model m;
+    m.add(32);
+    policy<slot_score<decayed_norm>> p;
+    p.budget.tokens = 16;
+    CHECK(m.refusal_of(device, p) == "accepted");
+    p.score.fn.tau = -1;
+    std::string const refused = m.refusal_of(device, p);
+    INFO(refused);
+    CHECK(refused.find("tau = -1") != std::string::npos);
+  }
+}

@@ -101,4 +101,5 @@ status fill_layer(Ctx& ctx, budget_input<space_of<Ctx>> const& in, index_t layer
 }
 
 }  // namespace detail
+using detail::fill_layer;
 }  // namespace kvkeep

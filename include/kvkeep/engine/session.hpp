@@ -39,20 +39,22 @@ class session {
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success. Clears its state.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
-  /// Starts a sequence as a copy of `from`: all state, not K and V (the engine shares or copies those). Not while
-  /// the prompt's layers are being cut together. At most all tokens of `from` are frozen.
+  /// Starts a sequence as a copy of `from`: all state, not K and V, which the engine copies (it may share what both have
+  /// frozen). Not while the prompt's layers are being cut together. At most all tokens of `from` are frozen.
   KVKEEP_COLD status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
   /// Frees a sequence's state.
   status end(index_t id) noexcept;
 
   // -- prompt -------------------------------------------------------------------------------------
   /// A chunk of the prompt in one layer: `q.n_tokens()` new tokens whose keys and values have been written
-  /// at the tail of the cache (or of `prompt`, a transient one-row view that holds the whole prompt).
+  /// at the tail of the cache (or of `prompt`, a transient one-row view that holds the whole prompt). `row` is the
+  /// sequence row there (-1: the id, of a transient prompt 0).
   status observe(index_t layer, index_t id, queries const& q, kv_ref<space> const* prompt = nullptr,
                  index_t row = -1) noexcept;
   /// Own scores for the slots in use, `[1, kv_head, slot]` (engine_score).
   status observe(index_t layer, index_t id, own_scores const& s) noexcept;
-  /// The first cut of a layer, in place or from `prompt` into the cache. Layers end in ascending order.
+  /// The first cut of a layer, in place or from `prompt` into row `id` of the cache. Layers end in ascending order.
+  /// @return bad_order also where a scorer of the last W queries lacks some: the newest chunks shall show them all
   status end_prompt(index_t layer, index_t id, kv_ref<space> const* prompt = nullptr,
                     index_t row = -1) noexcept;
   /// The first cut of all layers, in place.
@@ -77,7 +79,8 @@ class session {
   /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
   status attend(index_t layer, batch const& b, queries const& q, float* out,
                 float* lse = nullptr) noexcept;
-  /// The engine has attended itself: the newest token's queries (K is read once more) ...
+  /// The engine has attended itself: the newest token's queries (K is read once more; unsupported where a policy
+  /// decides before attention, MorphKV's include_current and per_head_mask: call attend) ...
   status observe(index_t layer, batch const& b, queries const& q) noexcept;
   /// ... or its attention probabilities ...
   status observe(index_t layer, batch const& b, attention_rows const& a) noexcept;
@@ -108,8 +111,8 @@ class session {
   tensor_ref<index_t const, 2, space> free_slots(index_t layer) const noexcept;
   /// Tokens seen by a sequence and confirmed; the next token's position while nothing is unconfirmed. 0: no such one.
   index_t tokens(index_t id) const noexcept { return alive(id) ? shared_.confirmed[id] : 0; }
-  /// Most slots per head that this session may need, besides prompts that are written into the cache
-  /// itself (the free function counts those too, and needs no session).
+  /// Most slots per head that this session may need, besides prompts that are written into the cache itself, frozen
+  /// tokens beyond a budget and tokens that nothing evicts (the free function counts prompts, and needs no session).
   index_t slots_needed() const noexcept { return slots_needed_; }
   /// Checks every live sequence: budgets, protected tokens, positions, state. Host-readable memory only.
   KVKEEP_COLD status verify() const noexcept;
@@ -117,7 +120,8 @@ class session {
 
   // -- saved state (K and V are the engine's to save) ---------------------------------------------
   KVKEEP_COLD std::size_t saved_bytes() const noexcept;
-  /// Not in the middle of a prompt that passes through a buffer or whose layers are being cut together, nor before a report.
+  /// Not in the middle of a prompt that passes through a buffer or whose layers are being cut together, nor before a
+  /// report.
   KVKEEP_COLD status save(index_t id, std::span<std::byte> out) const noexcept;
   /// Restores into a sequence that was begun. Refuses another version, configuration or byte order, and damage.
   KVKEEP_COLD status load(index_t id, std::span<std::byte const> in) noexcept;
@@ -254,7 +258,6 @@ class session {
                        index_t extra, workspace& w) const noexcept;
   bool one_leaves(layer_data const& l, index_t id, index_t extra) const noexcept;
   index_t excess(layer_data const& l, index_t id, index_t extra) const noexcept;
-
   KVKEEP_COLD status let_go(layer_data& l, source const& s, score_map<space> scores,
                             workspace& w) noexcept;
   KVKEEP_COLD status mask_heads(layer_data& l, source const& s, tensor_ref<float, 3, space> own,
@@ -277,7 +280,6 @@ class session {
   Prompt prompt_{};
   Decode decode_{};
   bool one_policy_ = false;
-  bool rings_tokens_ = false;     ///< decoded tokens' queries enter the ring
   bool attention_folds_ = false;  ///< attention does the decode scorer's fold
   limits limits_{};
   detail::state_shape shape_{};

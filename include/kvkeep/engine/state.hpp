@@ -24,7 +24,8 @@ struct row_plan {
   index_t prompt_floats = 0;  ///< the prompt scorer's, until the prompt has ended
   index_t score_at = -1;      ///< -1: none
   index_t total = 0;
-  index_t query_ring = 0;  ///< rows of the query ring, drafts included
+  index_t query_ring = 0;     ///< rows of the query ring, drafts included
+  bool rings_tokens = false;  ///< decoded tokens' queries enter it
 };
 
 /// Shape of all state.
@@ -39,7 +40,6 @@ struct state_shape {
 /// What two policies ask for together.
 struct bound_rows {
   row_plan rows{};
-  bool rings_tokens = false;     ///< decoded tokens' queries enter the ring
   bool attention_folds = false;  ///< attention does the decode scorer's fold
 };
 
@@ -56,7 +56,7 @@ bound_rows plan_rows(P const& prompt, D const& decode, bool one, limits const& l
   r.decode_rows = ds.slot_rows;
   r.weights_at = one ? ps.slot_rows : ps.slot_rows + ds.slot_rows;
   bool const at_decode = decode.score.traits().at_decode;
-  b.rings_tokens = at_decode && ds.ring_at_decode;
+  r.rings_tokens = at_decode && ds.ring_at_decode;
   b.attention_folds =
       at_decode && ds.folds_weights && lim.decode == decode_offer::attend && lim.max_draft == 0;
   if (at_decode && ds.weight_ring > 0 && !b.attention_folds)
@@ -257,6 +257,7 @@ score_input<Space> view_of(layer_state<Space> const& l, row_plan const& r,
   in.ring_lse = rebase(l.ring_lse, s.id0);
   if (l.ring_from != nullptr) in.ring_from = l.ring_from + s.id0;
   in.query_ring = r.query_ring;
+  in.rings_tokens = r.rings_tokens;
   in.weights = weight_rows(layer.slots.rows, r, layer.kv.shape.group());
   in.weight_sum = s.weight_sum;
   in.weight_stride = layer.slots.rows.stride[2];

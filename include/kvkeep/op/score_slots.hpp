@@ -11,7 +11,7 @@ namespace kvkeep {
 /// What a slot functor sees: the slot's position and its rows as fp32 (null if not asked for).
 struct slot_values {
   index_t position = 0;  ///< original position of the slot's token
-  index_t seen = 0;      ///< tokens that the sequence has seen
+  index_t seen = 0;      ///< tokens that the sequence has seen when this is asked
   float const* k = nullptr;
   float const* v = nullptr;
   index_t dim_k = 0;

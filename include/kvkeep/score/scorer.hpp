@@ -67,15 +67,17 @@ struct score_input {
   tensor_ref<float const, 4, Space> ring_q{};    ///< [id, q_head, ring row, dim_k]
   tensor_ref<float const, 3, Space> ring_lse{};  ///< [id, q_head, ring row], natural
   index_t const* ring_from = nullptr;            ///< [id] oldest position in the query ring
-  index_t query_ring = 0;  ///< rows of the query ring; position p is row p % ring
+  index_t query_ring = 0;    ///< rows of the query ring; position p is row p % ring
+  bool rings_tokens = true;  ///< decoded tokens are there too: state_spec::ring_at_decode
   bool has_lse = false;
 
   tensor_ref<float, 4, Space> weights{};     ///< [id, kv_head, g, slot] of weight ring row 0
   tensor_ref<float, 4, Space> weight_sum{};  ///< [id, kv_head, g, ring row]
   tensor_ref<float, 4, Space> weight_max{};  ///< [id, kv_head, g, ring row] of their logits
   offset_t weight_stride = 0;                ///< elements between ring rows of `weights`
-  index_t weight_ring = 0;              ///< rows of the weight ring; position p is row p % ring
-  index_t const* newest_row = nullptr;  ///< [entry] weight ring row of the newest token
+  index_t weight_ring = 0;  ///< rows of the weight ring; position p is row p % ring
+  /// [entry] weight ring row of the newest token; null: a prompt ends
+  index_t const* newest_row = nullptr;
   tensor_ref<index_t const, 2, Space> fresh{};  ///< [id, kv_head] slot of the newest token
 
   tensor_ref<float, 4, Space> loose{};     ///< [id, kv_head, row, slot] state_spec::loose_rows
@@ -191,6 +193,11 @@ status run_each(Ctx& ctx, index_t n, Fn const& fn, workspace& ws) {
   return run(ctx, op::for_each<Fn, space_of<Ctx>>{n, fn}, ws);
 }
 
+}  // namespace detail
+using detail::run_each;  // for scorers and budgets of one's own, as fill_layer is
+
+namespace detail {
+
 /// Copies ring rows of the last queries into a dense block, oldest first. An index is a stretch of a row: on the host
 /// a whole one, elsewhere so little that neighbours read neighbours.
 template <class Space>
@@ -232,10 +239,12 @@ struct gather_queries {
 }  // namespace detail
 
 /// The last `n` confirmed queries of every entry as dense rows (absent ones marked), in scratch.
+/// @return unsupported for decoded tokens whose queries the scorer has not asked for (state_spec::ring_at_decode)
 template <class Ctx>
 status last_queries(Ctx& ctx, score_input<space_of<Ctx>> const& in, index_t n,
                     query_rows<space_of<Ctx>>& out, workspace& ws) {
   using space = space_of<Ctx>;
+  if (in.newest_row != nullptr && !in.rings_tokens) return status::unsupported;
   auto const& shape = in.layer.kv.shape;
   std::size_t const rows = product(in.batch.n, shape.n_q_heads, n);
   float* q = ws.take<float>(product(rows, shape.dim_k));

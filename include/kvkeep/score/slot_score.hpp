@@ -9,10 +9,11 @@
 
 namespace kvkeep {
 
-/// `Fn` is a slot functor (op/score_slots.hpp) with `static constexpr char const* name`, and `key()` if it
-/// has options (config_key). A score depends
-/// on nothing that changes while the token is cached, so it is computed when the token arrives (D
-/// operations) and then kept: one float per slot, and a decision reads no keys.
+/// `Fn` is a slot functor (op/score_slots.hpp) with `static constexpr char const* name`, and if it has options
+/// `key()` (config_key) and, where not all values will do, `check()`, which throws (KVKEEP_EXPECTS). A score depends
+/// on nothing that changes while the token is cached, so it is computed when the token arrives (D operations) and then
+/// kept: one float per slot, and a decision reads no keys. So it cannot decay by age, of which `slot_values::seen` says
+/// what it was then; but position / tau in place of -age / tau orders the slots alike.
 template <class Fn>
 struct slot_score : scorer_base {
   Fn fn{};
@@ -27,6 +28,9 @@ struct slot_score : scorer_base {
     return t;
   }
   state_spec state(cache_shape const&) const { return {1, 0, 0}; }
+  void check(cache_shape const&) const {
+    if constexpr (requires { fn.check(); }) fn.check();
+  }
   std::uint64_t key() const {
     if constexpr (requires { fn.key(); }) {
       return fn.key();

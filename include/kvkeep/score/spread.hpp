@@ -108,12 +108,12 @@ struct sum_spread {
 }  // namespace KVKEEP_CPU_ISA
 }  // namespace detail
 
-/// Spec 5.5; arXiv 2503.12491, antgroup/cakekv modify_llama.py. Softmax over all columns, as SnapKV's. A slot's score is
-/// the mean over the window's rows plus `gamma` times the unbiased variance over them, per query head; the mean over the
-/// group, pooled over neighbours. Where the session asks (`score_input::spread`), also the entropies and the variances
-/// of columns older than the window, summed.
-/// Deviations: fp32 weights, never rounded to 16 bit; logarithms of 1e-10 at least, which the published code adds; ties by
-/// position.
+/// Spec 5.5; arXiv 2503.12491, antgroup/cakekv modify_llama.py. Softmax over all columns, as SnapKV's. A slot's score
+/// is the mean over the window's rows plus `gamma` times the unbiased variance over them, per query head; the mean over
+/// the group, pooled over neighbours. Where the session asks (`score_input::spread`), also the entropies and the
+/// variances of columns older than the window, summed.
+/// Deviations: fp32 weights, never rounded to 16 bit; logarithms of 1e-10 at least, which the published code adds; ties
+/// by position.
 /// Cost: op::column_moments, 12 bytes of scratch per slot and query head.
 struct spread_score : scorer_base {
   index_t window = 32;  ///< W query rows, at least 2

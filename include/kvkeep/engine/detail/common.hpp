@@ -75,7 +75,8 @@ void session<Ctx, P, D>::measure() {
       w.take<index_t>(static_cast<std::size_t>(shape_.cache.max_slots));
       return status::ok;
     });
-    if (limits_.engine_commits) take([&](workspace& w) { return choose_layers(n, w); });
+    if (limits_.engine_commits && detail::cuts_while_decoding(decode_.score))
+      take([&](workspace& w) { return choose_layers(n, w); });
   }
   scratch_bytes_ = take.bytes();
 }

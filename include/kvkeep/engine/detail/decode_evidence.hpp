@@ -86,7 +86,7 @@ status session<Ctx, P, D>::weigh(layer_data& l, batch const& b, queries const& q
                                                   dense + static_cast<offset_t>(i) * hq * dim,
                                                   nullptr, position + i},
                       w));
-    if (rings_tokens_) KVKEEP_TRY(push_ring(l, e.ids[i], q, i, p, w));
+    if (shape_.rows.rings_tokens) KVKEEP_TRY(push_ring(l, e.ids[i], q, i, p, w));
   }
   source const s = pool(l, e.ids, e.rows, e.n);
   op::attend<space> a{s.batch, s.layer};
@@ -129,7 +129,7 @@ status session<Ctx, P, D>::observe(index_t layer, batch const& b,
   index_t const m = managed(layer);
   if (m == -1) return status::ok;
   if (m < 0 || a.data == nullptr) return status::bad_argument;
-  if (shape_.rows.weight_ring == 0 || rings_tokens_) return status::unsupported;
+  if (shape_.rows.weight_ring == 0 || shape_.rows.rings_tokens) return status::unsupported;
   KVKEEP_TRY(check_batch(b));
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   KVKEEP_TRY(check_token(l, b));

@@ -74,7 +74,7 @@ status device_session<Ctx, P, D>::give_slots(layer_data& l, batch_ref<space> con
   detail::write_token_kv<space> const write{l.kv, b, *kv, slots};
   index_t const each_entry = heads * write.elements();
   op::for_each<detail::write_token_kv<space>, space> const put{b.n * each_entry, write};
-  if (q == nullptr || (!bound_.rings_tokens && shape_.rows.weight_ring <= 1))
+  if (q == nullptr || (!shape_.rows.rings_tokens && shape_.rows.weight_ring <= 1))
     return run(*ctx_, op::make_chain<space>(b.n, 1, each_entry, look, give, put), w);
   return run(
       *ctx_,

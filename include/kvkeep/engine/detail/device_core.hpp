@@ -168,7 +168,7 @@ class device_core {
   /// Storing the newest token's queries, where there is a ring for them.
   op::for_each<push_token<space>, space> pushing(layer_data const& l, batch_ref<space> const& b,
                                                  queries const& q) const noexcept {
-    return {bound_.rings_tokens ? b.n * shape_.cache.n_q_heads * shape_.cache.dim_k : 0,
+    return {shape_.rows.rings_tokens ? b.n * shape_.cache.n_q_heads * shape_.cache.dim_k : 0,
             {l.ring_q, l.appended, b, q}};
   }
   /// The newest tokens' rows in a ring of weights, as ops read them: nothing where there is one row.

@@ -18,7 +18,8 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::observe(index_t layer, batch_ref<space> const& b,
                                           queries const& q) noexcept {
   if (detail::decides_late(decode_.when)) return status::unsupported;
-  bool const looks = bound_.rings_tokens || bound_.attention_folds || shape_.rows.weight_ring > 0;
+  bool const looks =
+      shape_.rows.rings_tokens || bound_.attention_folds || shape_.rows.weight_ring > 0;
   if (q.n_rows == 0 && q.tokens == 1 && !looks) return take_evidence(layer, b, nullptr);
   return show_token(layer, b, q, false, nullptr, nullptr);
 }

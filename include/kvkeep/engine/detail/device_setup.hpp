@@ -131,7 +131,7 @@ void device_session<Ctx, P, D>::measure() {
   }
   take([&](workspace& w) { return give_tails(batch, nullptr, w); });
   if (limits_.max_draft > 0) take([&](workspace& w) { return confirm_drafts(batch, nullptr, w); });
-  if (limits_.engine_commits) {
+  if (limits_.engine_commits && detail::cuts_while_decoding(decode_.score)) {
     take([&](workspace& w) { return choose_layers(batch, w); });
     take([&](workspace& w) { return commit_layers(batch.n, w); });
   }

@@ -10,11 +10,28 @@
 
 namespace kvkeep::detail {
 
+/// Refuses a scorer that asks for memory of queries that its traits do not ask for: it would find what others left.
+template <class Score>
+KVKEEP_COLD void check_rings(Score const& score, cache_shape const& shape, bool decode_role) {
+  scorer_traits const t = score.traits();
+  state_spec const s = score.state(shape);
+  bool const at_prompt = t.prompt == evidence::window_queries || t.prompt == evidence::all_queries;
+  bool const at_decode = decode_role && t.at_decode && s.ring_at_decode;
+  std::string const scorer = std::string(" for the scorer ") + t.name;
+  KVKEEP_EXPECTS(!at_decode || t.decode == evidence::token_queries, "state.ring_at_decode", "true",
+                 "false" + scorer + ", whose traits ask for no queries of tokens");
+  KVKEEP_EXPECTS(!at_decode || s.query_ring > 0, "state.query_ring", s.query_ring,
+                 "> 0" + scorer + ", as queries of tokens enter it (ring_at_decode)");
+  KVKEEP_EXPECTS(s.query_ring == 0 || at_prompt || at_decode, "state.query_ring", s.query_ring,
+                 "0" + scorer + ", whose traits ask for no queries");
+}
+
 /// Refuses evidence that cannot serve a scorer.
 template <class Score>
 KVKEEP_COLD void check_offer(Score const& score, cache_shape const& shape, limits const& lim,
                              bool decode_role) {
   scorer_traits const t = score.traits();
+  check_rings(score, shape, decode_role);
   auto const wants = [&](char const* field, char const* offer, char const* need) {
     refuse(field, std::string(offer), std::string(need) + " for the scorer " + t.name);
   };

@@ -33,7 +33,6 @@ void session<Ctx, P, D>::plan_state() {
   shape_.drafts = std::max(1, limits_.max_draft);
   detail::bound_rows const bound = detail::plan_rows(prompt_, decode_, one_policy_, limits_, cache);
   shape_.rows = bound.rows;
-  rings_tokens_ = bound.rings_tokens;
   attention_folds_ = bound.attention_folds;
   cache_demand d{shape_.cache, static_cast<index_t>(layers_.size()), -1, limits_};
   d.longest_prompt = limits_.max_prompt;
