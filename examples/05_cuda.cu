@@ -33,8 +33,8 @@ struct layer_memory {
         out(m.take<float>(product(toy::n_q_heads, toy::dim))) {}
 };
 
-/// Layer after layer: keys and values lie in slots 0, 1, ... of the buffer, the queries are shown, and what survives the
-/// first cut comes into the cache.
+/// Layer after layer: keys and values lie in slots 0, 1, ... of the buffer, the queries are shown, and what survives
+/// the first cut comes into the cache.
 template <class Session>
 void run_prompt(Session& s, index_t id, cudaStream_t stream) {
   toy::managed_memory memory;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // A paged engine in the manner of vLLM, on CUDA: one block table per sequence, shared by all layers and KV heads, so
-// one kept set per sequence. The engine allocates blocks, writes keys and values, attends (left out here), and says when to
-// decide. Whole blocks leave and no token moves. Two graphs serve all of decoding: a token of the batch, and a decision
-// with its report. The session asks the host to wait for the second one alone, once in a block of tokens, to learn which
-// blocks are free; this one waits for tokens too, because its model runs on the host.
+// one kept set per sequence. The engine allocates blocks, writes keys and values, attends (left out here), and says
+// when to decide. Whole blocks leave and no token moves. Two graphs serve all of decoding: a token of the batch, and a
+// decision with its report. The session asks the host to wait for the second one alone, once in a block of tokens, to
+// learn which blocks are free; this one waits for tokens too, because its model runs on the host.
 // Exits with 77 where there is no device.
 #include <kvkeep/cuda.cuh>
 #include <kvkeep/engine/device_session.hpp>

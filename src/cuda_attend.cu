@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
-// Attention of the CUDA backend, compiled once (target kvkeep::cuda_ops): all but what depends on the type of keys. Each
-// type has a unit of its own, because these take longest.
+// Attention of the CUDA backend, compiled once (target kvkeep::cuda_ops): all but what depends on the type of keys.
+// Each type has a unit of its own, because these take longest.
 #include <kvkeep/backend/cuda/attend_rows.cuh>
 
 namespace kvkeep::cuda {

@@ -11,8 +11,8 @@
 ///   - they are of one warp, with a __syncwarp between them.
 /// An exchange (shuffle, ballot, product) orders nothing: it promises nothing of memory.
 ///
-/// And it tells where in the code threads meet, for they have to meet in one place, as synccheck says; and when a kernel
-/// touches the host's stack, which no device can.
+/// And it tells where in the code threads meet, for they have to meet in one place, as synccheck says; and when a
+/// kernel touches the host's stack, which no device can.
 #include <array>
 #include <cstddef>
 #include <cstdint>

@@ -478,7 +478,7 @@ TEST_CASE("what a device session does not have is refused when it is bound") {
   auto const h2o = make_policy<test::op_context>("h2o", o),
              tova = make_policy<test::op_context>("tova", o);
   auto const e = w.options(test::make("fullkv"), 60);
-  CHECK_THROWS_WITH(test::device_engine(e, h2o, tova), Catch::Matchers::Contains("decode.per"));
+  CHECK_THROWS_WITH(test::device_engine(e, h2o, tova), Catch::Matchers::Contains("prompt.per"));
   policy_options blocks = o;
   blocks.whole_blocks = true;
   blocks.block = 4;

@@ -317,7 +317,8 @@ TEST_CASE("budgets and scopes that a policy cannot do") {
   };
   refused(after_ada(4), "prompt.capacity", "4", "> sinks + window = 4 of the decode policy");
   accepted(after_ada(5));
-  refused(with([](auto& b) { b.decode = "tova"; }), "decode.per", "layer", "head");
+  refused(with([](auto& b) { b.decode = "tova"; }), "prompt.per", "head",
+          "layer or sequence, before tova");
   refused(
       with([](auto& b) { b.p.per = scope::layer, b.decode = "h2o", b.d.per = scope::sequence; }),
       "decode.per", "sequence", "head");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// An engine that commits plans itself: due, choose, commit, report; packed and whole blocks, freed blocks and the tables
-/// to use from then on.
+/// An engine that commits plans itself: due, choose, commit, report; packed and whole blocks, freed blocks and the
+/// tables to use from then on.
 #pragma once
 
 #include <numeric>

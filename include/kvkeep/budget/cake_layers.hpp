@@ -41,9 +41,9 @@ KVKEEP_HD inline void published_cake_budgets(offset_t* budget, index_t n, offset
 /// Spec 5.5; arXiv 2503.12491, antgroup/cakekv cake_cache.py. A layer's preference is H^(1/tau1) * V^(1/tau2), H and V
 /// the entropies and variances of its attention (score_input::spread), summed over KV heads. At a checkpoint the layers
 /// so far share `n_layers * (C - W)`, so that memory stays bounded while the prompt runs ("cascading").
-/// Deviations (canonical): integers only, exact total, a budget never grows again; at most C tokens are left of a prompt,
-/// as by all policies (spec 3), while the published code leaves prompts of up to C + W whole. `published = true` does so
-/// too, and takes the reference's integer arithmetic, never above what a layer still holds.
+/// Deviations (canonical): integers only, exact total, a budget never grows again; at most C tokens are left of a
+/// prompt, as by all policies (spec 3), while the published code leaves prompts of up to C + W whole.
+/// `published = true` does so too, and takes the reference's integer arithmetic, never above what a layer still holds.
 /// State: 8 bytes per layer and KV head, and a slot row for the scores.
 struct cake_layers {
   index_t tokens = 1024;  ///< C, the mean over layers, protected tokens included

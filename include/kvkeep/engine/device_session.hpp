@@ -61,16 +61,16 @@ class device_session : public detail::device_core<Ctx> {
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
-  /// Starts a sequence as a copy of `from`: all state, faults too, not K and V (the engine copies those).
-  /// Not while its prompt's layers are cut together or pass through a buffer. Cost: three launches per layer, its state.
+  /// Starts a sequence as a copy of `from`: all state, faults too, not K and V (the engine copies those). Not while its
+  /// prompt's layers are cut together or pass through a buffer. Cost: three launches per layer, its state.
   status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
   status end(index_t id) noexcept;
 
   // -- prompt -------------------------------------------------------------------------------------
   /// A chunk of the prompt in one layer, keys and values already written at the tail of the cache (or of `prompt`, a
-  /// transient view in the backend's memory that holds the whole prompt, where there is limits.max_prompt). `row` is the
-  /// sequence row in that view (-1: the id, or 0 of a transient one; below the cache's rows or limits.max_sequences).
-  /// Unsupported: features that lie apart in that view and not in the cache.
+  /// transient view in the backend's memory that holds the whole prompt, where there is limits.max_prompt). `row` is
+  /// the sequence row in that view (-1: the id, or 0 of a transient one; below the cache's rows or
+  /// limits.max_sequences). Unsupported: features that lie apart in that view and not in the cache.
   status observe(index_t layer, index_t id, queries const& q, kv_ref<space> const* prompt = nullptr,
                  index_t row = -1) noexcept;
   /// Own scores for the slots in use, `[1, kv_head, slot]` (engine_score), after the tokens; not of transient prompts.
@@ -96,9 +96,9 @@ class device_session : public detail::device_core<Ctx> {
   status append(index_t layer, batch_ref<space> const& b, token_kv const& kv,
                 index_t* slots = nullptr) noexcept;
   /// Both in one call: the token's queries are stored with its rows, so that attention is all that follows.
-  /// On CUDA, for policies that make one launch of a decision and up to 4096 slots (1024 where its weights are folded or
-  /// kept), that is two launches before it.
-  /// Unsupported for skipped layers. A sequence with a fault has no output. @see append, attend
+  /// On CUDA, for policies that make one launch of a decision and up to 4096 slots (1024 where its weights are folded
+  /// or kept), that is two launches before it. Unsupported for skipped layers. A sequence with a fault has no output.
+  /// @see append, attend
   status decode(index_t layer, batch_ref<space> const& b, token_io const& t) noexcept;
   /// Attention of the newest token over all slots in use, with evidence and the next decision.
   /// `q` has one row per entry; `out` is `[entry, q_head, dim_v]` fp32, `lse` `[entry, q_head]` or null.
@@ -124,13 +124,13 @@ class device_session : public detail::device_core<Ctx> {
   /// Decides for all layers and moves nothing (limits::engine_commits). The plan lives in the session, in the backend's
   /// memory, until the next choose; all heads are scored, and those for which nothing is due keep all slots.
   status choose(batch_ref<space> const& b, plan_type& out) noexcept;
-  /// Applies the last plan in place, by the rows that `choose` was given. A sequence that has had a token since, ended or
-  /// begun anew is left alone: generations are compared in the backend (device_fault::stale_plan).
+  /// Applies the last plan in place, by the rows that `choose` was given. A sequence that has had a token since, ended
+  /// or begun anew is left alone: generations are compared in the backend (device_fault::stale_plan).
   /// @return stale_plan if this is not the session's last plan
   status commit(plan_type const& p) noexcept;
-  /// Lengths, freed blocks, block tables and faults of one sequence after cuts (see plan.hpp). `row` is its sequence row
-  /// in the views (-1: the id). The engine frees blocks and changes tables once this has been done; where whole blocks
-  /// leave, before it appends.
+  /// Lengths, freed blocks, block tables and faults of one sequence after cuts (see plan.hpp). `row` is its sequence
+  /// row in the views (-1: the id). The engine frees blocks and changes tables once this has been done; where whole
+  /// blocks leave, before it appends.
   status report(index_t id, report_buffer const& out, index_t row = -1) noexcept;
 
   // -- decisions beside what follows them -----------------------------------------------------------

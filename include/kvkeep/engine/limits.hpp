@@ -15,7 +15,7 @@ namespace kvkeep {
 /// Evidence that the engine will bring for prompts.
 enum class prompt_offer : std::uint8_t {
   nothing,         ///< token counts only; keys and values can be read from the cache
-  window_queries,  ///< at least the last W queries
+  window_queries,  ///< at least the last W queries, in one chunk or in the newest ones
   all_queries,     ///< every query, chunk by chunk
   scores           ///< scores of its own
 };
@@ -45,7 +45,8 @@ struct limits {
   /// written into the cache itself. One layer of one sequence at a time: all its chunks, then its end.
   index_t max_prompt = 0;
   index_t max_chunk = 128;  ///< query rows that are scored at a time (memory, not a limit of calls)
-  /// Unconfirmed tokens beyond plain decoding. Confirmed ones leave no earlier than none is unconfirmed.
+  /// Tokens that may be unconfirmed at a time (0: one, as in plain decoding). While one is, nothing leaves: an engine
+  /// that never settles all of them grows beyond its budget.
   index_t max_draft = 0;
   prompt_offer prompt = prompt_offer::all_queries;
   decode_offer decode = decode_offer::attend;
@@ -81,8 +82,10 @@ struct batch {
 
 /// What begin and fork may be told.
 struct sequence_options {
-  index_t id = -1;     ///< wanted id; -1: the lowest free one
-  index_t frozen = 0;  ///< tokens of a shared prefix: never evicted, moved or reused
+  index_t id = -1;  ///< wanted id; -1: the lowest free one
+  /// Tokens of a shared prefix: never evicted, moved or reused. Unsupported with limits::max_prompt, and for scorers
+  /// that want all queries of the prompt (policy_info::prefix_safe).
+  index_t frozen = 0;
 };
 
 /// Proof that it ran. Sums over all layers, sequences and heads since `bind_session`.

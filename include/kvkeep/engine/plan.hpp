@@ -26,9 +26,9 @@ struct plan {
 /// Caller's memory for a report of one sequence, which the backend can write (pinned, where that is a device). Empty
 /// spans are not written. A table is one distinct block table of the sequence: one if layers and heads share it,
 /// else in layer order, then head order.
-/// A session refuses spans that are too small for what there is to say, and to say nothing of blocks that have left (one
-/// of `freed` and `tables` is not empty then). A device session cannot know that: there a span has room for all that may
-/// be said, `freed` for `blocks_per_table` of every table.
+/// A session refuses spans that are too small for what there is to say, and to say nothing of blocks that have left
+/// (one of `freed` and `tables` is not empty then). A device session cannot know that: there a span has room for all
+/// that may be said, `freed` for `blocks_per_table` of every table.
 struct report_buffer {
   std::span<index_t> lengths{};   ///< [managed layer, kv_head] slots in use
   std::span<index_t> freed{};     ///< blocks that no slot uses any more, tables one after another

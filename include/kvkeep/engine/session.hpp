@@ -39,8 +39,8 @@ class session {
   // -- life cycle ---------------------------------------------------------------------------------
   /// Starts a sequence; `id` is set on success. Clears its state.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
-  /// Starts a sequence as a copy of `from`: all state, not K and V, which the engine copies (it may share what both have
-  /// frozen). Not while the prompt's layers are being cut together. At most all tokens of `from` are frozen.
+  /// Starts a sequence as a copy of `from`: all state, not K and V, which the engine copies (it may share what both
+  /// have frozen). Not while the prompt's layers are being cut together. At most all tokens of `from` are frozen.
   KVKEEP_COLD status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
   /// Frees a sequence's state.
   status end(index_t id) noexcept;

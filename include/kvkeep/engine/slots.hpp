@@ -77,9 +77,10 @@ index_t decoding_slots(P const& prompt, D const& decode, cache_demand const& d) 
 
 }  // namespace detail
 
-/// Slots per sequence and KV head that a cache needs for these policies, so that no call of a session
-/// finds it too small: every head may take what its budget leaves at most. `bind_session` refuses
-/// smaller caches where no budget depends on the prompt. Frozen prefixes beyond a budget come on top.
+/// Slots per sequence and KV head that a cache needs for these policies, so that no call of a session finds it too
+/// small as long as no draft stays unconfirmed for ever (limits::max_draft): every head may take what its budget leaves
+/// at most. `bind_session` refuses smaller caches where no budget depends on the prompt. Frozen prefixes beyond a
+/// budget come on top.
 /// @throws std::invalid_argument naming field, value and allowed range
 template <class P, class D>
 KVKEEP_COLD index_t slots_needed(P const& prompt, D const& decode, cache_demand demand) {

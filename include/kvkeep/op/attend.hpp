@@ -43,12 +43,12 @@ struct attend {
   tensor_ref<std::uint8_t const, 3, Space> visible{};
 
   /// Optional, `[entry, q_head]`: 0, and so again afterwards. With them a backend whose blocks do not wait for each
-  /// other tells which of a row's is last, and needs fewer launches; no result depends on it. Attentions that may run at
-  /// the same time have tickets of their own. The CPU has no need.
+  /// other tells which of a row's is last, and needs fewer launches; no result depends on it. Attentions that may run
+  /// at the same time have tickets of their own. The CPU has no need.
   index_t* tickets = nullptr;
 
-  /// Slots that heads seldom exceed, 0: max_slots. How work is cut up, no result: where prompts are cut in place a cache
-  /// is longer than what decoding attends to.
+  /// Slots that heads seldom exceed, 0: max_slots. How work is cut up, no result: where prompts are cut in place a
+  /// cache is longer than what decoding attends to.
   index_t usual_slots = 0;
 
   /// Whether there is anything to write.

@@ -49,9 +49,10 @@ struct moment_layout {
 namespace op {
 
 /// Adds query rows to moments. An entry whose first row is of position 0 begins anew, whatever is there.
-/// All KV heads of a sequence have gathered the same number of rows. Every sum has one order, which depends on the rows of the call and on the backend alone.
-/// Bytes: the rows once (CUDA: and as much of scratch twice), per query head the moments read and written (CPU: once per
-/// 64 rows). Operations: dim_k^2 / 2 multiplications with additions per row and query head.
+/// All KV heads of a sequence have gathered the same number of rows. Every sum has one order, which depends on the rows
+/// of the call and on the backend alone.
+/// Bytes: the rows once (CUDA: and as much of scratch twice), per query head the moments read and written (CPU: once
+/// per 64 rows). Operations: dim_k^2 / 2 multiplications with additions per row and query head.
 template <class Space = host_space>
 struct query_moments {
   using space = Space;
@@ -68,8 +69,8 @@ struct query_moments {
 /// out[entry, q_head, slot] = sum over d of key[d] * (form[d, 0] + sum over e <= d of form[d, 1 + e] * key[e]), clamped
 /// as any logit, NaN too: a symmetric quadratic form has each pair of features once. A slot whose position is below
 /// `first` gets -infinity. Softcap and scale of the view are of no account.
-/// Bytes: K once, the forms once per 16 slots (CUDA: 64) from a cache, 4 per slot and query head. Operations: dim_k^2 / 2
-/// multiplications with additions per slot and query head.
+/// Bytes: K once, the forms once per 16 slots (CUDA: 64) from a cache, 4 per slot and query head. Operations: dim_k^2 /
+/// 2 multiplications with additions per slot and query head.
 template <class Space = host_space>
 struct quadratic_logits {
   using space = Space;

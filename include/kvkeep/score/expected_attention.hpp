@@ -28,9 +28,9 @@ struct value_norm_fn {
 /// the next `ahead` positions; a key's expected exp(logit) is then known, and its share times ||v|| its score. The
 /// first `sinks` tokens' queries and keys take no part; these tokens score infinity.
 /// Memory per query head: 4 (dim_k^2 + dim_k) bytes (4 dim_k without covariance), for every sequence and layer of a
-/// session; for one layer of one sequence alone with `limits::max_prompt`. Scratch besides, for the call under way: 4 bytes
-/// per rotated feature and row of a chunk (CUDA: 4 dim_k per query head too), or as much as that memory and 4 bytes per
-/// slot.
+/// session; for one layer of one sequence alone with `limits::max_prompt`. Scratch besides, for the call under way: 4
+/// bytes per rotated feature and row of a chunk (CUDA: 4 dim_k per query head too), or as much as that memory and 4
+/// bytes per slot.
 /// Operations: dim_k^2 / 2 multiplications with additions per token and query head while the prompt comes, and as many
 /// to score. Bytes: K and V once, 12 per slot and query head in scratch.
 /// Deviations: queries come as all scorers get them, rotated, and are turned back (`rotated`); fp32 sums, by chunks.

@@ -14,8 +14,8 @@ inline namespace KVKEEP_CPU_ISA {  // of the CPU backend's functors
 /// Infinity, in device code too.
 KVKEEP_HD inline float infinite() noexcept { return bit_copy<float>(0x7f800000); }
 
-/// Turns moments to the positions to come and scales them, as op::quadratic_logits wants them; index: ((entry * q_heads +
-/// head) * dim + feature) * columns + column.
+/// Turns moments to the positions to come and scales them, as op::quadratic_logits wants them; index: ((entry * q_heads
+/// + head) * dim + feature) * columns + column.
 template <class Space>
 struct fill_form {
   tensor_ref<float, 4, Space> form;  ///< [entry, q_head, feature, column]

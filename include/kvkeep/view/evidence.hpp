@@ -28,8 +28,8 @@ constexpr char const* to_string(evidence e) noexcept {
 /// Unit of a log-sum-exp: FlashAttention returns natural logarithms, FlashInfer base 2.
 enum class log_base : std::uint8_t { natural, two };
 
-/// Queries after RoPE (fp32, fp16 or bf16) in the view's memory space: `[entry, q_head, row, dim_k]` with any strides. The
-/// rows are those of the last `n_rows` of `tokens` new tokens, oldest first.
+/// Queries after RoPE (fp32, fp16 or bf16) in the view's memory space: `[entry, q_head, row, dim_k]` with any strides.
+/// The rows are those of the last `n_rows` of `tokens` new tokens, oldest first.
 struct queries {
   void const* data = nullptr;
   dtype type = dtype::f32;
@@ -146,12 +146,18 @@ struct token_io {
   float* lse = nullptr;  ///< [entry, q_head], or null
 };
 
-/// Attention probabilities of the newest token, `[entry, q_head, slot]`: one float per slot in use.
+/// Attention probabilities of the newest token, `[entry, q_head, slot]`: one float per slot in use. A stride of 0 says
+/// that all of them share a row.
 struct attention_rows {
   float const* data = nullptr;
   offset_t entry_stride = 0;
   offset_t head_stride = 0;
 };
+
+/// Contiguous ones. @param slots  floats from one query head's row to the next, not fewer than slots in use
+inline attention_rows make_attention_rows(float const* data, index_t n_q_heads, index_t slots) {
+  return {data, static_cast<offset_t>(n_q_heads) * slots, slots};
+}
 
 /// Scores of the engine's own for the slots in use, `[entry, kv_head, slot]`, higher is kept.
 struct own_scores {

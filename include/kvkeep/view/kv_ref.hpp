@@ -33,8 +33,8 @@ struct plane_ref {
 };
 
 /// K and V of one layer over all sequence rows. Trivially copyable; owns nothing.
-/// Elements are read as they are: the scale of FP8 keys belongs into `scale`, that of values is for the caller to multiply
-/// attention's output with. New tokens are divided by them: `head_vectors::scale`.
+/// Elements are read as they are: the scale of FP8 keys belongs into `scale`, that of values is for the caller to
+/// multiply attention's output with. New tokens are divided by them: `head_vectors::scale`.
 /// Logit: `z = scale * (q . k)`, then `softcap * tanh(z / softcap)` if softcap > 0. A logit that is NaN
 /// counts as -FLT_MAX and finite limits clamp infinities, so one bad row cannot poison the others.
 template <class Space = host_space>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Eight-lane vectors of the CPU backend: the only file with vector types. AVX2, FMA and F16C where
-/// the compiler targets them (and AVX-512 for pairs of them), else the loops of simd_plain.hpp. Loads and stores need no alignment.
+/// Eight-lane vectors of the CPU backend: the only file with vector types. AVX2, FMA and F16C where the compiler
+/// targets them (and AVX-512 for pairs of them), else the loops of simd_plain.hpp. Loads and stores need no alignment.
 /// Horizontal operations use one fixed tree, so a result does not depend on who asks for it.
 #pragma once
 

@@ -69,10 +69,10 @@ inline status run_attention(context const& c, attend_task& t, index_t n_entries,
   return launch_merge(on, plan, t);
 }
 
-/// Attention of every entry and KV head. With tickets and up to 4352 slots one launch (two where rows of some heads alone
-/// are aligned; one more for weights of more than 1280 slots or of groups above 8), else one more, or two with weights.
-/// Scratch: 16 bytes per query head and split of 256 slots, 4 per value feature of those, and 4 per query head and slot
-/// if weights are folded and not kept.
+/// Attention of every entry and KV head. With tickets and up to 4352 slots one launch (two where rows of some heads
+/// alone are aligned; one more for weights of more than 1280 slots or of groups above 8), else one more, or two with
+/// weights. Scratch: 16 bytes per query head and split of 256 slots, 4 per value feature of those, and 4 per query head
+/// and slot if weights are folded and not kept.
 KVKEEP_CUDA_OP status enqueue(context& c, op::attend<device_space> const& o,
                               workspace& ws) noexcept {
   attend_task t;

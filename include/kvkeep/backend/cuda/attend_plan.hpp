@@ -21,9 +21,9 @@ inline constexpr index_t merge_parts = 8;
 /// there are for; and however many, where there is such a block for every multiprocessor. To be measured.
 inline constexpr index_t one_block_slots = 8192;
 
-/// Slots of a head up to which the block of a row's last split merges them all, where tickets are given, and up to which it
-/// makes their weights too: a launch less, but few threads. A capacity of 4096 or 1024, and then the newest token's
-/// split. To be measured.
+/// Slots of a head up to which the block of a row's last split merges them all, where tickets are given, and up to
+/// which it makes their weights too: a launch less, but few threads. A capacity of 4096 or 1024, and then the newest
+/// token's split. To be measured.
 inline constexpr index_t last_merges_slots = 4096 + split_slots;
 inline constexpr index_t last_weighs_slots = 1024 + split_slots;
 

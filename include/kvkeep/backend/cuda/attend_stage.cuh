@@ -70,8 +70,8 @@ inline status make_task(op::attend<device_space> const& o, attend_task& t) noexc
   return status::ok;
 }
 
-/// In a chain: the splits by a kernel of their own, the rest by their last blocks, or by the block of a head, if that is
-/// not too much.
+/// In a chain: the splits by a kernel of their own, the rest by their last blocks, or by the block of a head, if that
+/// is not too much.
 inline planned<attend_stage> stage_of(context const& c, op::attend<device_space> const& o,
                                       workspace& ws) noexcept {
   planned<attend_stage> p;

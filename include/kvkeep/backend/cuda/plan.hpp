@@ -33,8 +33,9 @@ constexpr grid head_grid(index_t n_entries, index_t n_heads, offset_t parts, int
   return {static_cast<offset_t>(n_entries) * n_heads, parts, threads};
 }
 
-/// Blocks of each of `heads` heads that take its `parts` in turns: as many as keep the device busy, however long a head may
-/// be. Where some thousand slots are in use of 128k, a block for each part would be a hundred empty ones for one at work.
+/// Blocks of each of `heads` heads that take its `parts` in turns: as many as keep the device busy, however long a head
+/// may be. Where some thousand slots are in use of 128k, a block for each part would be a hundred empty ones for one at
+/// work.
 constexpr offset_t parts_in_turn(offset_t heads, offset_t parts, int n_sm) noexcept {
   constexpr offset_t blocks_per_sm = 16;
   offset_t const enough = ceil_div(blocks_per_sm * n_sm, heads < 1 ? 1 : heads);

@@ -102,10 +102,13 @@ KVKEEP_COLD void check_pair(P const& prompt, D const& decode, bool one, Layers c
   bool const cuts_prompt = !keeps_all(prompt.score);
   bool const cuts_decode = cuts_while_decoding(decode.score);
   if (cuts_prompt && cuts_decode && !one) {
-    KVKEEP_EXPECTS(decode.width() == scope::head || prompt.width() >= decode.width(), "decode.per",
-                   to_string(decode.width()),
-                   "head, after a prompt policy that keeps one set per " +
-                       std::string(to_string(prompt.width())));
+    bool const fits = decode.width() == scope::head || prompt.width() >= decode.width();
+    std::string const per = to_string(prompt.width());
+    if (decode.score.traits().whole_layer)  // it cannot do otherwise
+      KVKEEP_EXPECTS(fits, "prompt.per", per,
+                     std::string("layer or sequence, before ") + decode.name);
+    KVKEEP_EXPECTS(fits, "decode.per", to_string(decode.width()),
+                   "head, after a prompt policy that keeps one set per " + per);
   }
   if (cuts_prompt)
     KVKEEP_EXPECTS(lim.max_prompt == 0 || prompt.width() != scope::sequence, "limits.max_prompt",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Device session: what an engine brings per row goes to its place: attention and scores (token_rows.hpp: keys and values).
+/// Device session: what an engine brings per row goes to its place: attention and scores (keys and values:
+/// token_rows.hpp).
 #pragma once
 
 #include "token_rows.hpp"

@@ -72,8 +72,8 @@ struct load_numbers {
   }
 };
 
-/// What must hold of the heads of a sequence whose prompt has ended in a layer, and that has no fault by then: slots and
-/// positions, tokens that a guard protects, the budget.
+/// What must hold of the heads of a sequence whose prompt has ended in a layer, and that has no fault by then: slots
+/// and positions, tokens that a guard protects, the budget.
 /// Index: head * items() + item: a slot, or beyond those a protected token.
 template <class Space>
 struct find_corrupt {

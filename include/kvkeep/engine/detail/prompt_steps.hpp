@@ -141,7 +141,8 @@ status begin_budget(Ctx& ctx, P const& prompt, shared_state<space_of<Ctx>> const
   return traits.after_scores() ? status::ok : prompt.budget.allocate(ctx, in, w);
 }
 
-/// Whether a host session scores a layer's prompt when that ends. @param cuts  whether the budget cuts it, if it is known
+/// Whether a host session scores a layer's prompt when that ends. @param cuts  whether the budget cuts it, if it is
+/// known
 template <class P, class Space, class F>
 bool scores_prompt(P const& prompt, prompt_budget<Space> const& b, F const& cuts) {
   auto const traits = prompt.budget.traits();

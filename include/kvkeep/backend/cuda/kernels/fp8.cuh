@@ -7,8 +7,8 @@
 
 namespace kvkeep::cuda {
 
-/// Two bytes in the upper halves of 16-bit numbers are e5m2 as they are. e4m3 has a bit less of exponent: shifted by one
-/// it is 2^8 smaller, and its NaN is one of fp16 only when it is made so.
+/// Two bytes in the upper halves of 16-bit numbers are e5m2 as they are. e4m3 has a bit less of exponent: shifted by
+/// one it is 2^8 smaller, and its NaN is one of fp16 only when it is made so.
 __device__ inline unsigned halves_of(unsigned spread, bool e4m3) {
   if (!e4m3) return spread;
   unsigned const body = (spread & 0x7f007f00u) >> 1;

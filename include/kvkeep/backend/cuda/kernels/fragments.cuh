@@ -42,7 +42,8 @@ class key_pieces {
         aligned_(plane_.features.contiguous(plane_.dim) &&
                  rows_.alignment(plane_.dim * (narrow() ? 1 : 2)) == 16) {}
 
-  /// What a number of the pieces is worth: e4m3 numbers, the subnormal ones too, have the bits of fp16 ones 2^8 smaller.
+  /// What a number of the pieces is worth: e4m3 numbers, the subnormal ones too, have the bits of fp16 ones 2^8
+  /// smaller.
   __device__ static float unit(dtype t) { return t == dtype::e4m3 ? 256.0f : 1.0f; }
   /// Pieces are 16 aligned bytes.
   __device__ bool whole() const { return aligned_ && !narrow(); }

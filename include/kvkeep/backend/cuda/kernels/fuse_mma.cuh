@@ -8,7 +8,8 @@
 namespace kvkeep::cuda {
 
 /// A lane fuses every fourth of a slot's rows (or four, or pairs of them), then the lanes of a quad are fused: an
-/// order that no launch changes. Rows that are there see the same slots. Grid: heads, strips of `steps` times `strip_keys` slots.
+/// order that no launch changes. Rows that are there see the same slots. Grid: heads, strips of `steps` times
+/// `strip_keys` slots.
 template <class T, int Blocks, bool Whole>
 struct mma_fuse_kernel {
   using strip = mma_strip<T, Blocks, Whole>;

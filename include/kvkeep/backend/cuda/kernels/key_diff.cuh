@@ -31,8 +31,8 @@ struct key_diff_part {
 /// Whether a norm is neither infinite nor NaN. By integers: safe under fast-math.
 __device__ inline bool finite_norm(float norm) { return __float_as_uint(norm) < 0x7f800000u; }
 
-/// Sums of the unit keys of chunks, which the blocks of a head take in turns. A warp measures a key, then a thread adds up
-/// a feature. Cost: K once from memory, once more from the first-level cache.
+/// Sums of the unit keys of chunks, which the blocks of a head take in turns. A warp measures a key, then a thread adds
+/// up a feature. Cost: K once from memory, once more from the first-level cache.
 struct key_sum_kernel : key_diff_part {
   static constexpr int most_threads = 128, blocks_per_sm = 4;
 

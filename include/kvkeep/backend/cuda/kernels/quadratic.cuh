@@ -8,7 +8,8 @@
 
 namespace kvkeep::cuda {
 
-/// Logits of 64 slots by the forms of a group. Grid: KV heads, strips of slots. A thread has 4 rows of a form by 4 slots.
+/// Logits of 64 slots by the forms of a group. Grid: KV heads, strips of slots. A thread has 4 rows of a form by 4
+/// slots.
 /// Cost: per query head the keys once per 64 features, the form's lower triangle by tiles of 64 by 32.
 struct quadratic_kernel {
   static constexpr int most_threads = 256, blocks_per_sm = 3;

@@ -41,7 +41,8 @@ struct moment_parts {
   }
 };
 
-/// Turns the rows of a part back and adds them up. Cost: the rows once (twice from the first-level cache), written once.
+/// Turns the rows of a part back and adds them up. Cost: the rows once (twice from the first-level cache), written
+/// once.
 struct moment_rows_kernel : moment_parts {
   static constexpr int most_threads = 128, blocks_per_sm = 8;
 

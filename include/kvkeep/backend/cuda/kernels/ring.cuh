@@ -50,8 +50,9 @@ struct ring_sums_kernel : ring_kernel {
   }
 };
 
-/// A thread per slot; the blocks of a head take them in turns. A weight below the least normal number is 0, and divided by a small sum that is no
-/// longer nothing: where an old slot's score does not stand clear of it, the head is not served.
+/// A thread per slot; the blocks of a head take them in turns. A weight below the least normal number is 0, and divided
+/// by a small sum that is no longer nothing: where an old slot's score does not stand clear of it, the head is not
+/// served.
 struct ring_fuse_kernel : ring_kernel {
   /// Any number of threads may say so.
   __device__ void skip_none() const { atomicExch(&skipped[blockIdx.x], 0); }

@@ -45,7 +45,8 @@ struct mean_layers_slots {
 /// Factor that turns weights into probabilities.
 __device__ inline float inverse_of(float sum) { return sum > 0 ? __fdiv_rn(1.0f, sum) : 0.0f; }
 
-/// Some slots of a thread, `step` apart. Those from `end` on are none: the first one stands for them where they are read.
+/// Some slots of a thread, `step` apart. Those from `end` on are none: the first one stands for them where they are
+/// read.
 template <int N>
 struct some_slots {
   index_t first, step, end;
