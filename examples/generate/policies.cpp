@@ -62,10 +62,11 @@ policy_options options(policy_info const& info, policy_request const& r) {
   o.per = r.granularity;
   index_t const usual = name == "h2o" ? r.capacity / 2 : std::min(32, r.capacity / 4);
   if (parameter_info const* const p = parameter(info, "window"); p != nullptr) {
-    o.window =
+    index_t const window =
         r.window.value_or(static_cast<index_t>(std::clamp<double>(usual, p->least, p->most)));
-    if (o.window < p->least || o.window > p->most)
-      throw std::invalid_argument("--window: " + std::to_string(o.window) + ": expected " +
+    o.window = window;
+    if (window < p->least || window > p->most)
+      throw std::invalid_argument("--window: " + std::to_string(window) + ": expected " +
                                   std::to_string(static_cast<index_t>(p->least)) + ".." +
                                   std::to_string(static_cast<index_t>(p->most)) + " for " +
                                   info.name);

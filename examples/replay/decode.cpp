@@ -160,8 +160,9 @@ replayed run_sets(backend& b, recorded_case const& c, layout_kind layout, bool f
   policy_options options;
   options.capacity = params.integer("capacity", {1, most_slots});
   if (name == "tova") {
-    options.window = params.flag("protect_last", false) ? 1 : 0;
-    if (options.window >= options.capacity)
+    bool const protect = params.flag("protect_last", false);
+    options.window = protect ? 1 : 0;
+    if (protect && options.capacity < 2)
       params.fail("capacity", "1, allowed: >= 2 with protect_last");
   } else {
     options.sinks = params.integer("n_sink", {0, most_slots}, 0);
@@ -223,13 +224,13 @@ policy_options read_morphkv(recorded_case const& c, parameters& p) {
   static constexpr std::array<named<reduction>, 2> fusions{
       {{"sum_fused", reduction::sum}, {"max_fused", reduction::max}}};
   policy_options o;
-  read_window(p, o.window, o.capacity);
+  index_t const window = read_window(p, o);
   if (o.capacity > most_slots)
     p.fail("capacity", std::to_string(o.capacity) + ", allowed: <= " + std::to_string(most_slots));
   o.fusion = p.word("fusion", fusions, "sum_fused");
   o.evict_after = p.number("evict_after", 1, 1024, 1.0);
-  o.n_rows = p.integer("n_query_rows", {1, o.window}, std::max(o.window - 1, 1));
-  if (o.window < 2 && !p.has("n_query_rows"))
+  o.n_rows = p.integer("n_query_rows", {1, window}, std::max(window - 1, 1));
+  if (window < 2 && !p.has("n_query_rows"))
     p.fail("window", "1, allowed: >= 2, where n_query_rows is window - 1");
   o.include_current = p.flag("include_current", false);
   if (o.include_current && c.is_official())

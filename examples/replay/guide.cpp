@@ -177,10 +177,11 @@ guide::scores tova_in_double(trace_data const& t) {
 }
 
 guide::scores morphkv_in_double(trace_data const& t, policy_options const& o) {
-  return [&t, o](index_t seq, index_t head, guide::positions const& live) {
+  index_t const window = o.window.value_or(morphkv_options{}.window);
+  return [&t, o, window](index_t seq, index_t head, guide::positions const& live) {
     index_t const group = t.tokens.shape.group(), next = live.back() + 1;
     guide::positions old = live;
-    old.resize(live.size() - std::min(live.size(), uz(o.window)));
+    old.resize(live.size() - std::min(live.size(), uz(window)));
     std::vector<double> fused(live.size());
     for (index_t row = std::max(next - o.n_rows, 0); row < next; ++row) {
       std::vector<double> best(old.size());

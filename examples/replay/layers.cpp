@@ -10,14 +10,15 @@ struct layers_case {
   cache_shape shape{};  ///< of one layer; max_slots = T
   index_t n_layers = 0;
   index_t candidates = 0;  ///< T' = T - W
-  index_t every = 4;       ///< layers between checkpoints
+  index_t window = 0;
+  index_t every = 4;  ///< layers between checkpoints
   policy_options options{};
   std::vector<float> scores;  ///< [layer, kv_head, T']
 
   float const* head(index_t layer, index_t h) const {
     return scores.data() + (offset_t{layer} * shape.n_kv_heads + h) * candidates;
   }
-  index_t base() const { return options.capacity - options.window; }
+  index_t base() const { return options.capacity - window; }
   /// Scores of the first `n` layers.
   joint_scores joint(index_t n) const {
     return {n, 1, shape.n_kv_heads, candidates, candidates, base(), false, scores.data()};
@@ -33,11 +34,11 @@ layers_case read_layers(recorded_case const& c, parameters& p) {
   r.n_layers = extent(c, "L");
   if (extent(c, "B", 1) != 1) c.fail("shape.B", "allowed: 1, a case has one sequence");
   r.shape = read_shape(c, extent(c, "T"));
-  read_window(p, r.options.window, r.options.capacity);
-  if (r.options.window >= r.shape.max_slots)
-    p.fail("window", std::to_string(r.options.window) +
+  r.window = read_window(p, r.options);
+  if (r.window >= r.shape.max_slots)
+    p.fail("window", std::to_string(r.window) +
                          ", allowed: below shape.T = " + std::to_string(r.shape.max_slots));
-  r.candidates = r.shape.max_slots - r.options.window;
+  r.candidates = r.shape.max_slots - r.window;
   r.options.r_max = p.number("r_max", 1, 1e6, 10.0);
   r.every = p.integer("every", {1, most_layers}, 4);
   if (!c.is_official()) r.options.r_min = p.number("r_min", 0, 1, 0.1);
@@ -47,7 +48,7 @@ layers_case read_layers(recorded_case const& c, parameters& p) {
 /// Scores of every layer from its window queries and keys, by the policy's scorer.
 void score_layers(backend& b, recorded_case const& c, layers_case& r, layout_kind layout) {
   cache_shape const& s = r.shape;
-  index_t const tokens = s.max_slots, window = r.options.window;
+  index_t const tokens = s.max_slots, window = r.window;
   float const* q = floats_of(c, "q_win", {r.n_layers, s.n_q_heads, window, s.dim_k});
   float const* k = floats_of(c, "k", {r.n_layers, s.n_kv_heads, tokens, s.dim_k});
   for (index_t l = 0; l < r.n_layers; ++l) {
@@ -81,7 +82,7 @@ std::vector<offset_t> global_counts(backend& b, layers_case const& r, index_t n)
 
 /// The canonical budgets (window excluded) of the layers seen so far, at every checkpoint.
 int_rows canonical_budgets(backend& b, layers_case const& r) {
-  index_t const heads = r.shape.n_kv_heads, window = r.options.window;
+  index_t const heads = r.shape.n_kv_heads, window = r.window;
   dynamic_layers const budget{r.options.capacity, r.options.r_max, r.options.r_min, r.every};
   int_rows const kept = b.budgets(budget, window, r.joint(r.n_layers));
   int_rows history;
@@ -101,7 +102,7 @@ std::vector<index_t> published_list(backend& b, layers_case const& r, float cons
   std::vector<index_t> slots = b.select(score, &k, 1, n)[0];
   std::stable_sort(slots.begin(), slots.end(),
                    [&](index_t x, index_t y) { return score[x] > score[y]; });
-  for (index_t i = 0; i < r.options.window; ++i) slots.push_back(n + i);
+  for (index_t i = 0; i < r.window; ++i) slots.push_back(n + i);
   return slots;
 }
 
@@ -131,7 +132,7 @@ void run_published(backend& b, layers_case const& r, replayed& out) {
     raw.emplace_back(budget.begin(), budget.end());
     after.emplace_back();
     for (std::size_t i = 0; i < lists.size(); ++i) {
-      published_cut(lists[i], budget[i / uz(heads)], r.candidates, r.options.window);
+      published_cut(lists[i], budget[i / uz(heads)], r.candidates, r.window);
       if (i % uz(heads) == 0) after.back().push_back(static_cast<index_t>(lists[i].size()));
     }
   }

@@ -134,16 +134,6 @@ inline constexpr index_t most_tokens = 1 << 28;
 inline constexpr index_t most_window = 1 << 16;
 inline constexpr index_t most_layers = 1 << 12;
 
-/// W below C, as `params.window` and `params.capacity`.
-inline void read_window(parameters& p, index_t& window, index_t& capacity,
-                        std::optional<index_t> fallback = {}) {
-  capacity = p.integer("capacity", {2, most_tokens});
-  window = p.integer("window", {1, most_window}, fallback);
-  if (window >= capacity)
-    p.fail("window", std::to_string(window) +
-                         ", allowed: below params.capacity = " + std::to_string(capacity));
-}
-
 /// Reduction over the query heads of a group; `none` needs one head per group.
 inline reduction read_group(parameters& p, index_t group) {
   static constexpr std::array<named<reduction>, 4> words{{{"none", reduction::mean},

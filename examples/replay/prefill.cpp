@@ -44,7 +44,7 @@ npy_array raw_counts(backend& b, std::vector<float> const& scores, prompt_policy
                          s.n_kv_heads,
                          s.max_slots,
                          std::max(p.tokens - r.window, 0),
-                         r.options.capacity - r.options.window,
+                         r.options.capacity - r.window,
                          r.options.normalize,
                          scores.data()};
   return int_array({s.n_seq, s.n_kv_heads}, b.counts(all));
@@ -108,7 +108,7 @@ replayed run_streaming(backend& b, recorded_case const& c, layout_kind layout) {
   index_t window = 0;
   bool const kvf = wants(c, "kept_kvf");
   if (kvf)
-    read_window(params, window, r.options.capacity);
+    window = read_window(params, r.options);
   else
     r.options.capacity = params.integer("capacity", {1, most_tokens});
   index_t const sinks = params.integer("n_sink", {0, r.options.capacity - 1}, 4);

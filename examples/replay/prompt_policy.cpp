@@ -7,9 +7,8 @@ namespace {
 
 void read_snapkv(parameters& p, prompt_policy& r, index_t group) {
   bool const pads = p.flag("pads_window_with_max_plus_1", false);
-  read_window(p, r.options.window, r.options.capacity);
+  r.window = read_window(p, r.options);
   read_window_options(p, r.options, group, pads ? window_form::kvpress : window_form::original);
-  r.window = r.options.window;
   r.scores = pads ? reported::padded : reported::candidates;
 }
 
@@ -18,12 +17,11 @@ void read_pyramidkv(recorded_case const& c, parameters& p, prompt_policy& r, ind
   r.layer = p.integer("layer", {0, r.n_layers - 1});
   r.options.beta = p.integer("beta", {1, most_tokens}, 20);
   bool const pads = p.flag("pads_window_with_max_plus_1", false);
-  read_window(p, r.options.window, r.options.capacity, 8);
+  r.window = read_window(p, r.options, 8);
   read_window_options(p, r.options, group, pads ? window_form::kvpress : window_form::original);
   // A single layer has no line of lengths: both forms keep C.
   r.options.exact_total = !c.is_official() || r.n_layers == 1;
   p.note("exact_total", r.options.exact_total);
-  r.window = r.options.window;
   r.scores = pads ? reported::padded : reported::candidates;
 }
 
@@ -35,7 +33,7 @@ void read_adakv(recorded_case const& c, parameters& p, prompt_policy& r, index_t
   policy_options& o = r.options;
   o.form = p.word("variant", variants, c.is_official() ? "kvf" : "spec");
   bool const kvpress = o.form == ada_form::safeguard;
-  read_window(p, o.window, o.capacity);
+  r.window = read_window(p, o);
   read_window_options(p, o, group, kvpress ? window_form::kvpress : window_form::mean_rows);
   o.alpha = p.number(kvpress ? "alpha" : "floor", 0, 1, 0.2);
   if (!kvpress) o.normalize = p.flag("normalize", false);
@@ -43,21 +41,19 @@ void read_adakv(recorded_case const& c, parameters& p, prompt_policy& r, index_t
     auto const safe = static_cast<index_t>(o.capacity * o.alpha);
     p.integer("n_safe", {safe, safe}, safe);
   }
-  r.window = o.window;
   r.scores = kvpress ? reported::padded : reported::candidates;
 }
 
 /// Capacities per query head, the window besides, as the published program reads them from a table.
 void read_headkv(recorded_case const& c, parameters& p, prompt_policy& r, index_t group) {
-  read_window(p, r.options.window, r.options.capacity);
+  r.window = read_window(p, r.options);
   read_window_options(p, r.options, group, window_form::mean_rows);
   auto const& of = checked_input(c, "head_capacity", {extent(c, "Hq")}, false).i32;
   for (std::size_t i = 0; i < of.size(); ++i)
     checked_integer(c, "inputs.head_capacity[" + std::to_string(i) + "]", of[i], {0, most_tokens});
   r.name = "snapkv";
   r.options.budget = "per_head";
-  r.head_tokens = per_head::of_query_heads(of, group, r.options.window).tokens;
-  r.window = r.options.window;
+  r.head_tokens = per_head::of_query_heads(of, group, r.window).tokens;
   r.scores = reported::candidates;
 }
 
@@ -65,7 +61,8 @@ void read_tova(parameters& p, prompt_policy& r) {
   r.options.capacity = p.integer("capacity", {1, most_tokens});
   bool const protect = p.flag("protect_last", true);
   if (protect && r.options.capacity < 2) p.fail("capacity", "1, allowed: >= 2 with protect_last");
-  r.options.window = r.window = protect ? 1 : 0;
+  r.window = protect ? 1 : 0;
+  r.options.window = r.window;
   r.scores = protect ? reported::padded : reported::all;
 }
 
@@ -132,9 +129,8 @@ prompt_policy read_prompt_policy(recorded_case const& c, parameters& p, cache_sh
   if (name == "lagkv") read_lagkv(p, r);
   if (name == "expected_attention") read_expected_attention(p, r, shape.dim_k);
   if (name == "h2o") {
-    read_window(p, r.options.window, r.options.capacity);
+    r.window = read_window(p, r.options);
     r.options.group = read_group(p, group);
-    r.window = r.options.window;
     r.scores = reported::candidates;
   }
   if (name == "keydiff" || name == "observed_attention") {

@@ -12,6 +12,17 @@ namespace kvkeep::replay {
 /// kvpress' form of SnapKV's score: pooled before the group is reduced, mean over the window.
 enum class window_form : std::uint8_t { original, mean_rows, kvpress };
 
+/// W below C, as `params.window` and `params.capacity`. @return W
+inline index_t read_window(parameters& p, policy_options& o, std::optional<index_t> fallback = {}) {
+  o.capacity = p.integer("capacity", {2, most_tokens});
+  index_t const window = p.integer("window", {1, most_window}, fallback);
+  if (window >= o.capacity)
+    p.fail("window", std::to_string(window) +
+                         ", allowed: below params.capacity = " + std::to_string(o.capacity));
+  o.window = window;
+  return window;
+}
+
 inline void read_window_options(parameters& p, policy_options& o, index_t group,
                                 window_form form = window_form::original) {
   static constexpr std::array<named<op::pooling>, 2> poolings{

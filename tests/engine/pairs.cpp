@@ -27,18 +27,18 @@ std::unique_ptr<reference> decode_reference(pair_case const& c, oracle::tokens c
   std::string const name = c.decode;
   if (name == "morphkv") {
     oracle::morph_rule m;
-    m.window = c.d.window;
-    m.n_rows = c.d.window - 1;
+    m.window = c.d.window.value();
+    m.n_rows = m.window - 1;
     m.evict_after = c.d.evict_after;
     return make_reference<oracle::morph_decode>(false, t, r, m, live);
   }
   if (name == "h2o") {
-    r.keep.recent = c.d.window;
+    r.keep.recent = c.d.window.value();
     return make_reference<oracle::h2o_decode>(
         true, t, r, live, oracle::h2o_decode::prompt_acc(t, n, oracle::reduction::mean, rule));
   }
   if (name == "knorm") {
-    r.keep = {c.d.sinks.value_or(0), c.d.window, 0};
+    r.keep = {c.d.sinks.value_or(0), c.d.window.value(), 0};
     return make_reference<oracle::knorm_decode>(true, t, r, live);
   }
   r.keep.sinks = c.d.sinks.value_or(4);

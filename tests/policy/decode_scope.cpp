@@ -41,8 +41,8 @@ std::unique_ptr<open_layer> open(std::string const& name, policy_options const& 
   if (name == "knorm") return std::make_unique<open_layer_of<oracle::knorm_decode>>(t, r, live);
   if (name == "keydiff") return std::make_unique<open_layer_of<oracle::keydiff_decode>>(t, r, live);
   oracle::morph_rule m;
-  m.window = o.window;
-  m.n_rows = o.window - 1;
+  m.window = o.window.value();
+  m.n_rows = m.window - 1;
   return std::make_unique<open_layer_of<oracle::morph_decode>>(t, r, m, live);
 }
 
@@ -94,7 +94,7 @@ TEST_CASE("one kept set per layer or per sequence while decoding") {
           for (index_t l = 0; l < 3; ++l)
             layers.push_back(open(name, o, words.layer[uz(l)], w.prompt, e.rule()));
           bool const first = name == "morphkv";  // evicts before the attention of its token
-          oracle::guard const safe{0, o.window + (first ? 1 : 0), 0};
+          oracle::guard const safe{0, *o.window + (first ? 1 : 0), 0};
           if (!first) cut(layers, per, w.prompt - 1, o.capacity, safe);
           while (s.tokens < words.size()) {
             INFO("token " << s.tokens);

@@ -120,9 +120,9 @@ TEST_CASE("lazy victims are the oracle's for random sizes, layouts and element t
     o.policy.evaluation = morph_rows::lazy;
     o.policy.fusion = g.chance(0.5F) ? reduction::sum : reduction::max;
     o.policy.window = g.integer(8, 20);
-    o.policy.n_rows = g.chance(0.3F) ? g.integer(1, o.policy.window) : 0;
-    o.policy.capacity = o.policy.window + g.integer(1, 150);
-    index_t const prompts[] = {1, o.policy.window, o.policy.capacity, o.policy.capacity + 1,
+    o.policy.n_rows = g.chance(0.3F) ? g.integer(1, *o.policy.window) : 0;
+    o.policy.capacity = *o.policy.window + g.integer(1, 150);
+    index_t const prompts[] = {1, *o.policy.window, o.policy.capacity, o.policy.capacity + 1,
                                o.policy.capacity + 40};
     o.prompt = g.one_of(prompts);
     o.steps = std::max(0, o.policy.capacity - o.prompt) + 90;
@@ -131,7 +131,7 @@ TEST_CASE("lazy victims are the oracle's for random sizes, layouts and element t
     o.layout = g.one_of(all_layouts());
     o.type = g.one_of(all_dtypes());
     o.seed = g.next();
-    INFO(o.look << " C " << o.policy.capacity << " W " << o.policy.window << " rows "
+    INFO(o.look << " C " << o.policy.capacity << " W " << *o.policy.window << " rows "
                 << o.policy.n_rows << " T " << o.prompt << " " << o.layout << " " << o.type);
     ties += against_oracle(o);
   });

@@ -69,7 +69,7 @@ index_t check_prompt(setting const& s, std::uint64_t seed) {
     how.queries = !needs_no_queries(s.rule.name) || g.chance(0.3F);
     how.base = g.chance(0.5F) ? log_base::two : log_base::natural;
     if (s.last_rows && !needs_all_queries(s.rule.name))
-      how.last_rows = std::max(s.rule.o.window, 1);
+      how.last_rows = std::max(s.rule.window(), 1);
     for (index_t left = s.prompts[i]; s.chunks > 0 && left > 0; left -= how.chunks.back())
       how.chunks.push_back(std::min(left, g.integer(1, s.chunks)));
     e.prompt(streams[i], s.prompts[i], how);
@@ -106,7 +106,7 @@ policy_options sizes(generator& g) {
   policy_options o;
   o.window = g.integer(1, 6);
   o.sinks = g.integer(0, 2);
-  o.capacity = o.window + *o.sinks + g.integer(1, 12);
+  o.capacity = *o.window + *o.sinks + g.integer(1, 12);
   index_t const kernels[] = {1, 3, 5, 7};
   o.kernel = g.one_of(kernels);
   op::pooling const pools[] = {op::pooling::average, op::pooling::maximum};
@@ -144,7 +144,7 @@ policy_options sizes(generator& g) {
 
 index_t some_prompt(generator& g, policy_options const& o) {
   index_t const special[] = {1,
-                             std::max(o.window - 1, 1),
+                             std::max(*o.window - 1, 1),
                              o.capacity - 1,
                              o.capacity,
                              o.capacity + 1,
@@ -166,7 +166,7 @@ std::vector<std::string> const names{"snapkv",       "pyramidkv",
 setting random_setting(generator& g, std::string const& name) {
   policy_options o = sizes(g);
   if (name == "tova") o.window = g.integer(0, 1);
-  if (name == "cake" && o.window == 1) ++o.window, ++o.capacity;
+  if (name == "cake" && o.window == 1) ++*o.window, ++o.capacity;
   if (name == "lagkv") o.capacity = std::max(o.capacity, 4);
   index_t const layers = g.integer(1, 5);
   if (name == "pyramidkv" && layers == 1) o.exact_total = true;
@@ -190,7 +190,7 @@ std::string describe(setting const& s) {
   auto const add = [&](char const* n, auto v) {
     t += std::string(" ") + n + " " + std::to_string(v);
   };
-  add("C", o.capacity), add("W", o.window), add("S", *o.sinks), add("kernel", o.kernel);
+  add("C", o.capacity), add("W", *o.window), add("S", *o.sinks), add("kernel", o.kernel);
   add("pool", static_cast<int>(o.pooling)), add("group", static_cast<int>(o.group));
   add("before", o.group_before_pool), add("beta", o.beta), add("exact", o.exact_total);
   add("form", static_cast<int>(o.form)), add("normalize", o.normalize), add("alpha", o.alpha);
@@ -223,7 +223,7 @@ TEST_CASE("short prompts, prompts at the capacity and one-token prompts") {
     for_seeds(1, [&](generator& g) {
       setting s = random_setting(g, name);
       auto const& o = s.rule.o;
-      for (index_t n : {1, o.window, o.capacity - 1, o.capacity, o.capacity + 1}) {
+      for (index_t n : {1, *o.window, o.capacity - 1, o.capacity, o.capacity + 1}) {
         s.prompts = {std::max<index_t>(n, 1), std::max<index_t>(n, 1)};
         INFO(describe(s));
         ties += check_prompt(s, g.next());

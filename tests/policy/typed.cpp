@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Typed policies: a user's own scorer and its session, the same results as the policy made by name,
-// and
-// the size of a policy's header.
+// and the size of a policy's header.
 #include <fstream>
 
 #include "../support/catch.hpp"
@@ -133,10 +132,15 @@ TEST_CASE("the list of policies says what they can do") {
 }
 
 TEST_CASE("a policy by name has the options of its maker where none are given") {
-  index_t const window = policy_options{}.window;
-  auto const same = [](auto const& p) {
+  std::vector<std::string> compared, listed;
+  auto const same = [&](auto const& p) {
     INFO(p.name);
-    CHECK(make(p.name, {}).key() == erase_policy<cpu::context>(p).key());
+    compared.emplace_back(p.name);
+    any const named = make(p.name), made = erase_policy<cpu::context>(p);
+    CHECK(named.key() == made.key());
+    CHECK(named.keep.sinks == made.keep.sinks);
+    CHECK(named.keep.recent == made.keep.recent);
+    CHECK(named.budget.capacity() == made.budget.capacity());
   };
   same(make_fullkv());
   same(make_streamingllm({}));
@@ -145,14 +149,33 @@ TEST_CASE("a policy by name has the options of its maker where none are given") 
   same(make_dynamickv({}));
   same(make_cake({}));
   same(make_adakv({}));
-  same(make_h2o({.recent = window}));
-  same(make_observed_attention(1024));
-  same(make_tova({.protect_last = true}));
+  same(make_h2o({}));
+  same(make_observed_attention(uniform{}.tokens));
+  same(make_tova({}));
   same(make_morphkv({}));
-  same(make_knorm({.window = window}));
-  same(make_keydiff({.window = window}));
+  same(make_knorm({}));
+  same(make_keydiff({}));
   same(make_lagkv({}));
   same(make_expected_attention({}));
+  list_policies([&](policy_info const& i) { listed.emplace_back(i.name); });
+  CHECK(compared == listed);
+}
+
+TEST_CASE("a budget by name has the options of its struct where none are given") {
+  auto const same = [](char const* name, auto const& budget) {
+    INFO(name);
+    policy_options o;
+    o.budget = name;
+    any named = make("snapkv", o), made = named;
+    made.budget = budget;
+    CHECK(named.key() == made.key());
+  };
+  same("uniform", uniform{});
+  same("pyramid", pyramid{});
+  same("dynamic", dynamic_layers{});
+  same("cake", cake_layers{});
+  same("ada", ada_heads{});
+  same("inherit", inherit{});
 }
 
 TEST_CASE("no policy takes more tokens than its range of a parameter says") {

@@ -252,7 +252,7 @@ struct block_case {
 inline void cut(block_case const& c, text const& t, std::vector<oracle::kept_sets>& live) {
   policy_options const& o = c.policy;
   index_t const layers = c.pool.n_layers;
-  oracle::guard const keep{o.sinks.value_or(0), o.window, 0};
+  oracle::guard const keep{o.sinks.value_or(0), o.window.value(), 0};
   bool due = false;
   for (auto const& l : live)
     for (auto const& h : l)

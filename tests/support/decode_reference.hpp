@@ -111,10 +111,10 @@ inline decode_case morph_case(std::string name, policy_options const& o, index_t
   return {std::move(name), make("morphkv", o), !o.include_current && !o.per_head_mask,
           [o, frozen](oracle::tokens const& t, index_t n, oracle::attention_rule const& rule) {
             oracle::morph_rule m;
-            m.window = o.window;
+            m.window = o.window.value();
             m.max_fused = o.fusion == reduction::max;
             m.evict_after = o.evict_after;
-            m.n_rows = o.n_rows > 0 ? o.n_rows : o.window - 1;
+            m.n_rows = o.n_rows > 0 ? o.n_rows : m.window - 1;
             m.include_current = o.include_current;
             m.per_head_mask = o.per_head_mask;
             m.first_query = frozen;
@@ -149,7 +149,7 @@ inline std::vector<decode_case> morph_cases(decode_sizes const& z) {
       x.fusion = reduction::max;
     });
   }
-  with("morph n_rows = W", [](auto& x) { x.n_rows = x.window; });
+  with("morph n_rows = W", [](auto& x) { x.n_rows = *x.window; });
   with("morph n_rows = 1", [](auto& x) { x.n_rows = 1; });
   with("morph burst", [](auto& x) { x.evict_after = 1.25; });
   with("morph burst direct max", [](auto& x) {
@@ -198,7 +198,7 @@ inline std::vector<decode_case> other_cases(decode_sizes const& z) {
   h.window = z.window;
   add("h2o", "h2o", h, false, [h, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::h2o_decode>(
-        true, t, decode_rule_of(h, {0, h.window, z.frozen}, r), full_cache(t, n),
+        true, t, decode_rule_of(h, {0, *h.window, z.frozen}, r), full_cache(t, n),
         oracle::h2o_decode::prompt_acc(t, n, oracle::reduction::mean, r));
   });
   policy_options v = o;
@@ -222,18 +222,18 @@ inline std::vector<decode_case> other_cases(decode_sizes const& z) {
   k.sinks = z.sinks;
   add("knorm guarded", "knorm", k, false, [k, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::knorm_decode>(
-        true, t, decode_rule_of(k, {*k.sinks, k.window, z.frozen}, r), full_cache(t, n));
+        true, t, decode_rule_of(k, {*k.sinks, *k.window, z.frozen}, r), full_cache(t, n));
   });
   policy_options burst = k;
   burst.evict_after = 1.3;
   add("knorm burst", "knorm", burst, false, [burst, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::knorm_decode>(
-        true, t, decode_rule_of(burst, {*burst.sinks, burst.window, z.frozen}, r),
+        true, t, decode_rule_of(burst, {*burst.sinks, *burst.window, z.frozen}, r),
         full_cache(t, n));
   });
   add("keydiff guarded", "keydiff", k, false, [k, z](auto const& t, index_t n, auto const& r) {
     return make_reference<oracle::keydiff_decode>(
-        true, t, decode_rule_of(k, {*k.sinks, k.window, z.frozen}, r), full_cache(t, n));
+        true, t, decode_rule_of(k, {*k.sinks, *k.window, z.frozen}, r), full_cache(t, n));
   });
   k.window = 0, k.sinks = 0;
   k.evict_after = 1.3;

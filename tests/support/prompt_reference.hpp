@@ -43,9 +43,9 @@ struct prompt_reference {
       : name(std::move(n)), o(x), width(x.per) {
     bool const windowed = name == "snapkv" || name == "pyramidkv" || name == "dynamickv" ||
                           name == "adakv" || name == "cake";
-    if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks.value_or(0), o.window, 0};
-    if (name == "h2o" || name == "morphkv") keep.recent = o.window;
-    if (name == "tova") keep = {o.sinks.value_or(0), o.window > 0 ? 1 : 0, 0};
+    if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks.value_or(0), window(), 0};
+    if (name == "h2o" || name == "morphkv") keep.recent = window();
+    if (name == "tova") keep = {o.sinks.value_or(0), window() > 0 ? 1 : 0, 0};
     if (name == "streamingllm" || name == "expected_attention") keep.sinks = o.sinks.value_or(4);
     if (name == "tova" && width == scope::head) width = scope::layer;
     budget = name == "pyramidkv"   ? "pyramid"
@@ -55,6 +55,8 @@ struct prompt_reference {
                                    : "uniform";
     if (!o.budget.empty()) budget = std::string(o.budget);
   }
+
+  index_t window() const { return o.window.value(); }
 
   /// {Hkv, T}; protected columns of windowed policies are 0.
   oracle::array scores(oracle::tokens const& t, index_t n,
@@ -82,7 +84,7 @@ struct prompt_reference {
     if (name == "cake") s = oracle::cake_scores(window_of(t, n), k, cake(), rule);
     if (s.shape.empty()) {
       oracle::window_rule w;
-      w.window = o.window;
+      w.window = window();
       w.kernel = o.kernel;
       w.pool = o.pooling == op::pooling::average   ? oracle::pooling::avg
                : o.pooling == op::pooling::maximum ? oracle::pooling::max
@@ -160,9 +162,9 @@ struct prompt_reference {
 
  private:
   oracle::array window_of(oracle::tokens const& t, index_t n) const {
-    return first_rows(t.q, n, std::max<index_t>(n - o.window, 0));
+    return first_rows(t.q, n, std::max<index_t>(n - window(), 0));
   }
-  oracle::cake_rule cake() const { return {o.window, o.kernel, o.gamma, o.tau1, o.tau2}; }
+  oracle::cake_rule cake() const { return {window(), o.kernel, o.gamma, o.tau1, o.tau2}; }
   bool cuts(index_t n) const {
     if (name == "fullkv") return false;
     return name != "lagkv" || oracle::lagkv_applies(n, o.sinks.value_or(4), o.lag);
