@@ -47,30 +47,34 @@ void check_used(policy_request const& r, std::vector<policy_info> const& list) {
   used(r.rows.has_value(), "--morph-rows", "morphkv");
 }
 
+/// Sets a number of an option, unless only the other policy of a pair reads it. Refusals begin with the option.
+void set_number(policy_options& o, policy_info const& info, std::string const& option,
+                char const* name, std::optional<double> value) {
+  if (!value || parameter(info, name) == nullptr) return;
+  try {
+    set_parameter(o, info.name, name, *value);
+  } catch (std::invalid_argument const& e) {
+    throw std::invalid_argument(option + ": " + e.what());
+  }
+}
+
 /// The tables' defaults fit large models; these follow the capacity.
 policy_options options(policy_info const& info, policy_request const& r) {
   policy_options o;
   std::string_view const name = info.name;
   o.capacity = r.capacity;
   o.lag = std::max(1, r.capacity / 4);
-  o.sinks = r.sinks;
   o.rotation.theta = r.rope_base;
   o.rotation.interleaved = true;
   o.fusion = r.fusion.value_or(reduction::sum);
   o.evaluation = r.rows;
-  o.evict_after = r.evict_after.value_or(1.0);
   o.per = r.granularity;
   index_t const usual = name == "h2o" ? r.capacity / 2 : std::min(32, r.capacity / 4);
-  if (parameter_info const* const p = parameter(info, "window"); p != nullptr) {
-    index_t const window =
-        r.window.value_or(static_cast<index_t>(std::clamp<double>(usual, p->least, p->most)));
-    o.window = window;
-    if (window < p->least || window > p->most)
-      throw std::invalid_argument("--window: " + std::to_string(window) + ": expected " +
-                                  std::to_string(static_cast<index_t>(p->least)) + ".." +
-                                  std::to_string(static_cast<index_t>(p->most)) + " for " +
-                                  info.name);
-  }
+  if (parameter_info const* const p = parameter(info, "window"); p != nullptr)
+    o.window = static_cast<index_t>(std::clamp<double>(usual, p->least, p->most));
+  set_number(o, info, "--window", "window", r.window);
+  set_number(o, info, "--sinks", "sinks", r.sinks);
+  set_number(o, info, "--evict-after", "evict_after", r.evict_after);
   return o;
 }
 

@@ -286,6 +286,13 @@ TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   check_refused(good + words{"--policy", "nobody"}, "--policy: nobody: expected fullkv, ");
   check_refused(good + words{"--policy", "h2o", "--budget", "8", "--window", "8"},
                 "sinks + window");
+  check_refused(good + words{"--policy", "tova", "--window", "2"},
+                "--window: kvkeep: tova.window = 2, allowed: 0..1");
+  check_refused(good + words{"--policy", "knorm", "--sinks", "-1"},
+                "--sinks: kvkeep: knorm.sinks = -1, allowed: 0..");
+  check_refused(good + words{"--policy", "h2o+morphkv", "--evict-after", "0.5"},
+                "--evict-after: kvkeep: morphkv.evict_after = 0.5, allowed: 1..1024");
+  check_refused(good + words{"--evict-after", "nan"}, "--evict-after: kvkeep: morphkv.evict_after");
   check_refused(good + words{"--budget", "0"}, "--budget: 0: expected");
   words const few = good + words{"--tokens", "5"};
   check_refused(few, "--budget: 25% of 7 tokens = 2: expected more than sinks + window = 2");

@@ -3,8 +3,10 @@
 /// Options of policies chosen by name, and which numbers of these a policy reads, with their ranges.
 #pragma once
 
+#include <charconv>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 
 #include "../budget/cake_layers.hpp"
@@ -131,6 +133,25 @@ inline constexpr parameter_info expected_parameters[] = {{"capacity", 1, token_l
                                                          {"sinks", 0, token_limit},
                                                          {"ahead", 1, token_limit},
                                                          {"epsilon", 0, 1}};
+
+/// Calls f(option) for the option of that name. @return whether there is one
+template <class F>
+bool with_parameter(policy_options& o, std::string_view name, F&& f) {
+  auto const is = [&](char const* n, auto& option) { return name == n && (f(option), true); };
+  return is("capacity", o.capacity) || is("window", o.window) || is("sinks", o.sinks) ||
+         is("kernel", o.kernel) || is("beta", o.beta) || is("r_max", o.r_max) ||
+         is("r_min", o.r_min) || is("every", o.every) || is("gamma", o.gamma) ||
+         is("tau1", o.tau1) || is("tau2", o.tau2) || is("alpha", o.alpha) ||
+         is("n_rows", o.n_rows) || is("evict_after", o.evict_after) || is("lag", o.lag) ||
+         is("ahead", o.ahead) || is("epsilon", o.epsilon);
+}
+
+/// In the fewest digits that mean this value: refusals name it.
+inline std::string number_text(double value) {
+  char text[32];
+  auto const end = std::to_chars(text, text + sizeof text, value).ptr;
+  return {text, end};
+}
 
 }  // namespace detail
 

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 /// @file
-/// Policies by name: the list with capabilities and parameter ranges, the maker.
+/// Policies by name: the list with capabilities and parameter ranges, the setter of a parameter, the maker.
 #pragma once
 
+#include <cmath>
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "any_policy.hpp"
 #include "policy_parameters.hpp"
@@ -104,6 +106,43 @@ void list_policies(F&& f) {
                   t.chunk_invariant, t.prefix_safe, t.draft_safe, !t.whole_layer,
                   !b.varies_over_heads, !b.varies_over_heads && !b.varies_over_layers, parameters});
   });
+}
+
+/// Sets the option that a policy reads under this name (see `policy_info::parameters`), as command lines and
+/// configuration files have it. What a policy makes of several options together is checked when it is bound.
+/// @throws std::invalid_argument for an unknown policy, a name that it does not read, a value out of range and
+/// a fraction where an integer is read; the options are then as before
+inline void set_parameter(policy_options& o, std::string_view policy, std::string_view name,
+                          double value) {
+  policy_info info{};
+  std::string known, read;
+  list_policies([&](policy_info const& i) {
+    known += (known.empty() ? "" : ", ") + std::string(i.name);
+    if (policy == i.name) info = i;
+  });
+  std::string const field = std::string(policy) + "." + std::string(name);
+  std::string const text = detail::number_text(value);
+  if (info.name == nullptr) refuse(field.c_str(), text, "policies " + known);
+  parameter_info const* p = nullptr;
+  for (parameter_info const& x : info.parameters) {
+    read += (read.empty() ? "" : ", ") + std::string(x.name);
+    if (name == x.name) p = &x;
+  }
+  if (p == nullptr)
+    refuse(field.c_str(), text, read.empty() ? "no parameter" : "parameters " + read);
+  bool const found = detail::with_parameter(o, name, [&](auto& option) {
+    constexpr bool real = std::is_same_v<decltype(option), double&>;
+    bool const fits = value >= p->least && value <= p->most;  // NaN does not
+    if (!fits || !(real || value == std::floor(value)))
+      refuse(field.c_str(), text,
+             detail::number_text(p->least) + ".." + detail::number_text(p->most) +
+                 (real ? "" : ", integers"));
+    if constexpr (real)
+      option = value;
+    else
+      option = static_cast<index_t>(value);
+  });
+  KVKEEP_EXPECTS(found, "parameter", std::string(name), "a name that with_parameter knows");
 }
 
 /// A policy by name. Ranges are checked when it is bound.
