@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 #include "generate/oracle.hpp"
 #include "support/random_policy.hpp"
@@ -128,12 +129,29 @@ class comparison {
       : rt_(rt), model_(m), options_(o) {
     for (std::string const& name : tasks_of(set)) {
       task_run t{name, chosen(set, name, o), {}};
-      if (t.episodes.empty()) continue;
-      if (o.bucket > 0)
-        t.full = predict(rt_, model_, pair_of("fullkv", 1, model_.config.rope_base), t.episodes,
-                         options_of(true));
-      tasks_.push_back(std::move(t));
+      if (!t.episodes.empty()) tasks_.push_back(std::move(t));
     }
+  }
+
+  /// Refuses a policy that cannot be had at this budget: before hours of others have run.
+  void check(std::string const& policy, index_t percent) const {
+    if (policy == "oracle") return;
+    try {
+      for (task_run const& t : tasks_)
+        check_evaluation(rt_, model_, sized_pair(policy, t.slots(percent), model_.config.rope_base),
+                         t.episodes, options_of(true));
+    } catch (std::invalid_argument const& e) {
+      throw std::invalid_argument("--policies: " + policy + " at " + std::to_string(percent) +
+                                  "%: " + e.what());
+    }
+  }
+
+  /// What `by_position` compares with.
+  void predict_with_full_cache() {
+    if (options_.bucket == 0) return;
+    for (task_run& t : tasks_)
+      t.full = predict(rt_, model_, pair_of("fullkv", 1, model_.config.rope_base), t.episodes,
+                       options_of(true));
   }
 
   comparison_row row(std::string const& policy, index_t percent) {
@@ -243,6 +261,8 @@ std::vector<comparison_row> compare(runtime& rt, model const& m, episode_set con
       runs.emplace_back(name, name == "fullkv" ? 100 : percent);
     }
   comparison all(rt, m, set, o);
+  for (auto const& [name, percent] : runs) all.check(name, percent);
+  all.predict_with_full_cache();
   std::vector<comparison_row> rows;
   for (auto const& [name, percent] : runs) {
     if (o.progress) o.progress(name, percent, rows.size(), runs.size());

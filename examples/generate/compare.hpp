@@ -44,6 +44,7 @@ std::vector<std::string> compared_policies();
 
 /// Diaries are written freely; the other tasks are teacher-forced, as their responses hold questions.
 /// Every policy holds the same number of slots at its peak. Policies that cut prompts only go on with MorphKV.
+/// @throws std::invalid_argument before the first run, where one of the policies cannot be had at one of the budgets
 std::vector<comparison_row> compare(runtime& rt, model const& m, episode_set const& set,
                                     comparison_options const& o);
 

@@ -54,4 +54,9 @@ evaluation evaluate(runtime& rt, model const& m, policy_pair const& policies,
   return r;
 }
 
+void check_evaluation(runtime& rt, model const& m, policy_pair const& policies,
+                      std::span<episode const> episodes, evaluation_options const& o) {
+  engine const e(rt, m, policies, sized(episodes, o));
+}
+
 }  // namespace kvkeep::generate

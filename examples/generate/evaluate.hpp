@@ -32,5 +32,8 @@ struct evaluation {
 /// and peak bytes.
 evaluation evaluate(runtime& rt, model const& m, policy_pair const& policies,
                     std::span<episode const> episodes, evaluation_options const& o);
+/// Makes the engine of `evaluate`, and runs nothing. @throws std::invalid_argument where policies cannot be bound
+void check_evaluation(runtime& rt, model const& m, policy_pair const& policies,
+                      std::span<episode const> episodes, evaluation_options const& o);
 
 }  // namespace kvkeep::generate

@@ -257,6 +257,17 @@ TEST_CASE("a comparison and the demonstration refuse the options of one response
   }
 }
 
+TEST_CASE("a comparison refuses an unknown policy before it runs another one") {
+  word_model const m;
+  words const base{"--model", m.file, "--compare", "--percents", "50"};
+  // One line: without the progress of what ran before.
+  check_refused(base + words{"--policies", "fullkv,h2o,vapt", "--json", m.json_file},
+                "--policies: vapt at 50%: --policy: vapt: expected fullkv, ");
+  check_refused(base + words{"--policies", "fullkv,h2o+snapkv", "--csv", m.json_file},
+                "--policies: h2o+snapkv at 50%: --policy: snapkv: cuts prompts only");
+  CHECK(!fs::exists(m.json_file));
+}
+
 TEST_CASE("bad input is one line, exit code 2, and nothing is written") {
   word_model const m;
   words const base{"--model", m.file, "--json", m.json_file};

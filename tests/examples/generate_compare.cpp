@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // The bundled model and its comparison: a budget as large as the sequence changes nothing, figures are whole.
 #include <cmath>
+#include <stdexcept>
 
 #include <nlohmann/json.hpp>
 
@@ -109,6 +110,29 @@ TEST_CASE("policies hold equally many slots at a budget, and the full cache more
         ": KL divergence from the full cache's prediction, nats per token, by position",
         ": perplexity by position", "448-511"})
     CHECK(text.find(part) != std::string::npos);
+}
+
+TEST_CASE("a comparison refuses a policy before it runs another one") {
+  bundle b;
+  comparison_options o;
+  o.episodes = o.seeds = 1;
+  o.percents = {12, 100};
+  o.progress = [](std::string const& policy, index_t, std::size_t, std::size_t) {
+    FAIL_CHECK("ran " << policy);
+  };
+  for (std::string const bad : {"vapt", "h2o+snapkv", "random+h2o", "snapkv+tova", ""}) {
+    o.policies = {"fullkv", "h2o", bad};
+    std::string message;
+    try {
+      compare(b.rt, b.m, b.set, o);
+    } catch (std::invalid_argument const& e) {
+      message = e.what();
+    }
+    INFO(message);
+    CHECK(message.rfind("--policies: " + bad + " at 12%: ", 0) == 0);
+    CHECK((message.find("expected") != std::string::npos ||
+           message.find("allowed: ") != std::string::npos));
+  }
 }
 
 TEST_CASE("intervals are Student's") {
