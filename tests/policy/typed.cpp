@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Typed policies: a user's own scorer and its session, the same results as the policy made by name,
 // and the size of a policy's header.
+#include <filesystem>
 #include <fstream>
 
 #include "../support/catch.hpp"
@@ -20,7 +21,7 @@ struct first_value_fn {
 };
 using first_value = policy<slot_score<first_value_fn>, per_layer>;
 
-index_t lines_of(std::string const& path) {
+index_t lines_of(std::filesystem::path const& path) {
   std::ifstream in(path);
   REQUIRE(in.good());
   index_t n = 0;
@@ -128,7 +129,6 @@ TEST_CASE("the list of policies says what they can do") {
                         names.back() == "adakv" || names.back() == "cake";
     CHECK(i.per_sequence == !uneven);
   });
-  CHECK(names.size() == 15);
 }
 
 TEST_CASE("a policy by name has the options of its maker where none are given") {
@@ -215,10 +215,7 @@ TEST_CASE("a different configuration has a different key") {
     edit(o);
     keys.push_back(make(name, o).key());
   };
-  for (char const* name :
-       {"snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "h2o", "tova", "morphkv", "knorm",
-        "keydiff", "lagkv", "streamingllm", "observed_attention", "fullkv", "expected_attention"})
-    add(name, [](auto&) {});
+  list_policies([&](policy_info const& i) { add(i.name, [](auto&) {}); });
   add("snapkv", [](auto& o) { o.capacity = 99; });
   add("snapkv", [](auto& o) { o.window = 9; });
   add("snapkv", [](auto& o) { o.kernel = 9; });
@@ -256,10 +253,11 @@ TEST_CASE("a different configuration has a different key") {
 }
 
 TEST_CASE("a policy is one header of less than 80 lines") {
-  for (char const* name :
-       {"knorm", "snapkv", "pyramidkv", "dynamickv", "cake", "adakv", "h2o", "tova", "morphkv",
-        "keydiff", "lagkv", "streamingllm", "expected_attention", "fullkv"}) {
-    INFO(name);
-    CHECK(lines_of(policy_folder() + name + ".hpp") < 80);
+  index_t headers = 0;
+  for (auto const& file : std::filesystem::directory_iterator(policy_folder())) {
+    INFO(file.path());
+    ++headers;
+    CHECK((file.path().filename() == "policy.hpp" || lines_of(file.path()) < 80));
   }
+  CHECK(headers > 10);
 }

@@ -3,6 +3,8 @@
 /// What every policy must keep of a prompt, from the oracle's scores and budgets.
 #pragma once
 
+#include <stdexcept>
+
 #include "engine.hpp"
 #include "oracle_cake.hpp"
 #include "oracle_expected.hpp"
@@ -41,9 +43,8 @@ struct prompt_reference {
 
   prompt_reference(std::string n, policy_options const& x)
       : name(std::move(n)), o(x), width(x.per) {
-    bool const windowed = name == "snapkv" || name == "pyramidkv" || name == "dynamickv" ||
-                          name == "adakv" || name == "cake";
-    if (windowed || name == "knorm" || name == "keydiff") keep = {o.sinks.value_or(0), window(), 0};
+    if (windowed() || name == "cake" || name == "knorm" || name == "keydiff")
+      keep = {o.sinks.value_or(0), window(), 0};
     if (name == "h2o" || name == "morphkv") keep.recent = window();
     if (name == "tova") keep = {o.sinks.value_or(0), window() > 0 ? 1 : 0, 0};
     if (name == "streamingllm" || name == "expected_attention") keep.sinks = o.sinks.value_or(4);
@@ -82,7 +83,7 @@ struct prompt_reference {
         for (index_t j = 0; j < n; ++j) s.at(h, j) = j;
     }
     if (name == "cake") s = oracle::cake_scores(window_of(t, n), k, cake(), rule);
-    if (s.shape.empty()) {
+    if (windowed()) {
       oracle::window_rule w;
       w.window = window();
       w.kernel = o.kernel;
@@ -94,6 +95,7 @@ struct prompt_reference {
       w.gqa_before_pool = o.group_before_pool;
       s = oracle::window_scores(window_of(t, n), k, w, rule);
     }
+    if (s.shape.empty()) throw std::invalid_argument("oracle: no prompt scores of " + name);
     return columns(s, 0, n);
   }
 
@@ -161,6 +163,10 @@ struct prompt_reference {
   }
 
  private:
+  /// Whether SnapKV's scores decide.
+  bool windowed() const {
+    return name == "snapkv" || name == "pyramidkv" || name == "dynamickv" || name == "adakv";
+  }
   oracle::array window_of(oracle::tokens const& t, index_t n) const {
     return first_rows(t.q, n, std::max<index_t>(n - window(), 0));
   }
