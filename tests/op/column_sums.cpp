@@ -159,6 +159,31 @@ TEST_CASE("column sums of long rows and of more slots than a slice") {
     }
 }
 
+TEST_CASE("a logit that is infinite has its weight, with and without log-sum-exp") {
+  for (dtype const type : {dtype::f32, dtype::f16, dtype::bf16}) {
+    test::layer_options o;
+    o.cache.shape = {1, 2, 1, 8, 4, 20};
+    o.cache.type = type;
+    o.dense = true;
+    o.min_length = 20;
+    test::test_layer l(o);
+    auto key = l.cache.get_k(0, 0, 7);
+    key[2] = std::numeric_limits<float>::infinity();
+    l.cache.set_k(0, 0, 7, key);
+    generator g(2);
+    test_rows rows(l, g, 6, false);
+    for (index_t h = 0; h < 2; ++h)
+      for (index_t r = 0; r < 6; ++r) rows.q(0, h, r, 2) = h == 0 ? 1.0F : -1.0F;
+    for (bool const given : {false, true}) {
+      sums_run s(l, given ? rows.with_lse(l, test::rule_of(l.cache.ref())) : rows.ref(), false,
+                 true);
+      test::run_op(s.op, s.out);
+      check(l, rows, s);
+      CHECK(s.out(0, 0, 0, 7) == 6.5F);  // all of six rows, and what was there
+    }
+  }
+}
+
 TEST_CASE("any chunking gives the same bits where only some rows are 16-bit numbers") {
   float const inf = std::numeric_limits<float>::infinity();
   for (dtype const type : {dtype::f16, dtype::bf16})

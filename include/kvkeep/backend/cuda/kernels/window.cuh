@@ -63,9 +63,11 @@ struct row_norm {
 __device__ inline row_norm norm_of(row_sum const& s) {
   return s.sum > 0 ? row_norm{s.top, __fdiv_rn(1.0f, s.sum)} : row_norm{};
 }
-/// @param lse natural log; that of a row that saw nothing may be -infinity
+/// @param lse natural log; that of a row that saw nothing may be -infinity, one of the largest logits is clamped as these
+/// are, so that such a logit's weight is 1
 __device__ inline row_norm norm_of(float lse) {
-  return lse > -largest_float ? row_norm{__fmul_rn(lse, log2_e), 1.0f} : row_norm{};
+  if (!(lse > -largest_float)) return {};
+  return {min(max(__fmul_rn(lse, log2_e), -largest_float), largest_float), 1.0f};
 }
 
 /// What is known of a query before its row has been normalised.
