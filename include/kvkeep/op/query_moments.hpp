@@ -51,8 +51,9 @@ namespace op {
 /// Adds query rows to moments. An entry whose first row is of position 0 begins anew, whatever is there.
 /// All KV heads of a sequence have gathered the same number of rows. Every sum has one order, which depends on the rows
 /// of the call and on the backend alone.
-/// Bytes: the rows once (CUDA: and as much of scratch twice), per query head the moments read and written (CPU: once
-/// per 64 rows). Operations: dim_k^2 / 2 multiplications with additions per row and query head.
+/// Bytes: the rows once (CUDA: written to scratch besides, and read from there dim_k / 64 times), per query head the
+/// moments read and written (CPU: once per 64 rows). Operations: dim_k^2 / 2 multiplications with additions per row and
+/// query head.
 template <class Space = host_space>
 struct query_moments {
   using space = Space;
