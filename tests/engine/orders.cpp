@@ -354,10 +354,11 @@ TEST_CASE("a copy freezes no more than the tokens that are still there, in a row
   CHECK(s.verify() == status::ok);
 }
 
-TEST_CASE("the end of a prompt in all layers is all or nothing") {
+TEMPLATE_TEST_CASE("the end of a prompt in all layers is all or nothing", "", std::false_type,
+                   std::true_type) {
   small_cache m;
   m.add(32);
-  auto s = m.bind(std::false_type{}, make_knorm({.capacity = 8}));
+  auto s = m.bind(TestType{}, make_knorm({.capacity = 8}));
   index_t id = 0;
   REQUIRE(s.begin(id) == status::ok);
   REQUIRE(s.observe(0, id, tokens_only(10)) == status::ok);

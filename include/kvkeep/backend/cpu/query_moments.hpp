@@ -7,17 +7,12 @@
 
 #include "../../op/query_moments.hpp"
 #include "kernels/quadratic.hpp"
-#include "rows.hpp"
+#include "query_block.hpp"
 
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
 
 inline constexpr index_t moment_rows = 64;  ///< of a block: with 128 features the first-level cache
-
-/// Features of a row in whole panels.
-constexpr index_t whole_panel_features(index_t dim) noexcept {
-  return (dim + panel_keys - 1) / panel_keys * panel_keys;
-}
 
 /// Turns a row's pairs back. @param cosine, sine  [pairs]  @param q, out  [dim], not the same
 inline void turn_row_back(float const* q, turned_pairs const& pairs, float const* cosine,
@@ -94,7 +89,7 @@ KVKEEP_CPU_OP status enqueue(context& c, op::query_moments<host_space> const& o,
     return status::bad_argument;
   workspace::frame const frame(ws);
   index_t const n_rows = o.rows.q.extent[2], kv_heads = o.to.extent[1];
-  index_t const padded = whole_panel_features(o.layout.dim);
+  index_t const padded = whole_panels(o.layout.dim);
   auto const scratch = take_each<float>(ws, c.workers(o.batch.n * kv_heads),
                                         size_of(moment_rows + 1) * size_of(padded));
   if (!placed(ws)) return not_placed(ws);

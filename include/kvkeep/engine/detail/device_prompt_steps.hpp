@@ -95,9 +95,8 @@ template <class Space>
 struct sequence_arrays {
   static constexpr int most = 16;
   struct array {
-    std::uint32_t*
-        data;    ///< of sequence 0: whatever the numbers are, they lie on words' boundaries
-    offset_t n;  ///< numbers of a sequence
+    std::uint32_t* data;  ///< of sequence 0: any numbers of 4 bytes
+    offset_t n;           ///< numbers of a sequence
   };
   array arrays[most] = {};
   index_t n_arrays = 0;  ///< of the layer: not more than there is room for, see whole()
