@@ -12,7 +12,8 @@
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
 
-inline constexpr index_t moment_rows = 64;  ///< of a block: with 128 features the first-level cache
+inline constexpr index_t gathered_rows =
+    64;  ///< of a block: with 128 features the first-level cache
 
 /// Turns a row's pairs back. @param cosine, sine  [pairs]  @param q, out  [dim], not the same
 inline void turn_row_back(float const* q, turned_pairs const& pairs, float const* cosine,
@@ -37,7 +38,7 @@ inline void turn_row_back(float const* q, turned_pairs const& pairs, float const
 struct head_moments {
   op::query_moments<host_space> const& o;
   index_t b, q_head;
-  float* x;  ///< [moment_rows + 1][padded] scratch
+  float* x;  ///< [gathered_rows + 1][padded] scratch
   float *mean, *spread;
   index_t padded;
 
@@ -91,7 +92,7 @@ KVKEEP_CPU_OP status enqueue(context& c, op::query_moments<host_space> const& o,
   index_t const n_rows = o.rows.q.extent[2], kv_heads = o.to.extent[1];
   index_t const padded = whole_panels(o.layout.dim);
   auto const scratch = take_each<float>(ws, c.workers(o.batch.n * kv_heads),
-                                        size_of(moment_rows + 1) * size_of(padded));
+                                        size_of(gathered_rows + 1) * size_of(padded));
   if (!placed(ws)) return not_placed(ws);
   if (n_rows == 0) return status::ok;
   for_heads(c, o.batch.n, kv_heads, [&](index_t b, index_t h, int worker) {
@@ -107,8 +108,8 @@ KVKEEP_CPU_OP status enqueue(context& c, op::query_moments<host_space> const& o,
                            o.layout.mean(head, g),
                            o.layout.spread(head, g, 0),
                            padded};
-      for (index_t r = 0; r < n_rows; r += moment_rows) {
-        index_t const n = m.take(r, std::min(n_rows, r + moment_rows));
+      for (index_t r = 0; r < n_rows; r += gathered_rows) {
+        index_t const n = m.take(r, std::min(n_rows, r + gathered_rows));
         if (n > 0) m.add(n, count);
         count += static_cast<float>(n);
       }
