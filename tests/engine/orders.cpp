@@ -354,6 +354,32 @@ TEST_CASE("a copy freezes no more than the tokens that are still there, in a row
   CHECK(s.verify() == status::ok);
 }
 
+TEST_CASE(
+    "a token comes to no layer before the prompt has ended in all, nor a prompt after a token") {
+  small_cache m;
+  m.add(32);
+  auto s = m.bind(std::false_type{}, make_knorm({.capacity = 8}));
+  index_t id = 0, other = 0;
+  REQUIRE(s.begin(id) == status::ok);
+  one const b{id};
+  index_t slot = -1;
+  REQUIRE(s.observe(0, id, tokens_only(10)) == status::ok);
+  CHECK(s.append(1, b.host(), &slot) == status::bad_order);  // open in the other layer
+  REQUIRE(s.end_prompt(0, id) == status::ok);
+  CHECK(s.append(1, b.host(), &slot) == status::bad_order);  // ended there
+  REQUIRE(s.observe(1, id, tokens_only(10)) == status::ok);
+  REQUIRE(s.end_prompt(1, id) == status::ok);
+  CHECK(s.append(1, b.host(), &slot) == status::ok);
+
+  REQUIRE(s.begin(other) == status::ok);
+  REQUIRE(s.append(0, one{other}.host(), &slot) == status::ok);
+  CHECK(s.observe(1, other, tokens_only(3)) == status::bad_order);
+  CHECK(s.end_prompt(1, other) == status::bad_order);
+  CHECK(s.lengths(1)(other, 0) == 0);
+  CHECK(s.append(1, one{other}.host(), &slot) == status::ok);
+  CHECK(s.verify() == status::ok);
+}
+
 TEMPLATE_TEST_CASE("the end of a prompt in all layers is all or nothing", "", std::false_type,
                    std::true_type) {
   small_cache m;

@@ -18,8 +18,11 @@ status session<Ctx, P, D>::check_append(layer_data const& l, batch const& b) con
     index_t const row = b.rows.empty() ? id : b.rows[i];
     index_t const pending = l.appended[id] - shared_.confirmed[id];
     if (l.prompt_done[id] == 0 && l.appended[id] > shared_.confirmed[id]) return status::bad_order;
-    // A prompt ends in all layers before a token comes.
+    // A prompt ends in all layers before a token comes. Layers of other threads are not looked at.
     if (l.prompt_done[id] == 1 && layers_.back().prompt_done[id] == 0) return status::bad_order;
+    if (l.prompt_done[id] == 0 && !limits_.concurrent_layers &&
+        detail::prompt_has_come(layers_, id, shared_.confirmed[id]))
+      return status::bad_order;
     if (l.attended[id] != l.appended[id] && limits_.decode != decode_offer::nothing)
       return status::bad_order;
     if (pending >= shape_.drafts) return status::capacity_exceeded;

@@ -44,6 +44,20 @@ void each_flag(layer_state<Space> const& l, F&& f) {
   f(l.prompt_done);
 }
 
+/// Whether a prompt of a sequence has ended in some layer, or is open there. @param tokens  of its frozen prefix
+template <class Layers>
+bool prompt_has_come(Layers const& layers, index_t id, index_t tokens) noexcept {
+  return std::any_of(layers.begin(), layers.end(), [&](auto const& l) {
+    return l.prompt_done[id] == 1 || (l.prompt_done[id] == 0 && l.appended[id] > tokens);
+  });
+}
+/// Whether a token has come to some layer of a sequence without a prompt.
+template <class Layers>
+bool token_has_come(Layers const& layers, index_t id) noexcept {
+  return std::any_of(layers.begin(), layers.end(),
+                     [&](auto const& l) { return l.prompt_done[id] == 2; });
+}
+
 /// Whether the first `n` slots of every head hold the tokens 0 .. n - 1, so that a copy may freeze them.
 template <class Space>
 bool holds_prefix(layer_state<Space> const& l, index_t id, index_t n) noexcept {

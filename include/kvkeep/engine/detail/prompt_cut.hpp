@@ -47,6 +47,7 @@ status session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<space> c
   if (!alive(id)) return status::bad_sequence;
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   if (l.prompt_done[id] != 0) return status::bad_order;
+  if (!limits_.concurrent_layers && detail::token_has_come(layers_, id)) return status::bad_order;
   bool const together = detail::joins_layers(prompt_);
   if (m > 0) {
     layer_data const& before = layers_[static_cast<std::size_t>(m - 1)];

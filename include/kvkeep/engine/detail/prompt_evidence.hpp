@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../session.hpp"
+#include "pieces.hpp"
 #include "prompt_steps.hpp"
 
 namespace kvkeep {
@@ -19,6 +20,7 @@ status session<Ctx, P, D>::observe(index_t layer, index_t id, queries const& q,
   if (!alive(id)) return status::bad_sequence;
   layer_data& l = layers_[static_cast<std::size_t>(m)];
   if (l.prompt_done[id] != 0) return status::bad_order;
+  if (!limits_.concurrent_layers && detail::token_has_come(layers_, id)) return status::bad_order;
   index_t const n = q.n_tokens();
   KVKEEP_TRY(detail::check_chunk(q));
   bool const all =
