@@ -380,6 +380,58 @@ TEST_CASE(
   CHECK(s.verify() == status::ok);
 }
 
+TEMPLATE_TEST_CASE("what waits for other layers is no alarm", "", std::false_type, std::true_type) {
+  std::vector<float> const q(2 * plain_dim, 0.5F);
+  std::vector<float> out(2 * plain_dim);
+  for (bool const one_set : {true, false}) {
+    INFO("one set " << one_set);
+    small_cache m;
+    m.add(32);
+    policy_options o;
+    o.capacity = 8;
+    o.window = 2;
+    o.sinks = 1;
+    if (one_set) o.per = scope::sequence;
+    auto s = m.bind(TestType{}, make_policy<cpu::context>(one_set ? "knorm" : "dynamickv", o),
+                    make_policy<cpu::context>("knorm", o));
+    index_t id = 0;
+    REQUIRE(s.begin(id) == status::ok);
+    for (index_t l : {0, 1}) {
+      std::vector<float> const all(2 * 20 * plain_dim, 0.5F);
+      REQUIRE(s.observe(l, id, make_queries(all.data(), 2, 20, plain_dim)) == status::ok);
+      REQUIRE(s.end_prompt(l, id) == status::ok);
+      CHECK(s.verify() == status::ok);
+    }
+    for (index_t l : {0, 1, 0, 1}) {
+      index_t slot = -1;
+      REQUIRE(s.append(l, of(s, one{id}), &slot) == status::ok);
+      CHECK(s.verify() == status::ok);
+      REQUIRE(s.attend(l, of(s, one{id}), make_queries(q.data(), 2, 1, plain_dim), out.data()) ==
+              status::ok);
+      CHECK(s.verify() == status::ok);
+      if constexpr (!TestType::value)
+        if (l == 1) REQUIRE(s.confirm(one{id}.host(), 1) == status::ok);
+    }
+    if constexpr (TestType::value) CHECK(s.faults()[id] == 0);
+  }
+}
+
+TEMPLATE_TEST_CASE("a late policy's prompt is whole until its first token was attended to", "",
+                   std::false_type, std::true_type) {
+  small_cache m;
+  morphkv_options o{.capacity = 8, .window = 4};
+  o.include_current = true;
+  auto s = m.bind(TestType{}, make_morphkv(o));
+  std::vector<float> const q(2 * 20 * plain_dim, 0.5F);
+  index_t id = 0, slot = -1;
+  REQUIRE(s.begin(id) == status::ok);
+  REQUIRE(s.observe(0, id, make_queries(q.data(), 2, 20, plain_dim)) == status::ok);
+  REQUIRE(s.end_prompt(id) == status::ok);
+  REQUIRE(s.append(0, of(s, one{id}), &slot) == status::ok);
+  CHECK(s.verify() == status::ok);
+  if constexpr (TestType::value) CHECK(s.faults()[id] == 0);
+}
+
 TEMPLATE_TEST_CASE("the end of a prompt in all layers is all or nothing", "", std::false_type,
                    std::true_type) {
   small_cache m;

@@ -21,13 +21,13 @@ struct budget_rule {
   index_t left = 0;     ///< most tokens that another policy leaves a late one of the prompt
   double evict_after = 1;
 
-  /// Whether `live` tokens are more than a head may have.
+  /// Whether `live` tokens are more than a head may have. @param decided  tokens after which nothing waits to leave
   template <class Space>
   KVKEEP_HD bool exceeded(layer_state<Space> const& l, index_t id, index_t h, index_t live,
-                          index_t frozen) const noexcept {
-    // Before its first decision a late policy still holds the whole prompt, or what another one has left of it.
-    if (!any || least > live || (late && l.seen[id] == live)) return false;
-    index_t const pending = l.appended[id] - l.seen[id];
+                          index_t frozen, index_t decided) const noexcept {
+    // Before its first decision a late policy still holds all tokens, or what another one has left of them.
+    if (!any || least > live || (late && l.appended[id] == live)) return false;
+    index_t const pending = l.appended[id] - decided;
     // Confirmed drafts stay until no token is left unconfirmed.
     index_t const spare = (pending > 0 ? drafts : 0) + (late ? 1 : 0);
     index_t const most = larger(trigger(l.k(id, h), evict_after) - 1, 0) + spare;

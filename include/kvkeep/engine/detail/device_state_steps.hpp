@@ -79,8 +79,9 @@ template <class Space>
 struct find_corrupt {
   layer_state<Space> l;
   budget_rule rule;
-  index_t const* frozen;  ///< [id]
-  index_t const* faults;  ///< [id]
+  index_t const* frozen;   ///< [id]
+  index_t const* decided;  ///< [id] tokens after which nothing waits to leave
+  index_t const* faults;   ///< [id]
   index_t id;
   index_t sinks, recent;  ///< protected in either role
   std::uint8_t* found;    ///< [head, item]
@@ -90,7 +91,8 @@ struct find_corrupt {
     index_t const n = l.slots.lengths(id, h), hole = l.victim(id, h);
     bool const sound = n >= 0 && n <= slots && hole < n && hole >= -1;
     bool good = sound;
-    if (sound && item == 0) good = !rule.exceeded(l, id, h, n - (hole >= 0 ? 1 : 0), frozen[id]);
+    if (sound && item == 0)
+      good = !rule.exceeded(l, id, h, n - (hole >= 0 ? 1 : 0), frozen[id], decided[id]);
     if (good && item < slots)
       good = item >= n || item == hole || good_slot(h, item, n, hole);
     else if (good)
