@@ -337,9 +337,11 @@ TEMPLATE_TEST_CASE("what a prompt leaves a late policy is no alarm", "", std::fa
   if constexpr (TestType::value) CHECK(s.faults()[id] == 0);
 }
 
-TEST_CASE("a copy freezes no more than the tokens that are still there, in a row") {
+TEMPLATE_TEST_CASE("a copy freezes no more than the tokens that are still there, in a row", "",
+                   std::false_type, std::true_type) {
   small_cache m;
-  auto s = m.bind(std::false_type{}, make_knorm({.capacity = 8}));
+  m.n_seq = m.lim.max_sequences = 4;
+  auto s = m.bind(TestType{}, make_knorm({.capacity = 8}));
   index_t id = 0, copy = -1;
   REQUIRE(s.begin(id) == status::ok);
   REQUIRE(s.observe(0, id, tokens_only(16)) == status::ok);
@@ -347,11 +349,21 @@ TEST_CASE("a copy freezes no more than the tokens that are still there, in a row
   index_t run = 0;
   for (auto const all = held(s, id); run < 8 && all[uz(run)] == run;) ++run;
   REQUIRE(run < 8);
-  CHECK(s.fork(id, copy, {-1, 16}) == status::bad_argument);
-  CHECK(s.fork(id, copy, {-1, run + 1}) == status::bad_argument);
-  CHECK(copy == -1);
+  for (index_t const n : {16, run + 1}) {
+    status const said = s.fork(id, copy, {-1, n});
+    if constexpr (TestType::value) {  // which can only see it later
+      REQUIRE(said == status::ok);
+      CHECK(s.faults()[copy] == static_cast<index_t>(device_fault::bad_prefix));
+    } else {
+      CHECK(said == status::bad_argument);
+      CHECK(copy == -1);
+    }
+  }
+  CHECK(s.fork(id, copy, {-1, 33}) == status::bad_argument);
   CHECK(s.fork(id, copy, {-1, run}) == status::ok);
   CHECK(s.verify() == status::ok);
+  if constexpr (TestType::value)
+    for (index_t const i : {id, copy}) CHECK(s.faults()[i] == 0);
 }
 
 TEST_CASE(
@@ -430,6 +442,34 @@ TEMPLATE_TEST_CASE("a late policy's prompt is whole until its first token was at
   REQUIRE(s.append(0, of(s, one{id}), &slot) == status::ok);
   CHECK(s.verify() == status::ok);
   if constexpr (TestType::value) CHECK(s.faults()[id] == 0);
+}
+
+TEMPLATE_TEST_CASE("state is loaded into a sequence in the middle of its prompt, too", "",
+                   std::false_type, std::true_type) {
+  for (bool const transient : {false, true}) {
+    small_cache m;
+    if (transient) m.lim.max_prompt = 32;
+    auto const prompt = m.transient(32);
+    auto const* const view = transient ? &prompt : nullptr;
+    auto s = m.bind(TestType{}, make_knorm({.capacity = 8}));
+    index_t a = 0, b = 0;
+    REQUIRE(s.begin(a) == status::ok);
+    REQUIRE(s.observe(0, a, tokens_only(12), view) == status::ok);
+    REQUIRE(s.end_prompt(0, a, view) == status::ok);
+    auto const kept = held(s, a);
+    std::vector<std::byte> saved(s.saved_bytes());
+    REQUIRE(s.save(a, saved) == status::ok);
+    REQUIRE(s.end(a) == status::ok);
+    REQUIRE(s.begin(a) == status::ok);
+    REQUIRE(s.observe(0, a, tokens_only(5), view) == status::ok);
+    REQUIRE(s.load(a, saved) == status::ok);
+    CHECK(held(s, a) == kept);
+    // Nobody waits for the buffer.
+    REQUIRE(s.begin(b) == status::ok);
+    CHECK(s.observe(0, b, tokens_only(9), view) == status::ok);
+    CHECK(step(s, a) == status::ok);
+    if constexpr (TestType::value) CHECK(s.faults()[a] == 0);
+  }
 }
 
 TEMPLATE_TEST_CASE("the end of a prompt in all layers is all or nothing", "", std::false_type,
@@ -575,4 +615,10 @@ TEST_CASE("a device session says so where a prompt comes after a token") {
   CHECK(s.faults()[id] == static_cast<index_t>(device_fault::bad_order));
   CHECK(held(s, id) == first(5));
   CHECK(s.tokens(0)[id] == 5);
+
+  index_t other = 0;
+  REQUIRE(s.begin(other) == status::ok);
+  REQUIRE(step(s, other) == status::ok);
+  REQUIRE(s.end_prompt(0, other) == status::ok);
+  CHECK(s.faults()[other] == static_cast<index_t>(device_fault::bad_order));
 }

@@ -38,8 +38,7 @@ namespace kvkeep {
 ///
 /// Attention need not wait for decisions: with `decide_in` they run in a second context, beside what the engine
 /// enqueues next, and the first one waits for them in `join`, at the end of a step.
-/// What can be read of its state (lengths, positions, faults ...) is in `detail::device_core`.
-/// Threads: calls of one session do not overlap.
+/// What can be read of its state (lengths, positions, faults ...) is in `detail::device_core`. Calls do not overlap.
 template <backend Ctx, class Prompt, class Decode = Prompt>
 class device_session : public detail::device_core<Ctx> {
   using core = detail::device_core<Ctx>;
@@ -62,7 +61,8 @@ class device_session : public detail::device_core<Ctx> {
   /// Starts a sequence; `id` is set on success.
   status begin(index_t& id, sequence_options const& o = {}) noexcept;
   /// Starts a sequence as a copy of `from`: all state, faults too, not K and V (the engine copies those). Not while its
-  /// prompt's layers are cut together or pass through a buffer. Cost: three launches per layer, its state.
+  /// prompt's layers are cut together or pass through a buffer. At most all tokens of `from` are frozen, while they lie
+  /// in their first slots (device_fault::bad_prefix). Cost: three launches per layer (with a prefix six), its state.
   status fork(index_t from, index_t& id, sequence_options const& o = {}) noexcept;
   status end(index_t id) noexcept;
 

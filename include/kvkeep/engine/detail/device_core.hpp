@@ -8,6 +8,7 @@
 
 #include "device_draft_steps.hpp"
 #include "device_prompt_steps.hpp"
+#include "device_state_steps.hpp"
 #include "token_chain.hpp"
 
 namespace kvkeep::detail {
@@ -99,6 +100,11 @@ class device_core {
     return ended > 0 || std::any_of(layers_.begin(), layers_.end(),
                                     [&](auto const& l) { return prompt_of(l, id).observed; });
   }
+  /// Others may use what a sequence in the middle of its prompt has kept from them.
+  void leave_prompt(index_t id) noexcept {
+    if (prompt_owner_ == id) prompt_owner_ = -1;
+    if (shared_.staging_id == id) shared_.staging_id = -1;
+  }
   /// Whether the buffer of transient prompts holds part of one that has not ended.
   bool staging_taken() noexcept {
     index_t const id = shared_.staging_id, m = shared_.staging_layer;
@@ -176,6 +182,17 @@ class device_core {
                                                    batch_ref<space> const& b) const noexcept {
     index_t const ring = shape_.rows.weight_ring;
     return {ring > 1 ? b.n : 0, {l.appended, b, ring, newest_rows_of(l)}};
+  }
+  /// A sequence cannot freeze what it does not hold. Less scratch than `verify` takes.
+  status check_prefix(layer_data const& l, index_t id, index_t n, workspace& w) const noexcept {
+    workspace::frame const frame(w);
+    index_t const heads = shape_.cache.n_kv_heads;
+    auto* const found = w.take<std::uint8_t>(product(heads, n));
+    auto* const of_head = w.take<index_t>(product(heads));
+    if (!w.ok()) return status::workspace_too_small;
+    KVKEEP_TRY(each(heads * n, find_unfrozen<space>{l, id, n, found}, w));
+    KVKEEP_TRY(each(heads, join_found{found, n, of_head}, w));
+    return each(1, blame_sequence{of_head, heads, faults_, id, device_fault::bad_prefix}, w);
   }
   /// What follows a token: nothing is decided yet.
   settle_victims<space> settling(layer_data const& l, batch_ref<space> const& b) const noexcept {

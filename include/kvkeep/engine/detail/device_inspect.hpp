@@ -47,7 +47,6 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in) noexcept {
   if (!alive(id)) return status::bad_sequence;
   if (in.size() < saved_bytes()) return status::bad_argument;
-  if (in_prompt(id)) return status::bad_order;
   KVKEEP_TRY(join());
   workspace w = scratch();
   auto* const refused = w.take<index_t>(1);
@@ -65,6 +64,7 @@ status device_session<Ctx, P, D>::load(index_t id, std::span<std::byte const> in
     from += all.total * 4;
   }
   sequences_[static_cast<std::size_t>(id)].ended_layers = n_layers();
+  this->leave_prompt(id);
   return status::ok;
 }
 
@@ -104,7 +104,7 @@ status device_session<Ctx, P, D>::verify_layer(layer_data const& l, index_t id,
   if (!w.measuring() && !w.ok()) return status::workspace_too_small;
   KVKEEP_TRY(each(n, find, w));
   KVKEEP_TRY(each(heads, detail::join_found{find.found, find.items(), of_head}, w));
-  return each(1, detail::blame_sequence{of_head, heads, faults_, id}, w);
+  return each(1, detail::blame_sequence{of_head, heads, faults_, id, device_fault::corrupt}, w);
 }
 
 }  // namespace kvkeep

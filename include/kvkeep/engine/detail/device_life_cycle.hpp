@@ -44,9 +44,9 @@ template <backend Ctx, class P, class D>
 status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
                                        sequence_options const& o) noexcept {
   if (!alive(from)) return status::bad_sequence;
-  if (o.frozen < 0) return status::bad_argument;
-  if (prompt_owner_ == from || (limits_.max_prompt > 0 && in_prompt(from)))
-    return status::bad_order;
+  if (o.frozen < 0 || o.frozen > shape_.cache.max_slots) return status::bad_argument;
+  bool const buffered = limits_.max_prompt > 0 && shared_.staging_id == from && staging_taken();
+  if (prompt_owner_ == from || buffered) return status::bad_order;
   index_t to = -1;
   KVKEEP_TRY(find_place(o.id, to));
   KVKEEP_TRY(join());
@@ -58,9 +58,11 @@ status device_session<Ctx, P, D>::fork(index_t from, index_t& id,
     KVKEEP_TRY(each_number(detail::copy_sequence<space>{detail::sequence_arrays(l), from, to}, w));
     KVKEEP_TRY(
         each(shape_.cache.n_kv_heads, detail::fork_tables<space>{plan_, l.number, from, to}, w));
-    if (o.frozen > 0)
+    if (o.frozen > 0) {
+      KVKEEP_TRY(this->check_prefix(l, to, o.frozen, w));
       KVKEEP_TRY(each(shape_.cache.n_kv_heads,
                       detail::raised_budget<space>(decode_, l, to, shared_.frozen), w));
+    }
     prompt_of(l, to) = prompt_of(l, from);
   }
   sequences_[static_cast<std::size_t>(to)] = sequences_[static_cast<std::size_t>(from)];
@@ -77,8 +79,7 @@ status device_session<Ctx, P, D>::end(index_t id) noexcept {
     KVKEEP_TRY(each(1, detail::next_generation{shared_.generation, id}, w));
   }
   sequences_[static_cast<std::size_t>(id)].alive = false;
-  if (prompt_owner_ == id) prompt_owner_ = -1;
-  if (shared_.staging_id == id) shared_.staging_id = -1;
+  this->leave_prompt(id);
   return status::ok;
 }
 

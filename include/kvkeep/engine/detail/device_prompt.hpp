@@ -151,6 +151,9 @@ status device_session<Ctx, P, D>::end_prompt(index_t layer, index_t id, kv_ref<s
   if (transient && prompt == nullptr) return status::bad_argument;
   KVKEEP_TRY(join());
   workspace w = scratch();
+  detail::set_counters<space> const no_token{l,      faults_, shared_.generation, id, tokens,
+                                             tokens, -1};
+  KVKEEP_TRY(each(1, no_token, w));
   if (transient && tokens == 0) {
     KVKEEP_TRY(extend({from.layer.slots, 0, 0, 0, 0}, w));
     shared_.staging_layer = m;

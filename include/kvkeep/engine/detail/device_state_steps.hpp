@@ -123,6 +123,20 @@ struct find_corrupt {
   }
 };
 
+/// Whether a slot of a frozen prefix holds another token than its own, or none. Index: head * n + slot.
+template <class Space>
+struct find_unfrozen {
+  layer_state<Space> l;
+  index_t id;
+  index_t n;            ///< tokens of the prefix, at most max_slots
+  std::uint8_t* found;  ///< [head, slot]
+  KVKEEP_HD void operator()(index_t i) const noexcept {
+    index_t const h = i / n, s = i % n;
+    bool const held = s < l.slots.lengths(id, h) && s != l.victim(id, h);
+    found[i] = held && l.slots.positions(id, h, s) == s ? 0 : 1;
+  }
+};
+
 /// Whether something was found in a head; index: head.
 struct join_found {
   std::uint8_t const* found;  ///< [head, item]
@@ -141,10 +155,11 @@ struct blame_sequence {
   index_t heads;
   index_t* faults;  ///< [id]
   index_t id;
+  device_fault fault;
   KVKEEP_HD void operator()(index_t) const noexcept {
     index_t any = 0;
     for (index_t h = 0; h < heads; ++h) any |= of_head[h];
-    if (any != 0) faults[id] |= static_cast<index_t>(device_fault::corrupt);
+    if (any != 0) faults[id] |= static_cast<index_t>(fault);
   }
 };
 

@@ -18,7 +18,8 @@ enum class device_fault : index_t {
   bad_table = 2,
   /// A token was appended, confirmed or decided on too early: before the one before it was attended to. Or, where the
   /// engine commits or whole blocks leave, before its prompt had ended or a report had told of the tables. Or more
-  /// tokens were confirmed than there were, a sequence was twice in a batch, or a prompt was shown after a token.
+  /// tokens were confirmed than there were, a sequence was twice in a batch, or a prompt was shown or ended after a
+  /// token.
   bad_order = 4,
   /// A plan was committed to a sequence that has changed since: nothing moved, and it goes on.
   stale_plan = 8,
@@ -27,7 +28,9 @@ enum class device_fault : index_t {
   /// What was to be loaded is no sequence of such a session: nothing was.
   bad_save = 32,
   /// `verify` has found slots, positions, protected tokens or a budget that cannot be.
-  corrupt = 64
+  corrupt = 64,
+  /// A copy was to freeze more than the first slots of every head hold: their first tokens, in order.
+  bad_prefix = 128
 };
 
 namespace detail {
