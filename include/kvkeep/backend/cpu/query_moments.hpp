@@ -12,8 +12,8 @@
 namespace kvkeep::cpu {
 inline namespace KVKEEP_CPU_ISA {
 
-inline constexpr index_t gathered_rows =
-    64;  ///< of a block: with 128 features the first-level cache
+/// Of a block: with 128 features the first-level cache.
+inline constexpr index_t gathered_rows = 64;
 
 /// Turns a row's pairs back. @param cosine, sine  [pairs]  @param q, out  [dim], not the same
 inline void turn_row_back(float const* q, turned_pairs const& pairs, float const* cosine,
