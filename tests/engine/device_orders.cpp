@@ -218,18 +218,12 @@ class pair {
     confirm_plainly(b);
     return true;
   }
-  /// Of a sequence's drafts the oldest `accepted` stay; the session is told so in two calls.
-  bool confirm(index_t id, index_t accepted) {
-    said("confirm", id, accepted);
-    own_batch const b = batch_of({id});
-    if (accepted > 0 && host.s->confirm(host.as(b), accepted) != status::ok) return false;
-    index_t dropped = 0;
-    while (host.s->rollback(host.as(b), 1) == status::ok) ++dropped;
-    if (accepted == 0 && dropped == 0) return false;
-    std::vector<index_t> const n{accepted};
-    REQUIRE(device.s->confirm(device.as(b), n.data()) == status::ok);
+  bool confirm(own_batch const& b, std::vector<index_t> const& accepted) {
+    said("confirm", b);
+    if (host.s->confirm(host.as(b), accepted) != status::ok) return false;
+    REQUIRE(device.s->confirm(device.as(b), accepted.data()) == status::ok);
     settle();
-    for (index_t& t : of_[id].tokens) t -= dropped;
+    for (index_t const id : b.ids) std::fill_n(of_[id].tokens, n_layers, host.s->tokens(id));
     return true;
   }
   bool plan(own_batch const& b) {
@@ -422,7 +416,7 @@ class caller {
       case 7:
         return note("end_prompt", p_.end_prompt(id));
       case 8:
-        return drafts(id);
+        return drafts(some());
       case 9:
         return note("plan", p_.plan(some()));
       case 10:
@@ -446,8 +440,10 @@ class caller {
     bool const gap = n >= 4 && g_.chance(0.2F);
     note("prompt", p_.prompt(l, id, gap ? n + 5 : n, n));
   }
-  void drafts(index_t id) {
-    if (lim_.max_draft > 0) note("confirm", p_.confirm(id, g_.integer(0, 2)));
+  void drafts(own_batch const& b) {
+    std::vector<index_t> accepted;
+    for (std::size_t i = 0; i < b.ids.size(); ++i) accepted.push_back(g_.integer(0, 2));
+    if (lim_.max_draft > 0) note("confirm", p_.confirm(b, accepted));
   }
   void whole_prompt(index_t id) {
     note("begin", p_.begin(id, frozen()));
@@ -470,7 +466,7 @@ class caller {
     index_t const left = g_.chance(0.1F) ? g_.integer(0, n_layers - 1) : -1;
     for (index_t l = 0; l < n_layers; ++l)
       if (l != left && !(wide_ && p_.skips_a_layer(l, b))) in_layer(l, b);
-    if (lim_.max_draft > 0 && g_.chance(0.4F)) drafts(b.ids[0]);
+    if (lim_.max_draft > 0 && g_.chance(0.4F)) drafts(b);
     if (lim_.engine_commits && g_.chance(0.7F)) note("plan", p_.plan(b));
   }
   void in_layer(index_t l, own_batch const& b) {

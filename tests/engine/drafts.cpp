@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 WITH LLVM-exception
 // Drafts: appended tokens that are dropped again leave no trace, for every draft-safe policy.
+#include <array>
+
 #include <kvkeep/engine/device_session.hpp>
 
 #include "../support/catch.hpp"
@@ -10,11 +12,14 @@ using namespace kvkeep::test;
 
 namespace {
 
+/// How what is accepted and what is dropped are told.
+enum class settled : std::uint8_t { confirm_first, rollback_first, at_once };
+
 /// Drafts `n` tokens of which the first `good` belong to the text, then confirms those and drops
 /// the rest.
 /// Returns the records of the good ones.
 std::vector<std::vector<token_record>> round_of(engine& e, stream& s, text const& wrong, index_t n,
-                                                index_t good, bool confirm_first) {
+                                                index_t good, settled how) {
   std::vector<std::vector<token_record>> records;
   text const* const right = s.words;
   for (index_t t = 0; t < n; ++t) {
@@ -25,10 +30,15 @@ std::vector<std::vector<token_record>> round_of(engine& e, stream& s, text const
   }
   s.words = right;
   auto const b = engine::batch_of({&s});
-  if (confirm_first && good > 0) REQUIRE(e.session().confirm(b.batch(), good) == status::ok);
-  if (n > good) REQUIRE(e.session().rollback(b.batch(), n - good) == status::ok);
   s.tokens -= n - good;
-  if (!confirm_first && good > 0) REQUIRE(e.session().confirm(b.batch(), good) == status::ok);
+  if (how == settled::at_once) {
+    REQUIRE(e.session().confirm(b.batch(), std::array{good}) == status::ok);
+  } else {
+    bool const first = how == settled::confirm_first;
+    if (first && good > 0) REQUIRE(e.session().confirm(b.batch(), good) == status::ok);
+    if (n > good) REQUIRE(e.session().rollback(b.batch(), n - good) == status::ok);
+    if (!first && good > 0) REQUIRE(e.session().confirm(b.batch(), good) == status::ok);
+  }
   e.check({&s});
   return records;
 }
@@ -53,9 +63,10 @@ TEST_CASE("dropped drafts leave no trace") {
         plain.prompt(b, w.prompt);
         while (a.tokens + 4 < words.size()) {
           index_t const n = g.integer(1, 4), good = g.integer(0, n);
-          auto const x = round_of(drafting, a, wrong, n, good, g.chance(0.5F));
+          settled const all[] = {settled::confirm_first, settled::rollback_first, settled::at_once};
+          auto const x = round_of(drafting, a, wrong, n, good, g.one_of(all));
           if (good == 0) continue;
-          auto const y = round_of(plain, b, wrong, good, good, true);
+          auto const y = round_of(plain, b, wrong, good, good, settled::confirm_first);
           INFO("token " << a.tokens);
           REQUIRE(x.size() == y.size());
           for (std::size_t i = 0; i < x.size(); ++i) require_same(x[i], y[i], false);
@@ -102,7 +113,7 @@ TEST_CASE("some drafts may stay unconfirmed") {
         REQUIRE(e.session().confirm(batch.batch(), n) == status::ok);
         REQUIRE(e.session().verify() == status::ok);
       }
-      (void)round_of(plain, b, wrong, 4, 4, true);
+      (void)round_of(plain, b, wrong, 4, 4, settled::confirm_first);
       for (index_t l = 0; l < w.n_layers; ++l) REQUIRE(e.kept(l, a) == plain.kept(l, b));
       CHECK(e.session().tokens(a.id) == a.tokens);
     }
@@ -127,9 +138,67 @@ TEST_CASE("limits of drafts") {
   CHECK(e.session().rollback(b.batch(), 3) == status::bad_order);
   CHECK(e.session().confirm(b.batch(), 0) == status::bad_argument);
   CHECK(e.session().rollback(b.batch(), 0) == status::bad_argument);
+  CHECK(e.session().confirm(b.batch(), std::array{3}) == status::bad_order);
+  CHECK(e.session().confirm(b.batch(), std::array{-1}) == status::bad_argument);
+  CHECK(e.session().confirm(b.batch(), std::array{1, 1}) == status::bad_argument);
   CHECK(e.session().rollback(b.batch(), 2) == status::ok);
   s.tokens -= 2;
   e.check({&s});
+  CHECK(e.session().confirm(b.batch(), std::array{0}) == status::ok);  // there is none
+  REQUIRE(e.session().append(0, b.batch()) == status::ok);
+  CHECK(e.session().confirm(b.batch(), std::array{0}) == status::bad_order);  // in one layer alone
+
+  world one;
+  engine plain(one.options(c.policy), c.policy);
+  stream t = plain.begin(words);
+  plain.prompt(t, one.prompt);
+  CHECK(plain.session().confirm(engine::batch_of({&t}).batch(), std::array{0}) ==
+        status::unsupported);
+}
+
+TEST_CASE("a batch's drafts are accepted by numbers of their own") {
+  for (decode_case const& c : all_decode_cases()) {
+    if (!is_plain(c)) continue;
+    for_seeds(2, [&](generator& g) {
+      INFO(c.name);
+      world w;
+      w.draft = 4;
+      w.seed = g.next();
+      text const words[] = {w.words(), w.words(1), w.words(2)};
+      engine together(w.options(c.policy), c.policy), apart(w.options(c.policy), c.policy);
+      std::vector<stream> a, b;
+      for (index_t i = 0; i < 3; ++i) {
+        a.push_back(together.begin(words[i]));
+        b.push_back(apart.begin(words[i]));
+        index_t const n = g.integer(3, w.prompt);
+        together.prompt(a.back(), n);
+        apart.prompt(b.back(), n);
+      }
+      std::vector<stream*> const all{&a[0], &a[1], &a[2]};
+      for (int round = 0; round < 6; ++round) {
+        index_t const n = g.integer(1, 4);
+        for (index_t t = 0; t < n; ++t) {
+          (void)together.token(all);
+          for (stream& s : b) (void)apart.token({&s});
+        }
+        std::vector<index_t> good;
+        for (std::size_t i = 0; i < 3; ++i) {
+          good.push_back(g.integer(0, n));
+          auto const one = engine::batch_of({&b[i]});
+          index_t const dropped = n - good[i];
+          if (good[i] > 0) REQUIRE(apart.session().confirm(one.batch(), good[i]) == status::ok);
+          if (dropped > 0) REQUIRE(apart.session().rollback(one.batch(), dropped) == status::ok);
+          a[i].tokens -= dropped;
+          b[i].tokens -= dropped;
+        }
+        REQUIRE(together.session().confirm(engine::batch_of(all).batch(), good) == status::ok);
+        together.check({&a[0], &a[1], &a[2]});
+        for (std::size_t i = 0; i < 3; ++i)
+          for (index_t l = 0; l < w.n_layers; ++l)
+            REQUIRE(together.kept(l, a[i]) == apart.kept(l, b[i]));
+      }
+    });
+  }
 }
 
 namespace {

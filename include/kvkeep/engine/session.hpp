@@ -88,6 +88,9 @@ class session {
   status observe(index_t layer, batch const& b, own_scores const& s) noexcept;
   /// Accepts the `n` oldest unconfirmed tokens; evicts once no token is left unconfirmed.
   status confirm(batch const& b, index_t n) noexcept;
+  /// Of each entry's drafts accepts the oldest `accepted[entry]` and drops the others (limits::max_draft), as a device
+  /// session does: none is left unconfirmed, and all evict.
+  status confirm(batch const& b, std::span<index_t const> accepted) noexcept;
   /// Drops the `n` newest unconfirmed tokens.
   status rollback(batch const& b, index_t n) noexcept;
 
@@ -222,6 +225,7 @@ class session {
   status check_rows(index_t layer, batch const& b, token_kv const& kv) const noexcept;
   status store_rows(index_t m, batch const& b, token_kv const& kv, index_t* slots) noexcept;
   index_t pending(index_t id) const noexcept;
+  status drop(index_t id, index_t n, workspace& w) noexcept;
   status check_token(layer_data const& l, batch const& b) const noexcept;
   status show_token(index_t m, batch const& b, queries const& q, float* out, float* lse) noexcept;
   bool wants_weights(layer_data const& l, entries const& e) const noexcept;
@@ -263,11 +267,9 @@ class session {
   KVKEEP_COLD status mask_heads(layer_data& l, source const& s, tensor_ref<float, 3, space> own,
                                 tensor_ref<std::uint8_t, 3, space> visible, workspace& w) noexcept;
 
-  // inspect.hpp
+  // inspect.hpp, moving.hpp
   KVKEEP_COLD status verify_head(layer_data const& l, index_t id, index_t h,
                                  index_t* sorted) const noexcept;
-
-  // moving.hpp
   KVKEEP_COLD status choose_layers(index_t n, workspace& w) noexcept;
   void note_victims(layer_data& l, batch_ref<space> const& b) noexcept;
   status room_for_plan(layer_data const& l, keep_plan<space> const& plan,
@@ -283,14 +285,12 @@ class session {
   bool attention_folds_ = false;  ///< attention does the decode scorer's fold
   limits limits_{};
   detail::state_shape shape_{};
-  index_t n_all_layers_ = 0;
-  index_t slots_needed_ = 0;
+  index_t n_all_layers_ = 0, slots_needed_ = 0;
   std::vector<index_t> number_of_;  ///< [layer] managed number, or -1
   std::vector<layer_data> layers_;  ///< managed layers
   detail::shared_state<space> shared_{};
   detail::plan_memory<space> plan_{};
-  std::size_t state_bytes_ = 0;
-  std::size_t scratch_bytes_ = 0;
+  std::size_t state_bytes_ = 0, scratch_bytes_ = 0;
   std::byte* scratch_ = nullptr;
   std::unique_ptr<std::byte[]> owned_;
 };

@@ -175,6 +175,43 @@ status session<Ctx, P, D>::confirm(batch const& b, index_t n) noexcept {
 }
 
 template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::confirm(batch const& b, std::span<index_t const> accepted) noexcept {
+  KVKEEP_TRY(check_batch(b));
+  if (limits_.max_draft == 0) return status::unsupported;
+  if (accepted.size() != b.ids.size()) return status::bad_argument;
+  for (std::size_t i = 0; i < b.ids.size(); ++i) {
+    index_t const id = b.ids[i], drafts = pending(id);
+    if (accepted[i] < 0) return status::bad_argument;
+    if (accepted[i] > drafts) return status::bad_order;
+    for (auto const& l : layers_) {
+      index_t const have =
+          limits_.decode == decode_offer::nothing ? l.appended[id] : l.attended[id];
+      if (have != l.appended[id] || l.appended[id] - shared_.confirmed[id] != drafts)
+        return status::bad_order;
+    }
+  }
+  workspace w = scratch();
+  entries const e = list(b, w);
+  {
+    workspace::frame const frame(w);
+    index_t* const ids = w.take<index_t>(b.ids.size());
+    index_t* const rows = w.take<index_t>(b.ids.size());
+    if (!w.ok()) return status::workspace_too_small;
+    for (std::size_t i = 0; i < b.ids.size(); ++i)
+      KVKEEP_TRY(drop(b.ids[i], pending(b.ids[i]) - accepted[i], w));
+    for (index_t t = 0; t < limits_.max_draft; ++t) {
+      index_t n = 0;  // those with one more
+      for (std::size_t i = 0; i < b.ids.size(); ++i)
+        if (accepted[i] > t) ids[n] = b.ids[i], rows[n++] = e.rows[i];
+      for (auto& l : layers_)
+        if (n > 0) KVKEEP_TRY(fold(l, ids, rows, n, t, w));
+    }
+  }
+  for (std::size_t i = 0; i < b.ids.size(); ++i) shared_.confirmed[b.ids[i]] += accepted[i];
+  return settle_tokens(e, 0, w);
+}
+
+template <backend Ctx, class P, class D>
 status session<Ctx, P, D>::rollback(batch const& b, index_t n) noexcept {
   KVKEEP_TRY(check_batch(b));
   if (limits_.max_draft == 0) return status::unsupported;
@@ -184,14 +221,20 @@ status session<Ctx, P, D>::rollback(batch const& b, index_t n) noexcept {
   workspace w = scratch();
   entries const e = list(b, w);
   if (!w.ok()) return status::workspace_too_small;
-  for (auto& l : layers_)
-    for (index_t const id : b.ids)
-      for (index_t t = 0; t < n; ++t) {
-        index_t const pending = --l.appended[id] - shared_.confirmed[id];
-        KVKEEP_TRY(each(shape_.cache.n_kv_heads, detail::drop_token<space>{l, id, pending}, w));
-        l.attended[id] = std::min(l.attended[id], l.appended[id]);
-      }
+  for (index_t const id : b.ids) KVKEEP_TRY(drop(id, n, w));
   return settle_tokens(e, 0, w);
+}
+
+/// The `n` newest unconfirmed tokens of a sequence leave.
+template <backend Ctx, class P, class D>
+status session<Ctx, P, D>::drop(index_t id, index_t n, workspace& w) noexcept {
+  for (auto& l : layers_)
+    for (index_t t = 0; t < n; ++t) {
+      index_t const left = --l.appended[id] - shared_.confirmed[id];
+      KVKEEP_TRY(each(shape_.cache.n_kv_heads, detail::drop_token<space>{l, id, left}, w));
+      l.attended[id] = std::min(l.attended[id], l.appended[id]);
+    }
+  return status::ok;
 }
 
 /// After confirm or rollback: moves leftover drafts to the front of their list, and decides for the
