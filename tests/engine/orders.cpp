@@ -314,6 +314,21 @@ TEMPLATE_TEST_CASE("scorers of the last queries do not go without them", "", std
   CHECK(end_after(4, 1) == status::bad_order);
 }
 
+TEMPLATE_TEST_CASE("a prompt that is shorter than its budget needs no queries", "", std::false_type,
+                   std::true_type) {
+  small_cache m;
+  m.lim.prompt = prompt_offer::window_queries;
+  auto s = m.bind(TestType{}, make_snapkv({.capacity = 16, .window = 4}));
+  index_t id = 0;
+  for (index_t const tokens : {15, 17}) {
+    REQUIRE(s.begin(id) == status::ok);
+    REQUIRE(s.observe(0, id, tokens_only(tokens)) == status::ok);
+    CHECK(s.end_prompt(0, id) == (tokens < 16 ? status::ok : status::bad_order));
+    CHECK(held(s, id) == first(tokens));
+    REQUIRE(s.end(id) == status::ok);
+  }
+}
+
 TEMPLATE_TEST_CASE("what a prompt leaves a late policy is no alarm", "", std::false_type,
                    std::true_type) {
   small_cache m;

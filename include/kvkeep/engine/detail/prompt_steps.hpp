@@ -114,8 +114,9 @@ struct prompt_budget {
 /// Whether a prompt's policy leaves all of its tokens whatever the scores are.
 template <class P>
 bool keeps_prompt(P const& prompt, index_t tokens) {
-  return keeps_all(prompt.score) ||
-         (!prompt.budget.traits().fixed && tokens < prompt.budget.capacity());
+  auto const b = prompt.budget.traits();
+  bool const even = !b.varies_over_layers && !b.varies_over_heads;  // the capacity, of all heads
+  return keeps_all(prompt.score) || ((even || !b.fixed) && tokens < prompt.budget.capacity());
 }
 
 /// Allocates the layer's budget, but for one that waits for the scores. Nobody reads it before the prompt's end, so it
