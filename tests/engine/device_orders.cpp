@@ -486,12 +486,14 @@ class caller {
 
 /// Ways to work with a session.
 std::vector<limits> all_limits() {
-  std::vector<limits> all(6);
+  std::vector<limits> all(7);
   all[1].max_draft = 3;
   all[2].decode = decode_offer::attention_rows;
   all[3].decode = decode_offer::nothing;
   all[4].engine_commits = true;
   all[5].max_prompt = room;
+  all[6].engine_commits = true;
+  all[6].max_draft = 3;
   return all;
 }
 
