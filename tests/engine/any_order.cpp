@@ -202,21 +202,6 @@ status proceed(system& x, index_t id, std::vector<float> const& f, index_t n) {
   return status::ok;
 }
 
-/// Ways to work with a session.
-std::vector<limits> all_limits() {
-  limits lim;
-  lim.max_batch = 2;
-  std::vector<limits> all(7, lim);
-  all[1].max_draft = 3;
-  all[2].decode = decode_offer::attention_rows;
-  all[3].decode = decode_offer::nothing;
-  all[4].engine_commits = true;
-  all[5].max_prompt = room;
-  all[6].engine_commits = true;
-  all[6].max_draft = 3;
-  return all;
-}
-
 /// @param accepted  [kind] counts calls
 void compare(char const* prompt, char const* decode, limits const& lim, generator& g,
              std::array<int, 17>& accepted) {
@@ -270,10 +255,12 @@ TEST_CASE("what is refused has changed nothing, in any order of calls") {
                                                        {"cake", "morphkv"},
                                                        {"keydiff", "keydiff"},
                                                        {"expected_attention", "h2o"}};
+  limits two;
+  two.max_batch = 2;
   std::array<int, 17> accepted{};
   std::uint64_t run = 0;  // each draws other calls
   for (auto const& [prompt, decode] : pairs)
-    for (limits const& lim : all_limits())
+    for (limits const& lim : all_ways(two, room))
       for_seeds(2, [&, p = prompt, d = decode](generator& g) {
         INFO(p << ", " << d << ", drafts " << lim.max_draft << ", " << to_string(lim.decode)
                << (lim.engine_commits ? ", commits" : "")

@@ -81,11 +81,11 @@ class pair {
   bool fork(index_t from, index_t frozen) {
     said("fork", from, frozen);
     index_t got[2] = {-1, -1};
-    status const said = host.s->fork(from, got[0], {-1, frozen});
+    status const host_said = host.s->fork(from, got[0], {-1, frozen});
     // A device session copies what is in the middle of a token too.
-    if (said == status::bad_order) return false;
+    if (host_said == status::bad_order) return false;
     bool const done = same_or_fault(
-        said,
+        host_said,
         [&] {
           return device.s->fork(from, got[1], {-1, frozen});
         },
@@ -228,7 +228,7 @@ class pair {
   }
   bool plan(own_batch const& b) {
     said("plan", b);
-    any_session_plan p{};
+    kvkeep::plan<> p;
     if (!host.s->due(host.as(b)) || host.s->choose(host.as(b), p) != status::ok) return false;
     REQUIRE(host.s->commit(p) == status::ok);
     kvkeep::plan<test::device_memory> q;
@@ -260,8 +260,6 @@ class pair {
   }
 
  private:
-  using any_session_plan = test::any_session::plan_type;
-
   /// Notes a call, for messages.
   template <class... A>
   void said(char const* name, A const&... a) {
@@ -484,19 +482,6 @@ class caller {
   std::map<std::string, int>& accepted_;
 };
 
-/// Ways to work with a session.
-std::vector<limits> all_limits() {
-  std::vector<limits> all(7);
-  all[1].max_draft = 3;
-  all[2].decode = decode_offer::attention_rows;
-  all[3].decode = decode_offer::nothing;
-  all[4].engine_commits = true;
-  all[5].max_prompt = room;
-  all[6].engine_commits = true;
-  all[6].max_draft = 3;
-  return all;
-}
-
 struct policies {
   char const* prompt;
   char const* decode;
@@ -558,7 +543,7 @@ TEST_CASE("a device session does what a session does, in any order of calls") {
   std::map<std::string, int> accepted;
   std::uint64_t n = 0;  // each draws other calls
   for (policies const& p : all)
-    for (limits const& lim : all_limits())
+    for (limits const& lim : test::all_ways({}, room))
       test::for_seeds(1, [&](generator& g) {
         INFO(p.prompt << ", " << p.decode << (p.current ? ", include_current" : "")
                       << (p.masks ? ", per_head_mask" : "") << ", per " << to_string(p.per)

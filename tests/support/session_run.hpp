@@ -38,6 +38,19 @@ struct world {
   }
 };
 
+/// Ways to work with a session, besides what `lim` says.
+inline std::vector<limits> all_ways(limits const& lim, index_t max_prompt) {
+  std::vector<limits> all(7, lim);
+  all[1].max_draft = 3;
+  all[2].decode = decode_offer::attention_rows;
+  all[3].decode = decode_offer::nothing;
+  all[4].engine_commits = true;
+  all[5].max_prompt = max_prompt;
+  all[6].engine_commits = true;
+  all[6].max_draft = 3;
+  return all;
+}
+
 /// The token saw the same cache and left the same one.
 inline void require_same(token_record const& a, token_record const& b, bool bits = true) {
   REQUIRE(a.appended == b.appended);

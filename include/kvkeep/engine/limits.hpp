@@ -54,7 +54,8 @@ struct limits {
   bool engine_commits = false;
   /// Different layers may be worked on by different threads at once: scratch per layer. On the CPU it has a part for
   /// each thread of the context's pool too, of up to 16 MiB where query rows are scored without log-sum-exp (kept
-  /// logits): layers * threads * 16 MiB (`session_bytes`).
+  /// logits): layers * threads * 16 MiB (`session_bytes`). Layers do not look at one another then, and a session
+  /// accepts a token in one while the prompt is open in another.
   bool concurrent_layers = false;
 };
 

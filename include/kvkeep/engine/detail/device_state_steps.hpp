@@ -6,6 +6,7 @@
 #include "budget_rule.hpp"
 #include "device_draft_steps.hpp"
 #include "device_prompt_steps.hpp"
+#include "pieces.hpp"
 
 namespace kvkeep::detail {
 
@@ -131,9 +132,7 @@ struct find_unfrozen {
   index_t n;            ///< tokens of the prefix, at most max_slots
   std::uint8_t* found;  ///< [head, slot]
   KVKEEP_HD void operator()(index_t i) const noexcept {
-    index_t const h = i / n, s = i % n;
-    bool const held = s < l.slots.lengths(id, h) && s != l.victim(id, h);
-    found[i] = held && l.slots.positions(id, h, s) == s ? 0 : 1;
+    found[i] = holds_own(l, id, i / n, i % n) ? 0 : 1;
   }
 };
 

@@ -110,13 +110,13 @@ status session<Ctx, P, D>::verify_head(layer_data const& l, index_t id, index_t 
       tokens, std::min(prompt_.keep.sinks, cuts ? decode_.keep.sinks : prompt_.keep.sinks));
   for (index_t i = 0; i < sinks; ++i)
     if (i >= live || sorted[i] != i) return status::lost_token;
-  // Coupled layers wait for the last one of the prompt.
-  if (l.prompt_done[id] == 1 && layers_.back().prompt_done[id] == 0) return status::ok;
+  // Coupled layers wait for the last one of the prompt, and one set for all heads for all layers.
+  bool const wide = decode_.width() == scope::sequence;
+  if ((wide || detail::joins_layers(prompt_)) && layers_.back().prompt_done[id] == 0)
+    return status::ok;
   auto const rule =
       detail::rule_of(prompt_, decode_, one_policy_, static_cast<index_t>(layers_.size()),
                       shape_.cache, shape_.drafts, limits_.engine_commits);
-  // One set for all heads waits for all layers.
-  bool const wide = decode_.width() == scope::sequence;
   index_t const decided = wide ? shared_.confirmed[id] : l.seen[id];
   bool const over = rule.exceeded(l, id, h, live, shared_.frozen[id], decided);
   return over ? status::over_budget : status::ok;

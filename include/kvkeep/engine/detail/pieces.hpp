@@ -3,6 +3,7 @@
 /// The state of one sequence, array by array, for whoever copies or stores it.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <span>
 
@@ -58,15 +59,19 @@ bool token_has_come(Layers const& layers, index_t id) noexcept {
                      [&](auto const& l) { return l.prompt_done[id] == 2; });
 }
 
+/// Whether a slot of a head holds the token whose position is its own number.
+template <class Space>
+KVKEEP_HD bool holds_own(layer_state<Space> const& l, index_t id, index_t h,
+                         index_t slot) noexcept {
+  return slot < l.slots.lengths(id, h) && slot != l.victim(id, h) &&
+         l.slots.positions(id, h, slot) == slot;
+}
 /// Whether the first `n` slots of every head hold the tokens 0 .. n - 1, so that a copy may freeze them.
 template <class Space>
 bool holds_prefix(layer_state<Space> const& l, index_t id, index_t n) noexcept {
   bool holds = true;
-  for (index_t h = 0; h < l.kv.shape.n_kv_heads && holds; ++h) {
-    index_t const free = l.victim(id, h);
-    holds = n <= l.slots.lengths(id, h) && (free < 0 || free >= n);
-    for (index_t i = 0; i < n && holds; ++i) holds = l.slots.positions(id, h, i) == i;
-  }
+  for (index_t h = 0; h < l.kv.shape.n_kv_heads; ++h)
+    for (index_t i = 0; i < n && holds; ++i) holds = holds_own(l, id, h, i);
   return holds;
 }
 
